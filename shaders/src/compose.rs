@@ -1,0 +1,110 @@
+//! From kernel texts to plain WGSL: imports and variants by WESL, validation by naga. The only file that knows
+//! how kernel text is put together.
+
+use crate::kernel::{Kernel, SHARED, Variant};
+use crate::reflect::{self, Binding};
+use std::borrow::Cow;
+use wesl::syntax::{ModulePath, PathOrigin};
+use wesl::{CompileOptions, EscapeMangler, Feature, Features, VirtualResolver};
+
+/// A composed kernel: plain WGSL with its interface.
+#[derive(Debug, Clone)]
+pub struct Module {
+    /// Plain WGSL with one entry point, `main`.
+    pub wgsl: String,
+    /// Bindings of group 0, by number; binding 0 is the parameter block.
+    pub bindings: Vec<Binding>,
+    /// Size in bytes of the parameter block as naga lays it out.
+    pub params_size: u32,
+}
+
+/// Why a kernel could not be composed; a defect of this crate, never of its user's input.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ComposeError {
+    /// WESL could not resolve imports or conditions.
+    #[error("kernel {kernel}: {reason}")]
+    Compose {
+        /// The kernel's name.
+        kernel: &'static str,
+        /// What WESL said.
+        reason: String,
+    },
+    /// naga refused the composed text.
+    #[error("kernel {kernel}: {reason}")]
+    Invalid {
+        /// The kernel's name.
+        kernel: &'static str,
+        /// What naga said, with line and column of the composed text.
+        reason: String,
+    },
+}
+
+/// Composes, validates and reflects one variant of a kernel.
+pub fn module(kernel: Kernel, variant: Variant) -> Result<Module, ComposeError> {
+    let wgsl = compose(kernel, variant)?;
+    let invalid = |reason: String| ComposeError::Invalid { kernel: kernel.name(), reason };
+    let ir = naga::front::wgsl::parse_str(&wgsl).map_err(|e| invalid(e.emit_to_string(&wgsl)))?;
+    naga::valid::Validator::new(naga::valid::ValidationFlags::all(), naga::valid::Capabilities::empty())
+        .validate(&ir)
+        .map_err(|e| invalid(e.emit_to_string(&wgsl)))?;
+    let (bindings, params_size) = reflect::interface(&ir).map_err(invalid)?;
+    Ok(Module { wgsl, bindings, params_size })
+}
+
+fn compose(kernel: Kernel, variant: Variant) -> Result<String, ComposeError> {
+    let failed = |e: wesl::Error| ComposeError::Compose { kernel: kernel.name(), reason: e.to_string() };
+    let mut resolver = VirtualResolver::new();
+    for (name, text) in SHARED {
+        resolver.add_module(path(&["shared", name]), Cow::Borrowed(text));
+    }
+    let root = path(&[kernel.name()]);
+    resolver.add_module(root.clone(), Cow::Borrowed(kernel.source()));
+    let options = CompileOptions {
+        validate: false, // naga validates, and knows more built-ins
+        keep_root: true, // parameter blocks and overrides stay as written
+        features: Features {
+            default: Feature::Error,
+            flags: [("tile8".to_owned(), Feature::from(variant.tile8))].into(),
+        },
+        ..Default::default()
+    };
+    let compiled = wesl::compile(&root, &resolver, &EscapeMangler, &options).map_err(failed)?;
+    Ok(compiled.syntax.to_string())
+}
+
+fn path(parts: &[&str]) -> ModulePath {
+    ModulePath::new(PathOrigin::Absolute, parts.iter().map(|&part| part.to_owned()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::params;
+
+    #[test]
+    fn every_variant_of_every_kernel_is_valid() {
+        for kernel in Kernel::ALL {
+            for &variant in kernel.variants() {
+                let module = module(kernel, variant).unwrap_or_else(|e| panic!("{e}"));
+                assert!(module.wgsl.contains("fn main"), "{}", kernel.name());
+                assert_eq!(module.bindings[0].number, 0, "{}", kernel.name());
+            }
+        }
+    }
+
+    #[test]
+    fn parameter_blocks_have_the_size_that_the_kernel_reads() {
+        for kernel in Kernel::ALL {
+            let module = module(kernel, Variant::default()).expect("composes");
+            assert_eq!(module.params_size as usize, params::size_of(kernel), "{}", kernel.name());
+        }
+    }
+
+    #[test]
+    fn tile_variants_differ_in_text() {
+        let plain = module(Kernel::Linear, Variant { tile8: false }).expect("composes").wgsl;
+        let tiled = module(Kernel::Linear, Variant { tile8: true }).expect("composes").wgsl;
+        assert_ne!(plain, tiled);
+    }
+}

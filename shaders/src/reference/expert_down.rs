@@ -1,0 +1,25 @@
+use super::dot;
+use crate::params::{ExpertDown, Pair, Tile};
+
+/// `partial[slot] = weight * (w2[expert] a[pair] + b2[expert])` for the pairs of `tiles`; `w2` `[experts, H, I]`.
+pub fn expert_down(
+    p: &ExpertDown,
+    pairs: &[Pair],
+    tiles: &[Tile],
+    a: &[f32],
+    w2: &[f32],
+    b2: &[f32],
+    partials: &mut [f32],
+) {
+    let (i, h) = (p.i4 as usize * 4, p.h4 as usize * 4);
+    for tile in &tiles[p.first_tile as usize..] {
+        let expert = tile.expert as usize;
+        for index in tile.first as usize..(tile.first + tile.count) as usize {
+            let pair = &pairs[index];
+            for column in 0..h {
+                let sum = dot(&a[index * i..][..i], &w2[(expert * h + column) * i..][..i]);
+                partials[pair.slot as usize * h + column] = pair.weight * (sum + b2[expert * h + column]);
+            }
+        }
+    }
+}

@@ -1,0 +1,37 @@
+//! The twin of each kernel on the CPU: same name, same bindings in the same order, plain loops kept close to the
+//! kernel's text so that the two can be compared line by line. Slices are whole bindings, padding included.
+
+mod argmax;
+mod attention;
+mod combine;
+mod embed;
+mod expert_down;
+mod expert_permute;
+mod expert_up;
+mod kv_append;
+mod layer_norm;
+mod linear;
+mod router;
+
+pub use argmax::argmax;
+pub use attention::attention;
+pub use combine::combine;
+pub use embed::embed;
+pub use expert_down::expert_down;
+pub use expert_permute::expert_permute;
+pub use expert_up::expert_up;
+pub use kv_append::kv_append;
+pub use layer_norm::layer_norm;
+pub use linear::linear;
+pub use router::router;
+
+/// `x . w` with k ascending, one fused multiply-add each: the stated order of every matrix product.
+fn dot(x: &[f32], w: &[f32]) -> f32 {
+    x.iter().zip(w).fold(0.0, |sum, (&x, &w)| x.mul_add(w, sum))
+}
+
+/// GELU in GPT-2's tanh form.
+fn gelu(x: f32) -> f32 {
+    let u = 0.797_884_6 * (x + 0.044715 * x * x * x);
+    0.5 * x * (1.0 + u.tanh())
+}

@@ -1,0 +1,23 @@
+// x[t] = wte[token] + wpe[position]
+struct Params {
+    rows: u32,    // T
+    width4: u32,  // H / 4
+}
+@group(0) @binding(0) var<uniform> p: Params;
+@group(0) @binding(1) var<storage, read> tokens: array<vec2<u32>>;  // [T] (token id, position)
+@group(0) @binding(2) var<storage, read> wte: array<vec4<f32>>;     // [V, H/4]
+@group(0) @binding(3) var<storage, read> wpe: array<vec4<f32>>;     // [S, H/4]
+@group(0) @binding(4) var<storage, read_write> x: array<vec4<f32>>; // [T, H/4]
+
+override WORKGROUP: u32 = 32u;
+
+@compute @workgroup_size(WORKGROUP)
+fn main(@builtin(global_invocation_id) id: vec3<u32>) {
+    let column = id.x;
+    let row = id.y;
+    if column >= p.width4 || row >= p.rows {
+        return;
+    }
+    let token = tokens[row];
+    x[row * p.width4 + column] = wte[token.x * p.width4 + column] + wpe[token.y * p.width4 + column];
+}

@@ -1,0 +1,51 @@
+// y[t, n] = x[t] . w[n] (+ bias[n]) (+ residual[t, n]); a lane makes TILE_ROWS rows of four columns.
+import package::shared::tile::{TILE_ROWS, accumulate};
+
+struct Params {
+    rows: u32,          // T
+    k4: u32,            // K / 4, the inner dimension
+    n4: u32,            // ceil(N / 4); rows of w beyond N are 0
+    has_bias: u32,
+    has_residual: u32,
+}
+@group(0) @binding(0) var<uniform> p: Params;
+@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;        // [T, K/4]
+@group(0) @binding(2) var<storage, read> w: array<vec4<f32>>;        // [N, K/4]
+@group(0) @binding(3) var<storage, read> bias: array<vec4<f32>>;     // [N/4], any buffer without a bias
+@group(0) @binding(4) var<storage, read> residual: array<vec4<f32>>; // [T, N/4], any buffer without a residual
+@group(0) @binding(5) var<storage, read_write> y: array<vec4<f32>>;  // [T, N/4]
+
+override WORKGROUP: u32 = 32u;
+
+@compute @workgroup_size(WORKGROUP)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+    let column = group.x * WORKGROUP + lane;
+    if column >= p.n4 {
+        return;
+    }
+    let first = group.y * TILE_ROWS;
+    let last = p.rows - 1u;
+    var acc: array<vec4<f32>, TILE_ROWS>;
+    let w_base = column * 4u * p.k4;
+    for (var k = 0u; k < p.k4; k++) {
+        let w0 = w[w_base + k];
+        let w1 = w[w_base + p.k4 + k];
+        let w2 = w[w_base + 2u * p.k4 + k];
+        let w3 = w[w_base + 3u * p.k4 + k];
+        for (var r = 0u; r < TILE_ROWS; r++) {
+            acc[r] = accumulate(acc[r], x[min(first + r, last) * p.k4 + k], w0, w1, w2, w3);
+        }
+    }
+    for (var r = 0u; r < TILE_ROWS; r++) {
+        if first + r <= last {
+            var value = acc[r];
+            if p.has_bias != 0u {
+                value += bias[column];
+            }
+            if p.has_residual != 0u {
+                value += residual[(first + r) * p.n4 + column];
+            }
+            y[(first + r) * p.n4 + column] = value;
+        }
+    }
+}
