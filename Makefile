@@ -1,0 +1,32 @@
+# What a newcomer types. Linux; on Windows and macOS the plain cargo lines of the README do the same.
+CARGO ?= cargo
+
+.PHONY: demo test check fmt lint deny bench vulkan help
+
+help: ## lists the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
+
+demo: vulkan ## the main job on the bundled model; ends with the address of its report
+	$(CARGO) run --release --example quickstart
+
+test: vulkan ## every test that needs only Rust and a Vulkan driver
+	$(CARGO) test --workspace --locked
+
+check: fmt lint deny ## formatting, clippy with warnings denied, licences and sources of dependencies
+
+fmt:
+	$(CARGO) fmt --all --check
+
+lint:
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+
+# Advisories need the network and change by the day: the workflow checks them, this does not.
+deny:
+	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny --all-features check bans licenses sources; \
+	else echo "cargo-deny is not installed: licences and sources not checked (cargo install cargo-deny)"; fi
+
+bench: vulkan ## the table of strategies, medians of five interleaved runs
+	$(CARGO) run --release --bin exflow -- bench -m examples/models/gpt-moe-16e --ep-size 4 -r 5
+
+vulkan:
+	@bash scripts/ensure-vulkan.sh

@@ -1,0 +1,18 @@
+//! The report for people: one self-contained HTML file with plots as inline SVG and its numbers as JSON.
+//!
+//! Nothing here runs a model: [`ReportData`] goes in, text comes out. The page names no outside address,
+//! follows the reader's light or dark setting and works from 400 pixels of width up.
+
+mod affinity;
+mod bars;
+mod colour;
+mod data;
+mod page;
+mod placement;
+mod svg;
+mod table;
+mod traffic;
+
+pub use data::{ByteClasses, ModelFacts, PlacementFacts, ProfileFacts, ReportData, SettingFacts, StayFacts};
+pub use page::render;
+pub use table::{byte_text, rate_text};
