@@ -1,0 +1,123 @@
+//! The one interface between the runtime and whatever carries its bytes.
+
+use crate::{TransportError, WireStats};
+use bytes::Bytes;
+use exflow_placement::Rank;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::time::Duration;
+
+/// What a frame carries; every byte on the wire is counted under exactly one class.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[repr(u8)]
+pub enum ByteClass {
+    /// Rows on their way to experts.
+    Dispatch = 0,
+    /// Partial expert outputs on their way to a token's next residence.
+    Combine = 1,
+    /// Keys and values that keep contexts coherent.
+    Kv = 2,
+    /// Sampled token ids and what rank 0 decides.
+    Ids = 3,
+    /// Hello, heartbeats, goodbye.
+    Control = 4,
+}
+
+impl ByteClass {
+    /// Every class, in the order of its number.
+    pub const ALL: [Self; 5] = [Self::Dispatch, Self::Combine, Self::Kv, Self::Ids, Self::Control];
+
+    /// The class with this number, if there is one.
+    pub const fn from_number(number: u8) -> Option<Self> {
+        match number {
+            0 => Some(Self::Dispatch),
+            1 => Some(Self::Combine),
+            2 => Some(Self::Kv),
+            3 => Some(Self::Ids),
+            4 => Some(Self::Control),
+            _ => None,
+        }
+    }
+
+    /// The class as reports write it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Dispatch => "dispatch",
+            Self::Combine => "combine",
+            Self::Kv => "kv",
+            Self::Ids => "ids",
+            Self::Control => "control",
+        }
+    }
+
+    /// Whether frames of this class belong to rounds (all-to-all-v exchanges).
+    pub const fn is_round(self) -> bool {
+        matches!(self, Self::Dispatch | Self::Combine | Self::Ids)
+    }
+}
+
+impl fmt::Display for ByteClass {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Names one exchange; every rank must call the same rounds in the same order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RoundId {
+    /// Counts every exchange of this world since it was joined, from 0.
+    pub number: u64,
+    /// Dispatch, Combine or Ids.
+    pub class: ByteClass,
+    /// MoE layer that the round belongs to; `u16::MAX` where it belongs to none.
+    pub layer: u16,
+}
+
+impl fmt::Display for RoundId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "round {} ({}", self.number, self.class)?;
+        match self.layer {
+            u16::MAX => f.write_str(")"),
+            layer => write!(f, ", MoE layer {layer})"),
+        }
+    }
+}
+
+/// A group of ranks that exchange rows.
+///
+/// Calls block the calling thread (a rank's own thread, which has a GPU to wait for anyway) and end in
+/// bounded time: with data, or with an error that names the rank, the round and the peer.
+pub trait Communicator: Send {
+    /// This rank.
+    fn rank(&self) -> Rank;
+
+    /// How many ranks there are.
+    fn world_size(&self) -> usize;
+
+    /// All-to-all-v: `send[r]` goes to rank `r` (an empty payload is still a frame, so that its absence is
+    /// noticed); returns what every rank sent here, by rank. `send[self]` comes back untouched.
+    fn exchange(&mut self, round: RoundId, send: Vec<Vec<u8>>) -> Result<Vec<Bytes>, TransportError>;
+
+    /// Begins an exchange: hands the payloads to the driver and returns, so that work can go on while they travel.
+    fn start_exchange(&mut self, round: RoundId, send: Vec<Vec<u8>>) -> Result<(), TransportError>;
+
+    /// Waits for the frames of an exchange begun by [`Communicator::start_exchange`].
+    fn finish_exchange(&mut self, round: RoundId) -> Result<Vec<Bytes>, TransportError>;
+
+    /// Every rank's payload at every rank.
+    fn all_gather(&mut self, round: RoundId, payload: Vec<u8>) -> Result<Vec<Bytes>, TransportError> {
+        let send = (0..self.world_size()).map(|_| payload.clone()).collect();
+        self.exchange(round, send)
+    }
+
+    /// Hands `payload` to the background (bulk) stream towards `to`: ordered per peer, delivered while rounds
+    /// go on, at lower priority than they have. Counted under [`ByteClass::Kv`].
+    fn send_bulk(&mut self, to: Rank, payload: Vec<u8>) -> Result<(), TransportError>;
+
+    /// The next bulk payload from any peer; waits up to `timeout` (zero: only looks). `None` where none came.
+    fn recv_bulk(&mut self, timeout: Duration) -> Result<Option<(Rank, Bytes)>, TransportError>;
+
+    /// Bytes and frames so far, by peer and class, as they were put on the wire.
+    fn stats(&self) -> WireStats;
+}

@@ -1,0 +1,347 @@
+//! Where a driver's thread and a rank's thread meet: the state of the rounds, what has arrived, the counts.
+
+use crate::proto::round::{Admission, RoundFailure, RoundLimits, RoundPoll, Rounds, Violation};
+use crate::{ByteClass, LossCause, RoundId, TransportError, WireStats};
+use bytes::Bytes;
+use exflow_placement::Rank;
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::Notify;
+
+/// One rank's mailbox.
+#[derive(Debug)]
+pub(crate) struct Inbox {
+    rank: Rank,
+    born: Instant,
+    limits: InboxLimits,
+    state: Mutex<State>,
+    /// For the rank's thread: something that it may wait for has happened.
+    arrived: Condvar,
+    /// For readers that hold a frame back: there may be room now.
+    room: Notify,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct InboxLimits {
+    pub(crate) rounds: RoundLimits,
+    /// Unread background bytes per peer before its bulk stream is no longer read.
+    pub(crate) bulk_unread_bytes: usize,
+    /// Unsent background bytes per peer before `send_bulk` waits.
+    pub(crate) bulk_unsent_bytes: usize,
+    /// Bytes of header that each frame adds on the wire; zero without a wire.
+    pub(crate) header_bytes: usize,
+}
+
+#[derive(Debug)]
+struct State {
+    rounds: Rounds,
+    bulk: VecDeque<(Rank, Bytes)>,
+    unread: Vec<usize>,
+    unsent: Vec<usize>,
+    stats: WireStats,
+    holding: usize,
+    closed: bool,
+}
+
+impl Inbox {
+    pub(crate) fn new(rank: Rank, world: usize, limits: InboxLimits) -> Self {
+        let state = State {
+            rounds: Rounds::new(rank, world, limits.rounds),
+            bulk: VecDeque::new(),
+            unread: vec![0; world],
+            unsent: vec![0; world],
+            stats: WireStats::new(rank, world),
+            holding: 0,
+            closed: false,
+        };
+        Self {
+            rank,
+            born: Instant::now(),
+            limits,
+            state: Mutex::new(state),
+            arrived: Condvar::new(),
+            room: Notify::new(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now(&self) -> Duration {
+        self.born.elapsed()
+    }
+
+    // What the rank's thread calls.
+
+    /// Starts a round: checks the payloads, keeps this rank's own, counts those for the others and returns them.
+    pub(crate) fn start(
+        &self,
+        round: RoundId,
+        send: Vec<Vec<u8>>,
+    ) -> Result<Vec<(Rank, Bytes)>, TransportError> {
+        let mut state = self.lock();
+        self.check_open(&state)?;
+        self.check_payloads(&state, &send)?;
+        state.rounds.check_start(round).map_err(|error| self.misuse(error.to_string()))?;
+        let mut outgoing = Vec::with_capacity(send.len().saturating_sub(1));
+        let mut own = Bytes::new();
+        for (to, payload) in send.into_iter().enumerate() {
+            if to == self.rank.index() {
+                own = payload.into();
+                continue;
+            }
+            let to = Rank::from(to);
+            state.stats.count_sent(self.rank, to, round.class, payload.len(), self.limits.header_bytes);
+            outgoing.push((to, payload.into()));
+        }
+        state.stats.count_exchange(self.rank, round.class);
+        state.rounds.start(round, own, self.now()).map_err(|error| self.misuse(error.to_string()))?;
+        let wake = state.holding > 0;
+        drop(state);
+        if wake {
+            self.room.notify_waiters();
+        }
+        Ok(outgoing)
+    }
+
+    /// Waits for a started round.
+    pub(crate) fn finish(&self, round: RoundId) -> Result<Vec<Bytes>, TransportError> {
+        let began = Instant::now();
+        let mut state = self.lock();
+        let result = loop {
+            if state.closed {
+                break Err(TransportError::Closed { rank: self.rank });
+            }
+            let now = self.now();
+            match state.rounds.poll(round.number, now) {
+                RoundPoll::Ready(payloads) => break Ok(payloads),
+                RoundPoll::Failed(failure) => break Err(self.error(failure, Some(round))),
+                RoundPoll::Pending { deadline } => {
+                    let wait = deadline.saturating_sub(now);
+                    state = self.arrived.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
+                }
+            }
+        };
+        state.stats.count_wait(self.rank, round.class, began.elapsed());
+        result
+    }
+
+    /// Waits until the backlog towards `to` has room, then counts `bytes` into it.
+    pub(crate) fn reserve_bulk(&self, to: Rank, bytes: usize) -> Result<(), TransportError> {
+        let mut state = self.lock();
+        self.check_open(&state)?;
+        if to.index() >= state.unsent.len() || to == self.rank {
+            return Err(self.misuse(format!("background bytes for rank {to}, which is not a peer")));
+        }
+        if bytes > self.limits.rounds.max_frame_bytes as usize {
+            return Err(self.over_cap(bytes));
+        }
+        let (began, limit_bytes) = (Instant::now(), self.limits.bulk_unsent_bytes);
+        while state.unsent[to.index()] > 0 && state.unsent[to.index()] + bytes > limit_bytes {
+            if let Some(failure) = state.rounds.first_failure() {
+                return Err(self.error(failure, None));
+            }
+            let waited = began.elapsed();
+            let Some(left) = self.limits.rounds.timeout.checked_sub(waited).filter(|left| !left.is_zero())
+            else {
+                let waiting_bytes = state.unsent[to.index()];
+                return Err(TransportError::Backlog {
+                    rank: self.rank,
+                    peer: to,
+                    waiting_bytes,
+                    limit_bytes,
+                    waited,
+                });
+            };
+            state = self.arrived.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            self.check_open(&state)?;
+        }
+        state.unsent[to.index()] += bytes;
+        state.stats.count_sent(self.rank, to, ByteClass::Kv, bytes, self.limits.header_bytes);
+        Ok(())
+    }
+
+    /// The next background payload; waits up to `timeout`. What has arrived is given out before any failure.
+    pub(crate) fn recv_bulk(&self, timeout: Duration) -> Result<Option<(Rank, Bytes)>, TransportError> {
+        let began = Instant::now();
+        let mut state = self.lock();
+        loop {
+            if let Some((peer, payload)) = state.bulk.pop_front() {
+                state.unread[peer.index()] -= payload.len();
+                if state.holding > 0 {
+                    self.room.notify_waiters();
+                }
+                return Ok(Some((peer, payload)));
+            }
+            self.check_open(&state)?;
+            if let Some(failure) = state.rounds.first_failure() {
+                return Err(self.error(failure, None));
+            }
+            let Some(left) = timeout.checked_sub(began.elapsed()).filter(|left| !left.is_zero()) else {
+                return Ok(None);
+            };
+            state = self.arrived.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    pub(crate) fn stats(&self) -> WireStats {
+        self.lock().stats.clone()
+    }
+
+    /// The first failure so far, as this rank would report it.
+    pub(crate) fn failure(&self) -> Option<TransportError> {
+        let failure = self.lock().rounds.first_failure();
+        failure.map(|failure| self.error(failure, None))
+    }
+
+    // What a driver calls.
+
+    /// Decides about a round frame by its header.
+    pub(crate) fn admit(&self, peer: Rank, round: RoundId, length: u32) -> Result<Admission, Violation> {
+        self.lock().rounds.admit(peer, round, length)
+    }
+
+    /// Like [`Inbox::admit`], but waits for room.
+    pub(crate) async fn admit_when_possible(
+        &self,
+        peer: Rank,
+        round: RoundId,
+        length: u32,
+    ) -> Result<(), Violation> {
+        self.when_room(|state| match state.rounds.admit(peer, round, length) {
+            Ok(Admission::Take) => Some(Ok(())),
+            Ok(Admission::Hold) => None,
+            Err(violation) => Some(Err(violation)),
+        })
+        .await
+    }
+
+    /// Waits until `bytes` more background bytes of `peer` may be kept.
+    pub(crate) async fn bulk_room(&self, peer: Rank, bytes: usize) {
+        let limit = self.limits.bulk_unread_bytes;
+        self.when_room(|state| {
+            let unread = state.unread[peer.index()];
+            (unread == 0 || unread + bytes <= limit).then_some(())
+        })
+        .await;
+    }
+
+    async fn when_room<T>(&self, mut ask: impl FnMut(&mut State) -> Option<T>) -> T {
+        let mut held = false;
+        loop {
+            let room = self.room.notified();
+            tokio::pin!(room);
+            {
+                let mut state = self.lock();
+                if let Some(answer) = ask(&mut state) {
+                    state.holding -= usize::from(held);
+                    return answer;
+                }
+                state.holding += usize::from(!held);
+                held = true;
+                room.as_mut().enable();
+            }
+            room.await;
+        }
+    }
+
+    /// Stores an admitted frame's payload and wakes the rank if that completes an open round.
+    pub(crate) fn deliver(&self, peer: Rank, round: RoundId, payload: Bytes) {
+        let mut state = self.lock();
+        state.stats.count_received(self.rank, peer, round.class, payload.len(), self.limits.header_bytes);
+        let complete = state.rounds.deliver(peer, round.number, payload);
+        drop(state);
+        if complete {
+            self.arrived.notify_all();
+        }
+    }
+
+    pub(crate) fn deliver_bulk(&self, peer: Rank, payload: Bytes) {
+        let mut state = self.lock();
+        state.stats.count_received(self.rank, peer, ByteClass::Kv, payload.len(), self.limits.header_bytes);
+        state.unread[peer.index()] += payload.len();
+        state.bulk.push_back((peer, payload));
+        drop(state);
+        self.arrived.notify_all();
+    }
+
+    /// Notes that background bytes towards `to` have left.
+    pub(crate) fn bulk_sent(&self, to: Rank, bytes: usize) {
+        let mut state = self.lock();
+        state.unsent[to.index()] -= bytes;
+        drop(state);
+        self.arrived.notify_all();
+    }
+
+    pub(crate) fn count_control(&self, peer: Rank, sent: bool, payload: usize) {
+        let (mut state, header) = (self.lock(), self.limits.header_bytes);
+        if sent {
+            state.stats.count_sent(self.rank, peer, ByteClass::Control, payload, header);
+        } else {
+            state.stats.count_received(self.rank, peer, ByteClass::Control, payload, header);
+        }
+    }
+
+    pub(crate) fn lose_peer(&self, peer: Rank, cause: LossCause) {
+        self.lock().rounds.lose_peer(peer, cause);
+        self.arrived.notify_all();
+    }
+
+    pub(crate) fn break_peer(&self, peer: Rank, violation: Violation) {
+        self.lock().rounds.break_peer(peer, violation);
+        self.arrived.notify_all();
+    }
+
+    pub(crate) fn close(&self) {
+        self.lock().closed = true;
+        self.arrived.notify_all();
+    }
+
+    // Errors.
+
+    fn check_open(&self, state: &State) -> Result<(), TransportError> {
+        if state.closed { Err(TransportError::Closed { rank: self.rank }) } else { Ok(()) }
+    }
+
+    fn check_payloads(&self, state: &State, send: &[Vec<u8>]) -> Result<(), TransportError> {
+        let world = state.unsent.len();
+        if send.len() != world {
+            return Err(self.misuse(format!("{} payloads for {world} ranks", send.len())));
+        }
+        let cap = self.limits.rounds.max_frame_bytes as usize;
+        let longest =
+            send.iter().enumerate().filter(|(to, _)| *to != self.rank.index()).map(|(_, p)| p.len()).max();
+        match longest {
+            Some(bytes) if bytes > cap => Err(self.over_cap(bytes)),
+            _ => Ok(()),
+        }
+    }
+
+    fn over_cap(&self, bytes: usize) -> TransportError {
+        let cap = self.limits.rounds.max_frame_bytes;
+        self.misuse(format!("a payload of {bytes} bytes, over the agreed {cap} (raise max_frame_bytes)"))
+    }
+
+    fn misuse(&self, what: String) -> TransportError {
+        TransportError::Misuse { rank: self.rank, what }
+    }
+
+    fn error(&self, failure: RoundFailure, round: Option<RoundId>) -> TransportError {
+        let rank = self.rank;
+        match (failure, round) {
+            (RoundFailure::Lost(peer, cause), round) => TransportError::PeerLost { rank, peer, round, cause },
+            (RoundFailure::Broken(peer, violation), round) => {
+                TransportError::Protocol { rank, peer, round, violation }
+            }
+            (RoundFailure::Timeout { missing, waited }, Some(round)) => {
+                TransportError::RoundTimeout { rank, round, missing, waited }
+            }
+            (RoundFailure::NotOpen | RoundFailure::Timeout { .. }, round) => {
+                let round = round.map_or_else(String::new, |round| round.to_string());
+                self.misuse(format!("{round} is not open"))
+            }
+        }
+    }
+}

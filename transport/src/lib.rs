@@ -1,0 +1,19 @@
+//! Ranks and bytes: the all-to-all-v of expert parallelism, in process and over QUIC, mutually authenticated.
+//!
+//! [`Communicator`] is all that the runtime sees. [`local::world`] makes the ranks of one process;
+//! [`quic::loopback_world`] makes them talk over real QUIC connections within one process, and [`quic::join`]
+//! over any number of processes and hosts. The protocol itself is in [`proto`]: state machines without socket,
+//! thread or clock.
+
+mod comm;
+mod error;
+mod inbox;
+pub mod local;
+pub mod proto;
+mod stats;
+
+pub use comm::{ByteClass, Communicator, RoundId};
+pub use error::{LossCause, TransportError};
+pub use proto::membership::Refusal;
+pub use proto::round::Violation;
+pub use stats::{ClassStats, LinkStats, RoundStats, WireStats};

@@ -1,0 +1,401 @@
+//! All-to-all-v rounds as seen by one rank.
+//!
+//! A rank starts its rounds in order, one number after the other, and may have a few open at once. A frame of a
+//! peer may come before its round is started here, because that peer is faster; such early frames are kept, but
+//! no more of them than [`RoundLimits`] allows. A frame that comes twice, or belongs to a round that is over, or
+//! names another exchange than this rank's is a [`Violation`].
+
+use crate::{ByteClass, LossCause, RoundId};
+use bytes::Bytes;
+use exflow_placement::Rank;
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// How a peer broke the protocol.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs, reason = "each variant's message says what it is")]
+pub enum Violation {
+    #[error("its frame does not begin with the magic number")]
+    BadMagic,
+    #[error("its frame header fails its checksum")]
+    BadChecksum,
+    #[error("its frames have layout version {theirs}, ours is 1")]
+    FrameVersion { theirs: u8 },
+    #[error("its frame has unknown class {number}")]
+    UnknownClass { number: u8 },
+    #[error("its frame header has reserved bits set")]
+    ReservedBits,
+    #[error("it announced a frame of {length} bytes, over the agreed {cap}")]
+    Oversized { length: u32, cap: u32 },
+    #[error("its frame belongs to another world (id {theirs:#x}, epoch {epoch})")]
+    WrongWorld { theirs: u64, epoch: u32 },
+    #[error("its frame claims to come from rank {claimed}")]
+    WrongSource { claimed: Rank },
+    #[error("it sent a {class} frame on the {stream} stream")]
+    WrongStream { class: ByteClass, stream: &'static str },
+    #[error("it replayed round {number}, which is over")]
+    Replayed { number: u64 },
+    #[error("it sent round {number} twice")]
+    Duplicate { number: u64 },
+    #[error("it sent round {number} while this rank is at {oldest}, more than {window} ahead")]
+    TooFarAhead { number: u64, oldest: u64, window: u64 },
+    #[error("it sent {theirs} where this rank has {ours}: the ranks do not run the same exchanges")]
+    RoundMismatch { ours: RoundId, theirs: RoundId },
+    #[error("it sent message {number} on the {stream} stream, expected {expected}")]
+    OutOfSequence { stream: &'static str, number: u64, expected: u64 },
+    #[error("its {stream} stream ended inside a frame")]
+    Truncated { stream: &'static str },
+    #[error("its stream does not begin as one of this protocol")]
+    BadPreface,
+    #[error("it reset its {stream} stream")]
+    Reset { stream: &'static str },
+    #[error("its {message} message cannot be read")]
+    Malformed { message: &'static str },
+}
+
+/// What bounds the memory that peers can make a rank hold.
+#[derive(Debug, Clone, Copy)]
+pub struct RoundLimits {
+    /// Rounds that may be open (started and not finished) at once; the program's own mistake if exceeded.
+    pub max_open: usize,
+    /// Largest payload of one frame, bytes.
+    pub max_frame_bytes: u32,
+    /// Bytes of early frames kept per peer before its stream is no longer read; one frame is always kept.
+    pub early_bytes: usize,
+    /// How long a round may take from its start.
+    pub timeout: Duration,
+}
+
+impl RoundLimits {
+    /// Rounds from the oldest unfinished one on of which a correct peer can have sent frames: it has finished
+    /// only what this rank has started, and is itself at most `max_open` further.
+    pub fn window(&self) -> u64 {
+        2 * self.max_open as u64
+    }
+}
+
+/// Whether a frame whose header was read may be read further.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Admission {
+    /// Read it: its place is reserved.
+    Take,
+    /// Leave it on the stream and ask again when a round has been started.
+    Hold,
+}
+
+/// Why a round cannot be finished.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RoundFailure {
+    /// A peer whose frame is missing is gone.
+    Lost(Rank, LossCause),
+    /// A peer broke the protocol.
+    Broken(Rank, Violation),
+    /// These ranks' frames were not there in time.
+    Timeout {
+        /// Ranks whose frame is missing.
+        missing: Vec<Rank>,
+        /// Time since the round was started.
+        waited: Duration,
+    },
+    /// The round was never started, or is over.
+    NotOpen,
+}
+
+/// Why a round cannot be started: the program's own mistake.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "each variant's message says what it is")]
+pub enum StartError {
+    #[error("round {given} was started where {expected} is next")]
+    OutOfOrder { given: u64, expected: u64 },
+    #[error("{class} frames do not belong to rounds")]
+    NotARound { class: ByteClass },
+    #[error("{open} rounds are open; finish one first")]
+    TooManyOpen { open: usize },
+}
+
+/// Result of looking at a round.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RoundPoll {
+    /// All payloads, by rank.
+    Ready(Vec<Bytes>),
+    /// Look again when a frame came, at the latest at this time.
+    Pending {
+        /// When the round times out.
+        deadline: Duration,
+    },
+    /// It will not be finished.
+    Failed(RoundFailure),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Tag {
+    class: ByteClass,
+    layer: u16,
+}
+
+#[derive(Debug, Clone)]
+enum Place {
+    Empty,
+    Reserved(Tag),
+    Full(Tag, Bytes),
+}
+
+#[derive(Debug)]
+struct Slot {
+    started: Option<(Tag, Duration)>,
+    finished: bool,
+    missing: usize,
+    places: Vec<Place>,
+}
+
+#[derive(Debug, Clone)]
+enum Fate {
+    Alive,
+    Lost(LossCause),
+    Broken(Violation),
+}
+
+/// The rounds of one rank.
+#[derive(Debug)]
+pub struct Rounds {
+    rank: Rank,
+    world: usize,
+    limits: RoundLimits,
+    oldest: u64,
+    next: u64,
+    slots: VecDeque<Slot>,
+    fates: Vec<Fate>,
+    early: Vec<usize>,
+}
+
+impl Rounds {
+    /// No round yet, in a world of `world` ranks of which this is `rank`.
+    pub fn new(rank: Rank, world: usize, limits: RoundLimits) -> Self {
+        Self {
+            rank,
+            world,
+            limits,
+            oldest: 0,
+            next: 0,
+            slots: VecDeque::new(),
+            fates: vec![Fate::Alive; world],
+            early: vec![0; world],
+        }
+    }
+
+    /// Number of the round that must be started next.
+    pub fn next_number(&self) -> u64 {
+        self.next
+    }
+
+    /// Bytes of early frames held for `peer`.
+    pub fn early_bytes(&self, peer: Rank) -> usize {
+        self.early[peer.index()]
+    }
+
+    /// Starts a round with this rank's payload for itself.
+    pub fn start(&mut self, id: RoundId, own: Bytes, now: Duration) -> Result<(), StartError> {
+        self.check_start(id)?;
+        let tag = Tag { class: id.class, layer: id.layer };
+        let index = self.slot(id.number);
+        let slot = &mut self.slots[index];
+        slot.started = Some((tag, now));
+        slot.places[self.rank.index()] = Place::Full(tag, own);
+        slot.missing -= 1;
+        self.next += 1;
+        for peer in 0..self.world {
+            let (theirs, bytes) = match &self.slots[index].places[peer] {
+                Place::Full(theirs, payload) if peer != self.rank.index() => (*theirs, payload.len()),
+                Place::Reserved(theirs) => (*theirs, 0),
+                _ => continue,
+            };
+            self.early[peer] -= bytes;
+            if theirs != tag {
+                let theirs = RoundId { number: id.number, class: theirs.class, layer: theirs.layer };
+                self.break_peer(Rank::from(peer), Violation::RoundMismatch { ours: id, theirs });
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether [`Rounds::start`] would take this round.
+    pub fn check_start(&self, id: RoundId) -> Result<(), StartError> {
+        if !id.class.is_round() {
+            return Err(StartError::NotARound { class: id.class });
+        }
+        if id.number != self.next {
+            return Err(StartError::OutOfOrder { given: id.number, expected: self.next });
+        }
+        let open = self.slots.iter().filter(|slot| slot.started.is_some() && !slot.finished).count();
+        if open >= self.limits.max_open {
+            return Err(StartError::TooManyOpen { open });
+        }
+        Ok(())
+    }
+
+    /// Decides about a frame of `peer` by its header alone and, when it may come, reserves its place.
+    pub fn admit(&mut self, peer: Rank, id: RoundId, length: u32) -> Result<Admission, Violation> {
+        if peer.index() >= self.world || peer == self.rank {
+            return Err(Violation::WrongSource { claimed: peer });
+        }
+        if length > self.limits.max_frame_bytes {
+            return Err(Violation::Oversized { length, cap: self.limits.max_frame_bytes });
+        }
+        if !id.class.is_round() {
+            return Err(Violation::WrongStream { class: id.class, stream: "rows" });
+        }
+        if id.number < self.oldest {
+            return Err(Violation::Replayed { number: id.number });
+        }
+        let window = self.limits.window();
+        if id.number - self.oldest >= window {
+            return Err(Violation::TooFarAhead { number: id.number, oldest: self.oldest, window });
+        }
+        self.reserve(peer, id, length)
+    }
+
+    fn reserve(&mut self, peer: Rank, id: RoundId, length: u32) -> Result<Admission, Violation> {
+        let index = self.slot(id.number);
+        let tag = Tag { class: id.class, layer: id.layer };
+        let slot = &mut self.slots[index];
+        if slot.finished {
+            return Err(Violation::Replayed { number: id.number });
+        }
+        if !matches!(slot.places[peer.index()], Place::Empty) {
+            return Err(Violation::Duplicate { number: id.number });
+        }
+        match slot.started {
+            Some((ours, _)) if ours != tag => {
+                let ours = RoundId { number: id.number, class: ours.class, layer: ours.layer };
+                return Err(Violation::RoundMismatch { ours, theirs: id });
+            }
+            Some(_) => {}
+            None => {
+                let held = self.early[peer.index()];
+                if held > 0 && held + length as usize > self.limits.early_bytes {
+                    return Ok(Admission::Hold);
+                }
+            }
+        }
+        slot.places[peer.index()] = Place::Reserved(tag);
+        Ok(Admission::Take)
+    }
+
+    /// Puts the payload of an admitted frame in its place; true when that completes a round that is open here.
+    pub fn deliver(&mut self, peer: Rank, number: u64, payload: Bytes) -> bool {
+        let Some(slot) = number.checked_sub(self.oldest).and_then(|at| self.slots.get_mut(at as usize))
+        else {
+            return false;
+        };
+        let Some(place) = slot.places.get_mut(peer.index()) else { return false };
+        let Place::Reserved(tag) = *place else { return false };
+        if slot.started.is_none() {
+            self.early[peer.index()] += payload.len();
+        }
+        *place = Place::Full(tag, payload);
+        slot.missing -= 1;
+        slot.missing == 0 && slot.started.is_some()
+    }
+
+    /// Notes that nothing more will come from `peer`. The first reason given stays.
+    pub fn lose_peer(&mut self, peer: Rank, cause: LossCause) {
+        self.seal(peer, Fate::Lost(cause));
+    }
+
+    /// Notes that `peer` broke the protocol: nothing more of it is taken.
+    pub fn break_peer(&mut self, peer: Rank, violation: Violation) {
+        self.seal(peer, Fate::Broken(violation));
+    }
+
+    fn seal(&mut self, peer: Rank, fate: Fate) {
+        if let Some(known @ Fate::Alive) = self.fates.get_mut(peer.index()) {
+            *known = fate;
+        }
+    }
+
+    /// The first peer, by rank, that is gone for another reason than that it left, with the reason.
+    pub fn first_failure(&self) -> Option<RoundFailure> {
+        self.fates.iter().enumerate().find_map(|(peer, fate)| match fate {
+            Fate::Lost(LossCause::Left) | Fate::Alive => None,
+            fate => failure_of(Rank::from(peer), fate),
+        })
+    }
+
+    /// Looks whether a started round is complete, lost or too late; a round that is given out is over.
+    pub fn poll(&mut self, number: u64, now: Duration) -> RoundPoll {
+        let index = match number.checked_sub(self.oldest) {
+            Some(at) if (at as usize) < self.slots.len() => at as usize,
+            _ => return RoundPoll::Failed(RoundFailure::NotOpen),
+        };
+        let slot = &self.slots[index];
+        let Some((_, since)) = slot.started.filter(|_| !slot.finished) else {
+            return RoundPoll::Failed(RoundFailure::NotOpen);
+        };
+        // A frame of a wrong exchange makes the round wrong even where it is complete.
+        if let Some(failure) = self.failure(index) {
+            return RoundPoll::Failed(failure);
+        }
+        if slot.missing == 0 {
+            return RoundPoll::Ready(self.take(index));
+        }
+        let deadline = since + self.limits.timeout;
+        if now < deadline {
+            return RoundPoll::Pending { deadline };
+        }
+        let missing = self.missing(index);
+        RoundPoll::Failed(RoundFailure::Timeout { missing, waited: now.saturating_sub(since) })
+    }
+
+    fn failure(&self, index: usize) -> Option<RoundFailure> {
+        let slot = &self.slots[index];
+        (0..self.world).find_map(|peer| {
+            let there = matches!(&slot.places[peer], Place::Full(tag, _) if slot.started.is_some_and(|s| s.0 == *tag));
+            if there { None } else { failure_of(Rank::from(peer), &self.fates[peer]) }
+        })
+    }
+
+    fn missing(&self, index: usize) -> Vec<Rank> {
+        let places = self.slots[index].places.iter().enumerate();
+        places
+            .filter(|(_, place)| !matches!(place, Place::Full(..)))
+            .map(|(peer, _)| Rank::from(peer))
+            .collect()
+    }
+
+    fn take(&mut self, index: usize) -> Vec<Bytes> {
+        let slot = &mut self.slots[index];
+        slot.finished = true;
+        let payloads = std::mem::take(&mut slot.places)
+            .into_iter()
+            .map(|place| if let Place::Full(_, payload) = place { payload } else { Bytes::new() })
+            .collect();
+        while self.slots.front().is_some_and(|slot| slot.finished) {
+            self.slots.pop_front();
+            self.oldest += 1;
+        }
+        payloads
+    }
+
+    /// Index of the slot of `number`, which must not be older than the oldest; makes it if need be.
+    fn slot(&mut self, number: u64) -> usize {
+        let index = (number - self.oldest) as usize;
+        while self.slots.len() <= index {
+            let places = vec![Place::Empty; self.world];
+            self.slots.push_back(Slot { started: None, finished: false, missing: self.world, places });
+        }
+        index
+    }
+}
+
+fn failure_of(peer: Rank, fate: &Fate) -> Option<RoundFailure> {
+    match fate {
+        Fate::Alive => None,
+        Fate::Lost(cause) => Some(RoundFailure::Lost(peer, cause.clone())),
+        Fate::Broken(violation) => Some(RoundFailure::Broken(peer, violation.clone())),
+    }
+}
+
+#[cfg(test)]
+#[path = "round_tests.rs"]
+mod tests;
