@@ -1,0 +1,5 @@
+//! Lower bounds: no placement within the capacity costs less.
+
+mod rearrange;
+
+pub(crate) use rearrange::rearrangement;

@@ -1,0 +1,84 @@
+//! From counts to a table: search for a cheap placement, prove how cheap any can be.
+
+mod assign;
+mod baseline;
+mod greedy;
+mod options;
+mod search;
+mod state;
+mod sweep;
+
+use std::time::Duration;
+
+pub use options::{SolveError, SolveOptions, SolveProgress};
+
+use crate::affinity::Affinity;
+use crate::bound::rearrangement;
+use crate::capacity::Capacity;
+use crate::cost::{Problem, to_rows};
+use crate::load::LoadTerm;
+use crate::table::PlacementTable;
+use crate::topology::Topology;
+use search::Search;
+
+/// Places L x E experts on the topology's ranks: the cheapest placement found within the time limit, with
+/// its cost, a proven lower bound, the gap, and the cost of the baselines.
+pub fn solve(
+    affinity: &Affinity,
+    topology: &Topology,
+    options: &SolveOptions,
+    progress: &mut dyn FnMut(SolveProgress),
+) -> Result<PlacementTable, SolveError> {
+    let problem = problem_of(affinity, topology, options)?;
+    let begin = options.clock.elapsed();
+    let elapsed = || options.clock.elapsed().saturating_sub(begin);
+    let bound = rearrangement(&problem);
+    let load = affinity.load_or_derived();
+    let baselines = baseline::all(&problem, &load, options.seed);
+    let mut search = Search::new(&problem, options.seed, 0, baselines[0].1.clone());
+    baselines.iter().for_each(|(_, holders)| search.offer(holders.clone()));
+    let mut rounds = 0;
+    while !done(options, rounds, elapsed()) {
+        search.round();
+        rounds += 1;
+        progress(SolveProgress { elapsed: elapsed(), cost: search.best().1, lower_bound: bound, rounds });
+        if search.best().1 <= bound {
+            break;
+        }
+    }
+    let (holders, cost) = search.best();
+    let mut table = PlacementTable::from_assignment(to_rows(holders, problem.experts), problem.ranks)?;
+    table.source = None;
+    table.objective = Some(options.weights);
+    table.seed = Some(options.seed);
+    table.cost = Some(cost);
+    table.lower_bound = Some(bound.min(cost));
+    table.gap = Some(gap(cost, bound));
+    table.baselines =
+        baselines.iter().map(|(name, holders)| ((*name).to_owned(), problem.cost(holders))).collect();
+    Ok(table)
+}
+
+/// `1 - bound / cost`, between 0 and 1.
+fn gap(cost: f64, bound: f64) -> f64 {
+    if cost > 0.0 { (1.0 - bound / cost).clamp(0.0, 1.0) } else { 0.0 }
+}
+
+fn done(options: &SolveOptions, rounds: u64, elapsed: Duration) -> bool {
+    (rounds > 0 && elapsed >= options.time_limit) || options.max_rounds.is_some_and(|most| rounds >= most)
+}
+
+fn problem_of(
+    affinity: &Affinity,
+    topology: &Topology,
+    options: &SolveOptions,
+) -> Result<Problem, SolveError> {
+    affinity.check()?;
+    topology.check()?;
+    options.check()?;
+    let (l, e) = (affinity.layers, affinity.experts);
+    let capacity = Capacity::new(l, e, topology, options.balance, &options.memory)?;
+    let speeds: Vec<f64> = topology.ranks.iter().map(|rank| rank.speed).collect();
+    let load = LoadTerm::new(affinity.load_or_derived(), &speeds, options.weights.load);
+    Ok(Problem::new(affinity, topology, &options.weights, capacity, load))
+}
