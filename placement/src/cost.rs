@@ -135,6 +135,42 @@ impl Problem {
         self.leaving[layer].iter().any(|&at| self.edges[at].to == layer)
     }
 
+    /// Whether the last layer is joined to the first.
+    pub(crate) fn has_wrap(&self) -> bool {
+        self.edges.iter().any(|edge| edge.from > edge.to)
+    }
+
+    /// The same problem with hosts for ranks: capacities summed, costs averaged. None where each rank is a
+    /// host of its own or all are on one.
+    pub(crate) fn by_host(&self) -> Option<Self> {
+        let hosts = self.host.iter().max().map_or(0, |most| most + 1);
+        if hosts < 2 || hosts == self.ranks {
+            return None;
+        }
+        let summed = |each: &[usize]| {
+            let mut sums = vec![0; hosts];
+            self.host.iter().zip(each).for_each(|(&host, n)| sums[host] += n);
+            sums
+        };
+        let mut dist = vec![0.0; hosts * hosts];
+        let size = summed(&vec![1; self.ranks]);
+        for (at, cost) in self.dist.iter().enumerate() {
+            let (a, b) = (self.host[at / self.ranks], self.host[at % self.ranks]);
+            if a != b {
+                dist[a * hosts + b] += cost / (size[a] * size[b]) as f64;
+            }
+        }
+        let capacity = Capacity {
+            least: summed(&self.capacity.least),
+            most: summed(&self.capacity.most),
+            total: None,
+            slots: summed(&self.capacity.slots),
+        };
+        let (edges, leaving, entering) = (self.edges.clone(), self.leaving.clone(), self.entering.clone());
+        let (uniform, host, load) = (uniform_cost(&dist, hosts), (0..hosts).collect(), LoadTerm::default());
+        Some(Self { ranks: hosts, edges, leaving, entering, dist, uniform, host, capacity, load, ..*self })
+    }
+
     /// Sum of all counts times the dearest move: no cost is above it.
     pub(crate) fn scale(&self) -> f64 {
         let dearest = self.dist.iter().copied().fold(0.0, f64::max);

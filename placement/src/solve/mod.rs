@@ -4,6 +4,8 @@ mod assign;
 mod baseline;
 mod greedy;
 mod options;
+mod pair;
+mod perturb;
 mod search;
 mod state;
 mod sweep;
@@ -36,10 +38,15 @@ pub fn solve(
     let load = affinity.load_or_derived();
     let baselines = baseline::all(&problem, &load, options.seed);
     let mut search = Search::new(&problem, options.seed, 0, baselines[0].1.clone());
-    baselines.iter().for_each(|(_, holders)| search.offer(holders.clone()));
+    baselines.iter().for_each(|(_, holders)| search.offer(holders));
     let mut rounds = 0;
     while !done(options, rounds, elapsed()) {
-        search.round();
+        let share = elapsed().as_secs_f64() / options.time_limit.as_secs_f64().max(1e-9);
+        if rounds < 4 && share < 0.3 || rounds < 200 && share < 0.1 {
+            search.start();
+        } else {
+            search.step(&|| elapsed() >= options.time_limit);
+        }
         rounds += 1;
         progress(SolveProgress { elapsed: elapsed(), cost: search.best().1, lower_bound: bound, rounds });
         if search.best().1 <= bound {

@@ -1,10 +1,20 @@
-//! The search of one thread: greedy chains from many starts, each swept until no layer improves.
+//! The search of one thread: greedy chains from many starts, swept and re-split pair by pair; then
+//! iterated local search from the best, with fresh starts between.
 
 use crate::cost::Problem;
 use crate::rng::Rng;
 use crate::solve::greedy;
+use crate::solve::pair::resplit;
+use crate::solve::perturb;
 use crate::solve::state::State;
 use crate::solve::sweep::Sweeper;
+
+/// Layers on each side of a perturbation in which pairs of ranks are re-split.
+const REACH: usize = 3;
+/// A step may worsen the cost by this share and still be taken.
+const TOLERANCE: f64 = 2e-4;
+/// Steps without a new best after which the walk returns to the best.
+const PATIENCE: u64 = 400;
 
 /// A search that can be run a slice at a time.
 pub(crate) struct Search<'p> {
@@ -13,19 +23,24 @@ pub(crate) struct Search<'p> {
     sweeper: Sweeper,
     best: Vec<u16>,
     best_cost: f64,
+    walk: Option<Walk<'p>>,
+    starts: u64,
+}
+
+/// An iterated local search under way.
+struct Walk<'p> {
+    state: State<'p>,
+    cost: f64,
+    record: f64,
+    idle: u64,
 }
 
 impl<'p> Search<'p> {
     /// A search from a known placement.
     pub(crate) fn new(problem: &'p Problem, seed: u64, stream: u64, holders: Vec<u16>) -> Self {
         let best_cost = problem.cost(&holders);
-        Self {
-            problem,
-            rng: Rng::fork(seed, stream),
-            sweeper: Sweeper::new(problem),
-            best: holders,
-            best_cost,
-        }
+        let (rng, sweeper) = (Rng::fork(seed, stream), Sweeper::new(problem));
+        Self { problem, rng, sweeper, best: holders, best_cost, walk: None, starts: 0 }
     }
 
     /// The cheapest placement so far, and its cost.
@@ -33,21 +48,132 @@ impl<'p> Search<'p> {
         (&self.best, self.best_cost)
     }
 
-    /// One start.
-    pub(crate) fn round(&mut self) {
-        let start = self.rng.below(self.problem.layers);
-        let holders = greedy::chain(self.problem, start, &mut self.rng);
-        let mut state = State::new(self.problem, holders);
-        self.sweeper.settle(&mut state);
-        self.offer(state.holders);
-    }
-
     /// Keeps a placement if it is the cheapest.
-    pub(crate) fn offer(&mut self, holders: Vec<u16>) {
-        let cost = self.problem.cost(&holders);
+    pub(crate) fn offer(&mut self, holders: &[u16]) {
+        let cost = self.problem.cost(holders);
         if cost < self.best_cost {
             self.best_cost = cost;
-            self.best = holders;
+            self.best = holders.to_vec();
         }
+    }
+
+    /// A fresh start, improved until neither sweeps nor pairs help.
+    pub(crate) fn start(&mut self) {
+        let host_first = self.starts % 2 == 1;
+        self.starts += 1;
+        let at = self.rng.below(self.problem.layers);
+        let holders = match host_first.then(|| greedy::host_first(self.problem, at, &mut self.rng)).flatten()
+        {
+            Some(holders) => holders,
+            None => greedy::chain(self.problem, at, &mut self.rng),
+        };
+        let mut state = State::new(self.problem, holders);
+        self.sweeper.settle(&mut state);
+        self.offer(&state.holders);
+    }
+
+    /// All pairs over all layers from the best placement, then a walk from there.
+    pub(crate) fn polish(&mut self, stop: &dyn Fn() -> bool) {
+        let mut state = State::new(self.problem, self.best.clone());
+        self.sweeper.settle(&mut state);
+        let every = vec![true; self.problem.ranks];
+        while self.pairs(&mut state, 0, self.problem.layers, &every, stop) && !stop() {
+            state.commit();
+        }
+        self.offer(&state.holders);
+        let cost = self.total(&state);
+        self.walk = Some(Walk { state, cost, record: cost, idle: 0 });
+    }
+
+    /// One step of the walk: perturb, settle, accept or undo.
+    pub(crate) fn step(&mut self, stop: &dyn Fn() -> bool) {
+        let Some(mut walk) = self.walk.take() else { return self.polish(stop) };
+        walk.state.commit();
+        let before = walk.state.cost;
+        let (first, length) = perturb::disturb(&mut walk.state, &mut self.rng);
+        self.sweeper.settle(&mut walk.state);
+        let (first, length) = self.widen(first, length);
+        let mut cost = self.total(&walk.state);
+        // Pairs are dear: only where the sweeps alone came close.
+        let touched = walk.state.touched_ranks();
+        if cost < walk.cost * 1.02 && self.pairs(&mut walk.state, first, length, &touched, stop) {
+            cost = self.total(&walk.state);
+        }
+        if cost <= walk.cost.max(walk.record * (1.0 + TOLERANCE)) {
+            walk.cost = cost;
+        } else {
+            walk.state.undo_to(0);
+            walk.state.cost = before;
+        }
+        self.keep(&mut walk);
+        self.walk = Some(walk);
+    }
+
+    fn keep(&mut self, walk: &mut Walk<'p>) {
+        walk.idle += 1;
+        if walk.cost < walk.record {
+            (walk.record, walk.idle) = (walk.cost, 0);
+        }
+        if walk.cost < self.best_cost {
+            self.offer(&walk.state.holders.clone());
+        } else if walk.idle > PATIENCE && walk.cost > self.best_cost {
+            walk.state.replace(self.best.clone());
+            self.sweeper.settle(&mut walk.state);
+            walk.cost = self.total(&walk.state);
+            (walk.record, walk.idle) = (walk.cost, 0);
+        }
+    }
+
+    fn widen(&self, first: usize, length: usize) -> (usize, usize) {
+        let layers = self.problem.layers;
+        ((first + layers - REACH.min(layers)) % layers, (length + 2 * REACH).min(layers))
+    }
+
+    /// Re-splits all pairs of `among` ranks in a run of layers, in random order, sweeping after each
+    /// success. Whether anything improved.
+    fn pairs(
+        &mut self,
+        state: &mut State<'p>,
+        first: usize,
+        length: usize,
+        among: &[bool],
+        stop: &dyn Fn() -> bool,
+    ) -> bool {
+        let ranks = self.problem.ranks;
+        let mut pairs: Vec<[usize; 2]> =
+            (0..ranks).flat_map(|g| (g + 1..ranks).map(move |h| [g, h])).collect();
+        pairs.retain(|&[g, h]| among[g] && among[h]);
+        self.rng.shuffle(&mut pairs);
+        let mut improved = false;
+        for pair in pairs {
+            if stop() {
+                break;
+            }
+            let (first, length) = self.open_ring(first, length);
+            let (mark, before) = (state.mark(), self.total(state));
+            if !resplit(state, pair, first, length, self.sweeper.epsilon()) {
+                continue;
+            }
+            self.sweeper.settle(state);
+            if self.total(state) < before {
+                improved = true;
+            } else {
+                state.undo_to(mark);
+            }
+        }
+        improved
+    }
+
+    /// A run around the whole ring of layers leaves one out, chosen at random.
+    fn open_ring(&mut self, first: usize, length: usize) -> (usize, usize) {
+        let layers = self.problem.layers;
+        if length < layers || layers < 3 || !self.problem.has_wrap() {
+            return (if length == layers { 0 } else { first }, length);
+        }
+        (self.rng.below(layers), layers - 1)
+    }
+
+    fn total(&self, state: &State<'_>) -> f64 {
+        state.cost + self.problem.load.cost(&state.holders, self.problem.experts)
     }
 }

@@ -20,6 +20,8 @@ pub(crate) struct State<'p> {
     /// Layers in which a neighbour has changed since they were last solved, `[L]`.
     pub(crate) dirty: Vec<bool>,
     journal: Vec<(u32, u16, u16)>,
+    /// Pair cost of all, kept up to date by `shift`.
+    pub(crate) cost: f64,
 }
 
 impl<'p> State<'p> {
@@ -35,7 +37,8 @@ impl<'p> State<'p> {
                 dist[g * r + h]
             });
         }
-        Self { problem, holders, unary, dirty: vec![true; l], journal: Vec::new() }
+        let cost = problem.pair_cost(&holders);
+        Self { problem, holders, unary, dirty: vec![true; l], journal: Vec::new(), cost }
     }
 
     /// `[R, E]` marginal costs of a layer.
@@ -66,6 +69,8 @@ impl<'p> State<'p> {
         if g == h {
             return;
         }
+        let marginal = &self.unary[layer * r * e..];
+        self.cost += marginal[h * e + x] - marginal[g * e + x];
         self.journal.push((layer as u32, expert, *holder));
         *holder = to;
         let dist = &problem.dist;
@@ -94,6 +99,19 @@ impl<'p> State<'p> {
     /// Where the journal stands: for `undo_to`.
     pub(crate) fn mark(&self) -> usize {
         self.journal.len()
+    }
+
+    /// Ranks that gained or lost an expert since the journal was last committed, `[R]`.
+    pub(crate) fn touched_ranks(&self) -> Vec<bool> {
+        let mut touched = vec![false; self.problem.ranks];
+        for &(layer, expert, from) in &self.journal {
+            let to = self.layer(layer as usize)[expert as usize];
+            if to != from {
+                touched[from as usize] = true;
+                touched[to as usize] = true;
+            }
+        }
+        touched
     }
 
     /// Takes back every shift after `mark`.

@@ -25,6 +25,11 @@ impl Sweeper {
         }
     }
 
+    /// Gains below this are rounding.
+    pub(crate) fn epsilon(&self) -> f64 {
+        self.epsilon
+    }
+
     /// Sweeps up and down over dirty layers until all are clean.
     pub(crate) fn settle(&mut self, state: &mut State<'_>) {
         let layers = state.problem.layers;

@@ -1,0 +1,106 @@
+//! Disturbances for the iterated local search: large enough to leave a local optimum, small enough to
+//! keep most of a good placement. All respect the capacity.
+
+use crate::rng::Rng;
+use crate::solve::state::{Shift, State};
+
+/// Disturbs a run of layers; returns its first layer and its length.
+pub(crate) fn disturb(state: &mut State<'_>, rng: &mut Rng) -> (usize, usize) {
+    let layers = state.problem.layers;
+    let first = rng.below(layers);
+    let length = (1 + rng.below(5)).min(layers);
+    match rng.below(8) {
+        0..4 => scramble(state, rng, first, 1 + length / 3),
+        4..6 => relabel(state, rng, first, length),
+        6 => rotate(state, rng, first, length),
+        _ => exchange_hosts(state, rng, first, length),
+    }
+    (first, length)
+}
+
+/// Deals the experts of two or three ranks anew among them.
+fn scramble(state: &mut State<'_>, rng: &mut Rng, first: usize, length: usize) {
+    let ranks = some_ranks(state.problem.ranks, 2 + rng.below(2), rng);
+    for layer in run(state, first, length) {
+        let row = state.layer(layer);
+        let experts: Vec<u16> = (0..row.len() as u16).filter(|&x| ranks.contains(&row[x as usize])).collect();
+        let mut holders: Vec<u16> = experts.iter().map(|&x| row[x as usize]).collect();
+        rng.shuffle(&mut holders);
+        experts.iter().zip(holders).for_each(|(&expert, to)| state.shift(layer, Shift { expert, to }));
+    }
+}
+
+/// Two ranks exchange all their experts.
+fn relabel(state: &mut State<'_>, rng: &mut Rng, first: usize, length: usize) {
+    let ranks = some_ranks(state.problem.ranks, 2, rng);
+    if let [g, h] = ranks[..] {
+        rename(state, first, length, &|rank| {
+            if rank == g {
+                h
+            } else if rank == h {
+                g
+            } else {
+                rank
+            }
+        });
+    }
+}
+
+/// Three ranks pass all their experts round.
+fn rotate(state: &mut State<'_>, rng: &mut Rng, first: usize, length: usize) {
+    let ranks = some_ranks(state.problem.ranks, 3, rng);
+    if ranks.len() == 3 {
+        let next = |rank: u16| ranks.iter().position(|&r| r == rank).map_or(rank, |at| ranks[(at + 1) % 3]);
+        rename(state, first, length, &next);
+    }
+}
+
+/// Two hosts exchange all their experts, rank by rank.
+fn exchange_hosts(state: &mut State<'_>, rng: &mut Rng, first: usize, length: usize) {
+    let host = &state.problem.host;
+    let (a, b) = (host[rng.below(host.len())], host[rng.below(host.len())]);
+    let members =
+        |of: usize| -> Vec<u16> { (0..host.len()).filter(|&g| host[g] == of).map(|g| g as u16).collect() };
+    let (left, mut right) = (members(a), members(b));
+    if a == b {
+        return relabel(state, rng, first, length);
+    }
+    rng.shuffle(&mut right);
+    let partner = |rank: u16| -> u16 {
+        let forward = left.iter().zip(&right).find(|(l, _)| **l == rank).map(|(_, r)| *r);
+        let back = || left.iter().zip(&right).find(|(_, r)| **r == rank).map(|(l, _)| *l);
+        forward.or_else(back).unwrap_or(rank)
+    };
+    rename(state, first, length, &partner);
+}
+
+/// Renames ranks in a run of layers, where the counts allow it.
+fn rename(state: &mut State<'_>, first: usize, length: usize, name: &dyn Fn(u16) -> u16) {
+    let capacity = &state.problem.capacity;
+    for layer in run(state, first, length) {
+        let counts = state.counts(layer);
+        let fits = |g: usize| {
+            let to = name(g as u16) as usize;
+            (capacity.least[to]..=capacity.most[to]).contains(&counts[g])
+        };
+        if !(0..counts.len()).all(fits) {
+            continue;
+        }
+        let row = state.layer(layer).to_vec();
+        row.iter()
+            .enumerate()
+            .for_each(|(x, &g)| state.shift(layer, Shift { expert: x as u16, to: name(g) }));
+    }
+}
+
+fn some_ranks(ranks: usize, count: usize, rng: &mut Rng) -> Vec<u16> {
+    let mut all: Vec<u16> = (0..ranks as u16).collect();
+    rng.shuffle(&mut all);
+    all.truncate(count);
+    all
+}
+
+fn run(state: &State<'_>, first: usize, length: usize) -> Vec<usize> {
+    let layers = state.problem.layers;
+    (0..length).map(|t| (first + t) % layers).collect()
+}
