@@ -1,0 +1,155 @@
+//! `exflow bench`: strategies and placements side by side.
+
+use super::failure::Failure;
+use super::flags::{self, Transport};
+use super::output;
+use clap::ValueEnum;
+use exflow::engine::{Cluster, ClusterOptions, Request, Strategy};
+use exflow::placement::SolveOptions;
+use exflow::progress::Bars;
+use exflow::report::{ModelFacts, ReportData, rate_text};
+use exflow::study::{
+    self, Corpus, Document, OwnText, Setting, Study, markdown_table, text_table,
+};
+use std::fmt::Write;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Prompts where none are given; beginnings that any language model of English can go on from.
+const PROMPTS: [&str; 8] = [
+    "In the beginning", "The king said unto", "The function returns", "It is a truth that", "And when he had",
+    "A value of this type", "There was a man", "If the file is",
+];
+
+/// Runs vanilla and coherent with round-robin, and coherent with a solved placement, interleaved
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Profiles on --text and on text that the model writes itself, solves the placement, then prints\n\
+                        medians; every run must produce the same tokens. docs/METHODOLOGY.md defines the figures.\n\n\
+                        Example:\n  exflow bench -m examples/models/gpt-moe-16e --ep-size 4 -r 5 --format md")]
+pub(crate) struct Args {
+    /// Model folder: config.json, *.safetensors, tokenizer.json
+    #[arg(short, long, value_name = "DIR")]
+    model: PathBuf,
+    /// Ranks that the experts are spread over
+    #[arg(long, value_name = "R", default_value_t = 4, value_parser = flags::ranks)]
+    pub(crate) ep_size: usize,
+    /// What joins the ranks of this process
+    #[arg(long, value_enum, default_value = "quic")]
+    transport: Transport,
+    /// Tokens to add to each prompt; the end-of-text token does not end it
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 64)]
+    max_tokens: usize,
+    /// Measured runs of each setting
+    #[arg(short, long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    repeats: u32,
+    /// Prompts, run together [default: eight of its own]
+    #[arg(short, long, value_name = "TEXT", num_args = 1..)]
+    prompts: Vec<String>,
+    /// Text files to profile on, beside what the model writes
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    text: Vec<PathBuf>,
+    /// Sequences of 192 tokens that the model writes to be profiled on
+    #[arg(long, value_name = "N", default_value_t = 24)]
+    own_text: usize,
+    /// Time for the solver
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = flags::duration)]
+    time_limit: Duration,
+    /// Seed of the model's own text and of the solver
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Adapter: part of its name, or its number in `exflow devices` [default: the best one]
+    #[arg(long, value_name = "NAME|N")]
+    adapter: Option<String>,
+    /// Folder for trace.npy, affinity.npz, placement.json and report.html
+    #[arg(long, value_name = "DIR")]
+    report: Option<PathBuf>,
+    /// How the result is written
+    #[arg(long, value_enum, default_value = "text")]
+    format: Format,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Text,
+    Json,
+    Md,
+}
+
+pub(crate) fn run(args: &Args) -> Result<(), Failure> {
+    let documents = args
+        .text
+        .iter()
+        .map(|path| Ok(Document { name: path.display().to_string(), text: flags::read_text(path)? }))
+        .collect::<Result<Vec<_>, Failure>>()?;
+    let study = measure(args, &documents)?;
+    if let Some(folder) = &args.report {
+        let path = study.save(folder)?;
+        output::note(&format!("report: file://{}", path.display()));
+    }
+    match args.format {
+        Format::Json => output::json(&brief(study.report)),
+        Format::Md => output::text(&(markdown_table(&study.report) + "\n" + &remarks(&study.report))),
+        Format::Text => output::text(&(text_table(&study.report) + "\n" + &remarks(&study.report))),
+    }
+}
+
+fn measure(args: &Args, documents: &[Document]) -> Result<Study, Failure> {
+    let bars = Bars::new();
+    let mut options = ClusterOptions::new(&args.model);
+    options.ranks = args.ep_size;
+    options.transport = args.transport.into();
+    options.strategy = Strategy::Vanilla;
+    options.adapter = args.adapter.clone();
+    let mut cluster = Cluster::start(options.clone(), &bars)?;
+    let prompts = if args.prompts.is_empty() { PROMPTS.map(String::from).to_vec() } else { args.prompts.clone() };
+    let requests = requests(&cluster, &prompts, args.max_tokens)?;
+    let own = OwnText {
+        beginnings: prompts.clone(),
+        sequences: args.own_text,
+        tokens: 192,
+        temperature: 0.9,
+        seed: args.seed,
+    };
+    let corpus = Corpus::collect(&mut cluster, documents, &own, 256)?;
+    let profiled = study::profile(&mut cluster, &corpus, &bars)?;
+    let solve = SolveOptions { seed: args.seed, time_limit: args.time_limit, ..SolveOptions::default() };
+    let mut placed = study::place(&profiled, cluster.spec().experts, args.ep_size, &solve, &bars)?;
+    placed.table.model_digest = Some(cluster.spec().model_digest.clone());
+    let facts = ModelFacts::of(cluster.spec(), &args.model);
+    drop(cluster);
+    let settings = Setting::three(&placed.table);
+    let compared =
+        study::compare(&options, settings, &requests, args.repeats as usize, &bars, &mut |_, _| {})?;
+    let texts = prompts.into_iter().zip(compared.said.sequences.iter().map(|done| done.text.clone())).collect();
+    Ok(Study::new("exflow bench", facts, &corpus, profiled, placed, &compared, texts))
+}
+
+fn requests(cluster: &Cluster, prompts: &[String], max_tokens: usize) -> Result<Vec<Request>, Failure> {
+    let codec = cluster.text()?;
+    prompts
+        .iter()
+        .map(|prompt| {
+            let prompt_ids = codec.encode(prompt)?;
+            Ok(Request { prompt_ids, max_tokens, ignore_eos: true, temperature: 0.0, seed: 0 })
+        })
+        .collect()
+}
+
+/// The figures without the matrices, which the report's files hold.
+fn brief(data: ReportData) -> ReportData {
+    ReportData { transitions: Vec::new(), load: Vec::new(), ..data }
+}
+
+fn remarks(data: &ReportData) -> String {
+    let mut text = format!(
+        "{} sequences at once, medians of {} interleaved runs; bytes are of one run. All runs produced the same tokens.\n\
+         Stay rate on {} held-out tokens:",
+        data.sequences, data.repeats, data.profile.held_out_tokens
+    );
+    for stay in &data.stay {
+        let _ = write!(text, " {} {} (balance {:.2});", stay.label, rate_text(stay.stay_rate), stay.imbalance);
+    }
+    text.pop();
+    text.push('\n');
+    text
+}

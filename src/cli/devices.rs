@@ -1,0 +1,66 @@
+//! `exflow devices`: every adapter of this machine.
+
+use super::failure::Failure;
+use super::output::{self, Format};
+use exflow::engine::{self, DeviceReport};
+use exflow::report::byte_text;
+use serde_json::json;
+use std::fmt::Write;
+
+/// Lists every adapter of this machine, best first
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  exflow devices --format json")]
+pub(crate) struct Args {
+    /// How the result is written
+    #[arg(long, value_enum, default_value = "text")]
+    format: Format,
+}
+
+pub(crate) fn run(args: &Args) -> Result<(), Failure> {
+    let devices = engine::devices();
+    match args.format {
+        Format::Json => output::json(&json!({ "devices": devices.iter().map(as_json).collect::<Vec<_>>() }))?,
+        Format::Text => output::text(&devices.iter().map(describe).collect::<String>())?,
+    }
+    if devices.is_empty() {
+        return Err(Failure::Run(
+            "no adapter found; install a Vulkan driver, on Linux without a GPU: apt install mesa-vulkan-drivers".into(),
+        ));
+    }
+    Ok(())
+}
+
+fn describe(device: &DeviceReport) -> String {
+    let mut text = format!(
+        "{}: {} ({}, {}, {})\n   largest buffer {}, largest binding {}",
+        device.index,
+        device.name,
+        device.backend,
+        device.kind,
+        device.driver,
+        byte_text(device.max_buffer_bytes as f64),
+        byte_text(device.max_binding_bytes as f64)
+    );
+    if let Some((low, high)) = device.subgroup {
+        let _ = write!(text, ", subgroups of {low} to {high}");
+    }
+    if !device.features.is_empty() {
+        let _ = write!(text, "\n   {}", device.features.join(" "));
+    }
+    text.push('\n');
+    text
+}
+
+fn as_json(device: &DeviceReport) -> serde_json::Value {
+    json!({
+        "index": device.index,
+        "name": device.name,
+        "backend": device.backend,
+        "kind": device.kind,
+        "driver": device.driver,
+        "max_buffer_bytes": device.max_buffer_bytes,
+        "max_binding_bytes": device.max_binding_bytes,
+        "subgroup": device.subgroup,
+        "features": device.features,
+    })
+}

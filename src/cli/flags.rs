@@ -1,0 +1,202 @@
+//! Flags that several verbs share.
+
+use super::failure::Failure;
+use super::output;
+use clap::ValueEnum;
+use exflow::engine::{ClusterOptions, Combine, PlacementSource, Strategy, TransportKind};
+use std::path::{Path, PathBuf};
+
+/// Which model, on how many ranks, joined and placed how.
+#[derive(Debug, clap::Args)]
+pub(crate) struct RankFlags {
+    /// Model folder: config.json, *.safetensors, tokenizer.json
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// Ranks that the experts are spread over, each a device of its own
+    #[arg(long, value_name = "R", default_value_t = 1, value_parser = ranks)]
+    pub(crate) ep_size: usize,
+    /// What joins the ranks of this process
+    #[arg(long, value_enum, default_value = "local")]
+    pub(crate) transport: Transport,
+    /// vanilla: two exchanges per MoE layer; coherent: one (top-1)
+    #[arg(long, value_enum, default_value = "coherent")]
+    pub(crate) strategy: StrategyFlag,
+    /// exact: bit-identical to one rank; sum: fewer bytes, other rounding
+    #[arg(long, value_enum, default_value = "exact")]
+    pub(crate) combine: CombineFlag,
+    /// Where experts live: a table file, round_robin or linear
+    #[arg(long, value_name = "FILE|round_robin|linear", default_value = "round_robin", value_parser = placement)]
+    pub(crate) placement: PlacementSource,
+    /// Adapter: part of its name, or its number in `exflow devices` [default: the best one]
+    #[arg(long, value_name = "NAME|N")]
+    pub(crate) adapter: Option<String>,
+}
+
+impl RankFlags {
+    /// As the engine wants them.
+    pub(crate) fn options(&self) -> ClusterOptions {
+        let mut options = ClusterOptions::new(&self.model);
+        options.ranks = self.ep_size;
+        options.transport = self.transport.into();
+        options.strategy = self.strategy.into();
+        options.combine = self.combine.into();
+        options.placement = self.placement.clone();
+        options.adapter = self.adapter.clone();
+        options
+    }
+
+    /// Says which placement is in use where it decides anything.
+    pub(crate) fn note_placement(&self) {
+        if self.ep_size < 2 {
+            return;
+        }
+        output::note(&match &self.placement {
+            PlacementSource::RoundRobin => {
+                "placement: round_robin (the default; --placement FILE takes a table of `exflow place`)".into()
+            }
+            PlacementSource::Linear => "placement: linear".to_owned(),
+            PlacementSource::File(path) => format!("placement: {}", path.display()),
+            PlacementSource::Table(_) => "placement: given".to_owned(),
+        });
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Transport {
+    Local,
+    Quic,
+}
+
+impl From<Transport> for TransportKind {
+    fn from(flag: Transport) -> Self {
+        match flag {
+            Transport::Local => Self::Local,
+            Transport::Quic => Self::Quic,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum StrategyFlag {
+    Vanilla,
+    Coherent,
+}
+
+impl From<StrategyFlag> for Strategy {
+    fn from(flag: StrategyFlag) -> Self {
+        match flag {
+            StrategyFlag::Vanilla => Self::Vanilla,
+            StrategyFlag::Coherent => Self::Coherent,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CombineFlag {
+    Exact,
+    Sum,
+}
+
+impl From<CombineFlag> for Combine {
+    fn from(flag: CombineFlag) -> Self {
+        match flag {
+            CombineFlag::Exact => Self::Exact,
+            CombineFlag::Sum => Self::Sum,
+        }
+    }
+}
+
+/// A number of ranks, 1 or more.
+pub(crate) fn ranks(text: &str) -> Result<usize, String> {
+    match text.parse::<usize>() {
+        Ok(ranks @ 1..=65_535) => Ok(ranks),
+        _ => Err("the number of ranks must be a whole number from 1 to 65535".into()),
+    }
+}
+
+fn placement(text: &str) -> Result<PlacementSource, String> {
+    Ok(match text {
+        "round_robin" => PlacementSource::RoundRobin,
+        "linear" => PlacementSource::Linear,
+        path => PlacementSource::File(PathBuf::from(path)),
+    })
+}
+
+/// Ids as typed, `1,2,3`, spaces allowed.
+pub(crate) fn token_ids(text: &str) -> Result<Vec<u32>, Failure> {
+    text.split(',').map(|id| token_id(id.trim())).collect()
+}
+
+fn token_id(text: &str) -> Result<u32, Failure> {
+    text.parse().map_err(|_| {
+        Failure::Input(format!("--prompt-ids: {text:?} is not a token id; give whole numbers as in 1,2,3"))
+    })
+}
+
+/// A text file, whole; bytes that are not UTF-8 are replaced.
+pub(crate) fn read_text(path: &Path) -> Result<String, Failure> {
+    match std::fs::read(path) {
+        Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+        Err(error) => {
+            Err(Failure::Input(format!("text file {}: {error}; give a file that can be read", path.display())))
+        }
+    }
+}
+
+/// Whether a file can be written there, before minutes are spent on what it should hold.
+pub(crate) fn check_out(path: &Path) -> Result<(), Failure> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let reason = match folder {
+        Some(folder) if !folder.is_dir() => "its folder does not exist; create it",
+        _ if path.is_dir() => "it is a folder; give a file",
+        _ => return Ok(()),
+    };
+    Err(Failure::Input(format!("{}: cannot be written: {reason}", path.display())))
+}
+
+/// A duration as people write it: `10s`, `1.5m`, `500ms`, or seconds.
+pub(crate) fn duration(text: &str) -> Result<std::time::Duration, String> {
+    let text = text.trim();
+    let split = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
+    let factor = match &text[split..] {
+        "" | "s" => 1.0,
+        "ms" => 1e-3,
+        "m" | "min" => 60.0,
+        "h" => 3600.0,
+        unit => return Err(format!("unknown unit {unit:?}; use ms, s, m or h")),
+    };
+    let seconds = text[..split].trim().parse::<f64>().map_err(|_| "give a time as in 10s".to_owned())? * factor;
+    std::time::Duration::try_from_secs_f64(seconds).map_err(|_| "give a time from 0 up, as in 10s".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn ids_as_typed() {
+        assert_eq!(token_ids("1, 2,3").ok(), Some(vec![1, 2, 3]));
+        for wrong in ["", "1,,2", "1,x", "-1", "4294967296"] {
+            assert!(matches!(token_ids(wrong), Err(Failure::Input(_))), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn times_as_typed() {
+        assert_eq!(duration("10s"), Ok(Duration::from_secs(10)));
+        assert_eq!(duration("250ms"), Ok(Duration::from_millis(250)));
+        assert_eq!(duration("2"), Ok(Duration::from_secs(2)));
+        for wrong in ["", "s", "-1s", "10 fortnights", "nan", "1e400"] {
+            assert!(duration(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn worlds_as_typed() {
+        assert_eq!(ranks("4"), Ok(4));
+        for wrong in ["0", "-1", "65536", "four"] {
+            assert!(ranks(wrong).is_err(), "{wrong}");
+        }
+    }
+}

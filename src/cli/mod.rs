@@ -1,0 +1,98 @@
+//! The verbs of `exflow`: one file each, `Args` as typed and `run` as meant.
+
+mod bench;
+mod devices;
+mod failure;
+mod flags;
+mod generate;
+mod logits;
+mod output;
+mod place;
+mod profile;
+mod selftest;
+
+use clap::{Parser, Subcommand};
+use failure::Failure;
+use std::process::ExitCode;
+
+/// Runs Mixture-of-Experts language models with their experts spread over several GPUs.
+#[derive(Debug, Parser)]
+#[command(
+    name = "exflow",
+    version,
+    after_help = "Example:\n  exflow generate -m examples/models/gpt-moe-16e --ep-size 4 -p \"In the beginning\" -n 40\n\n\
+                  Exit codes: 0 done, 1 a failure at run time, 2 bad usage or bad input."
+)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Devices(devices::Args),
+    Generate(generate::Args),
+    Logits(logits::Args),
+    Profile(profile::Args),
+    Place(place::Args),
+    Bench(bench::Args),
+    Selftest(selftest::Args),
+}
+
+impl Verb {
+    /// Ranks that this process will host; decides how the driver is set up.
+    fn ranks(&self) -> usize {
+        match self {
+            Self::Generate(args) => args.ranks.ep_size,
+            Self::Logits(args) => args.ranks.ep_size,
+            Self::Profile(args) => args.ranks.ep_size,
+            Self::Bench(args) => args.ep_size,
+            Self::Devices(_) | Self::Place(_) | Self::Selftest(_) => 1,
+        }
+    }
+
+    fn run(&self) -> Result<(), Failure> {
+        match self {
+            Self::Devices(args) => devices::run(args),
+            Self::Generate(args) => generate::run(args),
+            Self::Logits(args) => logits::run(args),
+            Self::Profile(args) => profile::run(args),
+            Self::Place(args) => place::run(args),
+            Self::Bench(args) => bench::run(args),
+            Self::Selftest(args) => selftest::run(args),
+        }
+    }
+}
+
+/// Parses, runs, and turns whatever went wrong into a few lines and an exit code.
+pub(crate) fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return failure::usage(&error),
+    };
+    // Before any thread exists: it may set environment variables that drivers read.
+    exflow::engine::prepare_process(cli.verb.ranks());
+    match cli.verb.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_flags_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_verb_has_an_example_in_its_help() {
+        for verb in Cli::command().get_subcommands_mut() {
+            let help = verb.render_long_help().to_string();
+            assert!(help.contains("Example:"), "{}", verb.get_name());
+        }
+    }
+}

@@ -1,0 +1,18 @@
+//! The main job as library code: profile a model, solve a placement, run the settings side by side.
+//!
+//! [`Corpus::collect`] gathers text, [`profile`] routes it, [`place`] solves and scores on what was kept back,
+//! [`compare`] runs the settings interleaved and checks that they say the same, [`Study::save`] writes the files.
+
+mod compare;
+mod corpus;
+mod error;
+mod files;
+mod figures;
+mod placing;
+
+pub use compare::{Comparison, Measured, Setting, compare};
+pub use corpus::{Corpus, Document, OwnText, passages};
+pub use error::StudyError;
+pub use figures::{Study, markdown_table, text_table};
+pub use files::{load_affinity, read_documents, save_affinity};
+pub use placing::{Placed, Profiled, place, profile, solve_with_progress};
