@@ -7,9 +7,11 @@
 
 mod comm;
 mod error;
+pub mod identity;
 mod inbox;
 pub mod local;
 pub mod proto;
+pub mod quic;
 mod stats;
 
 pub use comm::{ByteClass, Communicator, RoundId};

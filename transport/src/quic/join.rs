@@ -1,0 +1,273 @@
+//! What both sides of joining share: guests, answers, and what failures mean.
+
+use super::endpoint::Bound;
+use super::options::{Congestion, JoinEvent, JoinOptions};
+use super::tls::{Verdict, verdict};
+use super::wire::{self, CLOSE_FAILED, CLOSE_LEFT, CLOSE_REFUSED, Duplex, StreamKind, WireError};
+use crate::proto::membership::{HELLO_CAP, Hello, Message, WorldName};
+use crate::{LossCause, Refusal, TransportError, Violation};
+use exflow_placement::Rank;
+use quinn::{Connection, ConnectionError, Endpoint};
+use rustls::pki_types::CertificateDer;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::timeout;
+
+/// Guests whose handshake or hello is under way at once.
+const GREETINGS: usize = 64;
+
+/// A connection that is fully set up.
+pub(crate) struct Link {
+    pub(crate) peer: Rank,
+    pub(crate) connection: Connection,
+    pub(crate) control: Duplex,
+    pub(crate) rows: Duplex,
+    pub(crate) bulk: Duplex,
+}
+
+/// A rank that has joined.
+pub(crate) struct Joined {
+    pub(crate) endpoint: Endpoint,
+    pub(crate) links: Vec<Link>,
+    pub(crate) world: WorldName,
+    pub(crate) max_frame_bytes: u32,
+    pub(crate) settings: Vec<u8>,
+    /// Messages exchanged while joining: peer, whether sent, payload bytes.
+    pub(crate) messages: Vec<(Rank, bool, usize)>,
+}
+
+/// Somebody with a trusted certificate who has said hello.
+pub(crate) struct Guest {
+    pub(crate) id: u64,
+    pub(crate) connection: Connection,
+    pub(crate) control: Duplex,
+    pub(crate) hello: Hello,
+    pub(crate) bytes: usize,
+}
+
+/// What the reception reports.
+pub(crate) enum Arrival {
+    Guest(Box<Guest>),
+    Gone(u64),
+    Failed(String),
+}
+
+/// Joins as rank 0 or as another rank.
+pub(crate) async fn join(bound: Bound, options: Arc<JoinOptions>) -> Result<Joined, TransportError> {
+    let endpoint = bound.endpoint.clone();
+    let result = if options.rank == Rank(0) {
+        super::lobby::lead(bound, &options).await
+    } else {
+        super::mesh::follow(bound, &options).await
+    };
+    let result = result.and_then(|joined| check_private(&joined, &options).map(|()| joined));
+    if let Err(error) = &result {
+        endpoint.close(CLOSE_FAILED.into(), error.to_string().as_bytes());
+        let _ = timeout(Duration::from_millis(200), endpoint.wait_idle()).await;
+    } else {
+        // The group is complete: nobody else is let in.
+        endpoint.set_server_config(None);
+    }
+    result
+}
+
+/// Starts taking connections; what comes of them is sent to the receiver.
+pub(crate) fn receive(endpoint: Endpoint, options: Arc<JoinOptions>) -> mpsc::Receiver<Arrival> {
+    let (arrivals, receiver) = mpsc::channel(options.world_size + GREETINGS);
+    tokio::spawn(async move {
+        let greetings = Arc::new(Semaphore::new(GREETINGS));
+        let mut id = 0;
+        while let Some(incoming) = endpoint.accept().await {
+            let Ok(permit) = Arc::clone(&greetings).try_acquire_owned() else {
+                incoming.refuse();
+                continue;
+            };
+            id += 1;
+            let (options, arrivals) = (Arc::clone(&options), arrivals.clone());
+            tokio::spawn(async move {
+                let from = incoming.remote_address();
+                let guest = timeout(options.quic.hello_timeout, greet(incoming, &options, id)).await;
+                let arrival = match guest {
+                    Ok(Ok(guest)) => Arrival::Guest(Box::new(guest)),
+                    Ok(Err(what)) => Arrival::Failed(format!("{from}: {what}")),
+                    Err(_) => Arrival::Failed(format!("{from}: connected but said no hello")),
+                };
+                drop(permit);
+                // Nobody listens any more once the group is complete.
+                let _ = arrivals.send(arrival).await;
+            });
+        }
+    });
+    receiver
+}
+
+async fn greet(incoming: quinn::Incoming, options: &JoinOptions, id: u64) -> Result<Guest, String> {
+    let connection = incoming.await.map_err(|error| format!("handshake failed: {error}"))?;
+    let said = hear(&connection).await;
+    let (mut control, hello, bytes) = match said {
+        Ok(said) => said,
+        Err(error) => {
+            let what = describe(&error);
+            wire::close(&connection, wire::CLOSE_PROTOCOL, &what);
+            return Err(what);
+        }
+    };
+    let trusted =
+        certificate(&connection).is_some_and(|cert| options.identity.trust().is_rank(&cert, hello.rank));
+    if !trusted {
+        let refusal = Refusal::CertificateRank { rank: hello.rank };
+        let what = format!("refused rank {}: {refusal}", hello.rank);
+        refuse(&connection, &mut control, options.rank, refusal).await;
+        return Err(what);
+    }
+    Ok(Guest { id, connection, control, hello, bytes })
+}
+
+async fn hear(connection: &Connection) -> Result<(Duplex, Hello, usize), WireError> {
+    let (kind, mut control) = wire::accept(connection).await?;
+    let (source, message, bytes) = wire::read_message(&mut control.1, HELLO_CAP).await?;
+    match message {
+        Message::Hello(hello) if kind == StreamKind::Control && hello.rank == source => {
+            Ok((control, hello, bytes))
+        }
+        _ => Err(Violation::Malformed { message: "hello" }.into()),
+    }
+}
+
+fn certificate(connection: &Connection) -> Option<CertificateDer<'static>> {
+    let chain = connection.peer_identity()?.downcast::<Vec<CertificateDer<'static>>>().ok()?;
+    chain.first().cloned()
+}
+
+/// Tells a guest why it is not let in, and ends its connection once it has heard it.
+pub(crate) async fn refuse(connection: &Connection, control: &mut Duplex, own: Rank, refusal: Refusal) {
+    let reason = refusal.to_string();
+    if wire::write_message(&mut control.0, own, &Message::Refuse(refusal)).await.is_ok() {
+        // Fails only where the stream is gone already.
+        let _ = control.0.finish();
+        let _ = timeout(Duration::from_secs(1), control.0.stopped()).await;
+    }
+    wire::close(connection, CLOSE_REFUSED, &reason);
+}
+
+/// Accepts the rows and bulk streams of a guest that has been let in.
+pub(crate) async fn accept_link(
+    peer: Rank,
+    connection: Connection,
+    control: Duplex,
+) -> Result<Link, WireError> {
+    let (mut rows, mut bulk) = (None, None);
+    while rows.is_none() || bulk.is_none() {
+        let (kind, stream) = wire::accept(&connection).await?;
+        let place = match kind {
+            StreamKind::Rows => &mut rows,
+            StreamKind::Bulk => &mut bulk,
+            StreamKind::Control => return Err(Violation::BadPreface.into()),
+        };
+        if place.replace(stream).is_some() {
+            return Err(Violation::BadPreface.into());
+        }
+    }
+    match (rows, bulk) {
+        (Some(rows), Some(bulk)) => Ok(Link { peer, connection, control, rows, bulk }),
+        _ => Err(Violation::BadPreface.into()),
+    }
+}
+
+/// Opens the rows and bulk streams towards a peer that has let us in.
+pub(crate) async fn open_link(
+    peer: Rank,
+    connection: Connection,
+    control: Duplex,
+) -> Result<Link, WireError> {
+    let rows = wire::open(&connection, StreamKind::Rows).await?;
+    let bulk = wire::open(&connection, StreamKind::Bulk).await?;
+    Ok(Link { peer, connection, control, rows, bulk })
+}
+
+/// What a failed exchange with a peer means for this rank.
+pub(crate) fn explain(options: &JoinOptions, peer: Rank, error: &WireError) -> TransportError {
+    let rank = options.rank;
+    match error {
+        WireError::Violation(violation) => {
+            TransportError::Protocol { rank, peer, round: None, violation: violation.clone() }
+        }
+        WireError::Connection(error) => match verdict(error) {
+            Verdict::Untrusted(cause) => TransportError::Untrusted { rank, peer, cause },
+            Verdict::Refused(refusal) => TransportError::Refused { rank, peer, refusal },
+            Verdict::Other => {
+                let cause = loss_cause(error, options.quic.idle_timeout);
+                TransportError::PeerLost { rank, peer, round: None, cause }
+            }
+        },
+    }
+}
+
+/// Why a connection that worked is gone.
+pub(crate) fn loss_cause(error: &ConnectionError, idle: Duration) -> LossCause {
+    match error {
+        ConnectionError::TimedOut => LossCause::Silent { after: idle },
+        ConnectionError::Reset => LossCause::Restarted,
+        ConnectionError::ApplicationClosed(close) => {
+            let reason: String = String::from_utf8_lossy(&close.reason)
+                .chars()
+                .filter(|c| !c.is_control())
+                .take(400)
+                .collect();
+            if close.error_code == CLOSE_LEFT.into() {
+                LossCause::Left
+            } else {
+                LossCause::ClosedByPeer { reason }
+            }
+        }
+        other => LossCause::Other { what: other.to_string() },
+    }
+}
+
+fn describe(error: &WireError) -> String {
+    match error {
+        WireError::Connection(error) => error.to_string(),
+        WireError::Violation(violation) => violation.to_string(),
+    }
+}
+
+/// Keeps the last few of what went wrong, for the error that may follow.
+#[derive(Default)]
+pub(crate) struct Notes(Vec<String>);
+
+impl Notes {
+    pub(crate) fn add(&mut self, options: &JoinOptions, what: String) {
+        options.tell(&JoinEvent::Failed { what: what.clone() });
+        if self.0.last() != Some(&what) && self.0.len() < 4 {
+            self.0.push(what);
+        }
+    }
+
+    pub(crate) fn timeout(self, options: &JoinOptions, missing: Vec<Rank>, began: Instant) -> TransportError {
+        let (rank, waited) = (options.rank, began.elapsed());
+        TransportError::JoinTimeout { rank, missing, waited, notes: self.0 }
+    }
+}
+
+/// A bounded window ignores what others on the path need, so it is only for paths that are the cluster's own.
+fn check_private(joined: &Joined, options: &JoinOptions) -> Result<(), TransportError> {
+    if options.quic.congestion == Congestion::Cubic {
+        return Ok(());
+    }
+    let public = joined.links.iter().map(|link| link.connection.remote_address()).find(|at| !is_private(at));
+    public.map_or(Ok(()), |address| {
+        Err(TransportError::Options {
+            what: format!("a bounded congestion window towards {address}, which is not a private address"),
+            remedy: "use Congestion::Cubic outside private networks".into(),
+        })
+    })
+}
+
+fn is_private(address: &SocketAddr) -> bool {
+    match address.ip().to_canonical() {
+        IpAddr::V4(ip) => ip.is_loopback() || ip.is_private() || ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_loopback() || ip.is_unique_local() || ip.is_unicast_link_local(),
+    }
+}

@@ -1,0 +1,111 @@
+//! Helpers of the tests: ranks on threads, with a watchdog.
+
+#![allow(unreachable_pub, dead_code, reason = "each test uses a part of it")]
+
+use exflow_placement::Rank;
+use exflow_transport::identity::{ClusterAuthority, DEFAULT_VALIDITY, Identity};
+use exflow_transport::quic::{JoinOptions, Listener, QuicCommunicator, QuicOptions};
+use exflow_transport::{ByteClass, Communicator, RoundId, TransportError};
+use std::net::SocketAddr;
+use std::sync::mpsc;
+use std::time::Duration;
+
+/// No test may take longer than this.
+const WATCHDOG: Duration = Duration::from_secs(40);
+
+/// Runs `test` on a thread of its own and fails where it hangs.
+pub fn bounded<T: Send + 'static>(test: impl FnOnce() -> T + Send + 'static) -> T {
+    let (sender, receiver) = mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        let result = test();
+        let _ = sender.send(());
+        result
+    });
+    match receiver.recv_timeout(WATCHDOG) {
+        Err(mpsc::RecvTimeoutError::Timeout) => panic!("the test hangs"),
+        Ok(()) | Err(mpsc::RecvTimeoutError::Disconnected) => thread.join().expect("the test failed"),
+    }
+}
+
+pub fn round(number: u64, class: ByteClass) -> RoundId {
+    RoundId { number, class, layer: (number % 7) as u16 }
+}
+
+/// What `from` sends `to` in a round: any length, also none.
+pub fn payload(from: usize, to: usize, number: u64, scale: usize) -> Vec<u8> {
+    let length = (from * 7 + to * 3 + number as usize * 5) % 11 * scale;
+    (0..length).map(|at| (at * 31 + from * 17 + to * 5 + number as usize) as u8).collect()
+}
+
+/// Runs rounds `first..last` and checks every byte.
+pub fn run_rounds(
+    comm: &mut impl Communicator,
+    first: u64,
+    last: u64,
+    scale: usize,
+) -> Result<(), TransportError> {
+    let (rank, world) = (comm.rank().index(), comm.world_size());
+    for number in first..last {
+        let class = if number % 2 == 0 { ByteClass::Dispatch } else { ByteClass::Combine };
+        let send = (0..world).map(|to| payload(rank, to, number, scale)).collect();
+        let got = comm.exchange(round(number, class), send)?;
+        for (from, bytes) in got.iter().enumerate() {
+            assert_eq!(bytes, &payload(from, rank, number, scale), "round {number}: {from} to {rank}");
+        }
+    }
+    Ok(())
+}
+
+/// Runs `body` for every communicator on a thread of its own; results by rank.
+pub fn on_threads<C: Send + 'static, T: Send + 'static>(
+    world: Vec<C>,
+    body: impl Fn(C) -> T + Send + Clone + 'static,
+) -> Vec<T> {
+    let threads: Vec<_> = world
+        .into_iter()
+        .map(|comm| {
+            let body = body.clone();
+            std::thread::spawn(move || body(comm))
+        })
+        .collect();
+    threads.into_iter().map(|thread| thread.join().expect("rank")).collect()
+}
+
+/// Loopback settings that notice faults quickly.
+pub fn quick() -> QuicOptions {
+    QuicOptions {
+        join_timeout: Duration::from_secs(15),
+        hello_timeout: Duration::from_secs(5),
+        idle_timeout: Duration::from_secs(2),
+        ..QuicOptions::loopback()
+    }
+}
+
+/// Options of `rank` on 127.0.0.1, any port.
+pub fn local_rank(rank: u16, world: usize, identity: Identity, quic: QuicOptions) -> JoinOptions {
+    JoinOptions {
+        listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+        quic,
+        ..JoinOptions::new(Rank(rank), world, identity)
+    }
+}
+
+/// Joins rank 0 and one other rank whose options `change` may alter; results of both.
+pub fn pair(
+    identities: [Identity; 2],
+    quic: QuicOptions,
+    change: impl FnOnce(&mut JoinOptions),
+) -> [Result<QuicCommunicator, TransportError>; 2] {
+    let [first, second] = identities;
+    let leader = Listener::bind(local_rank(0, 2, first, quic.clone())).expect("bind");
+    let mut options = local_rank(1, 2, second, quic);
+    options.leader = Some(leader.local_address().to_string());
+    change(&mut options);
+    let follower = std::thread::spawn(move || exflow_transport::quic::join(options));
+    let leader = leader.join();
+    [leader, follower.join().expect("rank 1")]
+}
+
+pub fn issued(authority: &ClusterAuthority, rank: u16) -> Identity {
+    authority.issue(Rank(rank), DEFAULT_VALIDITY).expect("identity")
+}
