@@ -120,13 +120,13 @@ impl ClusterAuthority {
     /// A new authority, kept in memory only.
     pub fn new() -> Result<Self, TransportError> {
         let key = generate_key()?;
-        let mut params = CertificateParams::default();
-        params.distinguished_name.push(DnType::CommonName, "exflow cluster authority");
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        set_validity(&mut params, 10 * DEFAULT_VALIDITY);
-        let certificate = params.self_signed(&key).map_err(|e| broken(&e))?.der().clone();
-        Ok(Self { certificate, issuer: Issuer::new(params, key) })
+        let certificate = authority_params().self_signed(&key).map_err(|e| broken(&e))?.der().clone();
+        Ok(Self::from_parts(certificate, key))
+    }
+
+    /// The authority whose certificate and key these are.
+    pub(crate) fn from_parts(certificate: CertificateDer<'static>, key: KeyPair) -> Self {
+        Self { certificate, issuer: Issuer::new(authority_params(), key) }
     }
 
     /// An identity for `rank`, valid for `validity` from now.
@@ -145,6 +145,15 @@ impl fmt::Debug for ClusterAuthority {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ClusterAuthority").finish_non_exhaustive()
     }
+}
+
+fn authority_params() -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.distinguished_name.push(DnType::CommonName, "exflow cluster authority");
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    set_validity(&mut params, 10 * DEFAULT_VALIDITY);
+    params
 }
 
 fn leaf(rank: Rank, validity: Duration) -> Result<CertificateParams, TransportError> {

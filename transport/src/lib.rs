@@ -5,10 +5,13 @@
 //! over any number of processes and hosts. The protocol itself is in [`proto`]: state machines without socket,
 //! thread or clock.
 
+pub mod bench;
 mod comm;
 mod error;
 pub mod identity;
+mod identity_files;
 mod inbox;
+pub mod launch;
 pub mod local;
 pub mod proto;
 pub mod quic;

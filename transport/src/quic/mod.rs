@@ -135,6 +135,3 @@ fn start_runtime(rank: Rank) -> Result<Arc<RuntimeThread>, TransportError> {
         cause: error.to_string(),
     })
 }
-
-#[cfg(test)]
-mod tests;

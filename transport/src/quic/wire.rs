@@ -28,14 +28,6 @@ pub(crate) enum StreamKind {
 }
 
 impl StreamKind {
-    pub(crate) const fn name(self) -> &'static str {
-        match self {
-            Self::Control => "control",
-            Self::Rows => "rows",
-            Self::Bulk => "bulk",
-        }
-    }
-
     /// Order in which quinn sends what is ready.
     pub(crate) const fn priority(self) -> i32 {
         match self {
