@@ -1,0 +1,397 @@
+//! Bad input through the command: exit code 2, a few lines that name what is wrong, where, and what to do.
+
+mod common;
+
+use common::tiny::{Folder, Stored, Tensor, Tiny, store};
+use serde_json::{Value, json};
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+const WEIGHTS: &str = "model.safetensors";
+
+fn exflow(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_exflow")).args(args).output().expect("the command starts")
+}
+
+fn generate(model: &Path, more: &[&str]) -> Output {
+    let model = model.to_str().expect("a UTF-8 path");
+    exflow(&[&["generate", "-m", model, "-n", "2", "--temp", "0"], more].concat())
+}
+
+fn tiny() -> Tiny {
+    Tiny { layers: 2, experts: 4, positions: 16, seed: 5, ..Tiny::default() }
+}
+
+/// Refused as bad input: code 2, nothing on stdout, at most four lines that hold each of `named`.
+fn refused(what: &str, output: &Output, named: &[&str]) {
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert_eq!(output.status.code(), Some(2), "{what}: exit code; stderr:\n{err}");
+    assert!(!err.contains("panicked"), "{what}:\n{err}");
+    assert!(out.is_empty(), "{what}: stdout is for results:\n{out}");
+    let lines = err.lines().filter(|line| !line.trim().is_empty()).count();
+    assert!((1..=4).contains(&lines), "{what}: {lines} lines on stderr:\n{err}");
+    for word in named {
+        assert!(err.contains(word), "{what}: stderr does not name {word:?}:\n{err}");
+    }
+    let remedies = [
+        "add ",
+        "build ",
+        "check ",
+        "choose ",
+        "convert ",
+        "copy ",
+        "create ",
+        "delete ",
+        "download ",
+        "expected ",
+        "export ",
+        "fetch ",
+        "fix ",
+        "give ",
+        "install ",
+        "keep ",
+        "lower ",
+        "make ",
+        "must ",
+        "needs ",
+        "pass ",
+        "profile ",
+        "put ",
+        "re-export ",
+        "remove ",
+        "rename ",
+        "repair ",
+        "replace ",
+        "run ",
+        "save ",
+        "set ",
+        "shorten ",
+        "solve ",
+        "split ",
+        "supported",
+        "try ",
+        "use ",
+        "write ",
+    ];
+    let lower = err.to_lowercase();
+    assert!(remedies.iter().any(|word| lower.contains(word)), "{what}: stderr says no remedy:\n{err}");
+}
+
+/// A sound folder, then one thing in it broken by `edit`.
+fn broken(edit: impl FnOnce(&Folder)) -> Folder {
+    let folder = tiny().write();
+    edit(&folder);
+    folder
+}
+
+fn with_tensors(edit: impl FnOnce(&mut Vec<Tensor>)) -> Folder {
+    broken(|folder| {
+        let mut tensors = tiny().tensors();
+        edit(&mut tensors);
+        store(&folder.file(WEIGHTS), Stored::F32, &tensors);
+    })
+}
+
+fn with_config(key: &str, value: Value) -> Folder {
+    broken(|folder| {
+        folder.edit_config(|config| {
+            config.insert(key.to_string(), value);
+        });
+    })
+}
+
+fn tensor<'a>(tensors: &'a mut [Tensor], name: &str) -> &'a mut Tensor {
+    tensors.iter_mut().find(|t| t.name == name).expect("a tensor of the model")
+}
+
+#[test]
+fn the_sound_folder_is_accepted() {
+    let folder = tiny().write();
+    let output = generate(folder.path(), &["--prompt-ids", "1,2,3", "--ep-size", "2", "--format", "json"]);
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{err}");
+    let result: Value = serde_json::from_slice(&output.stdout).expect("stdout is one JSON document");
+    assert_eq!(result["sequences"][0]["prompt_ids"], json!([1, 2, 3]));
+    assert_eq!(result["sequences"][0]["output_ids"].as_array().map(Vec::len), Some(2));
+    assert_eq!(result["sequences"][0]["finish_reason"], "length");
+    assert!(result["stats"].is_object());
+}
+
+#[test]
+fn files_that_are_missing() {
+    let nowhere = tiny().write().path().join("nowhere");
+    refused("no folder", &generate(&nowhere, &["--prompt-ids", "1"]), &[nowhere.to_str().expect("UTF-8")]);
+    for (name, prompt) in [
+        ("config.json", ["--prompt-ids", "1"]),
+        (WEIGHTS, ["--prompt-ids", "1"]),
+        ("tokenizer.json", ["-p", "text"]),
+    ] {
+        let folder = broken(|folder| fs::remove_file(folder.file(name)).expect("remove"));
+        let output = generate(folder.path(), &prompt);
+        refused(name, &output, &[folder.path().to_str().expect("UTF-8"), name]);
+    }
+    let folder = tiny().write();
+    let file = generate(&folder.file("config.json"), &["--prompt-ids", "1"]);
+    refused("a file for a folder", &file, &["config.json"]);
+    let folder = broken(|folder| fs::write(folder.file("tokenizer.json"), "{}").expect("write"));
+    refused("an empty tokenizer", &generate(folder.path(), &["-p", "text"]), &["tokenizer.json"]);
+}
+
+#[test]
+fn weights_that_are_cut_or_lie() {
+    let sound = fs::read(tiny().write().file(WEIGHTS)).expect("read");
+    let header = u64::from_le_bytes(sound[..8].try_into().expect("eight bytes")) as usize;
+    let with_length = |length: u64| [&length.to_le_bytes()[..], &sound[8..]].concat();
+    let with_header = |edit: &dyn Fn(&mut Value)| {
+        let mut value: Value = serde_json::from_slice(&sound[8..8 + header]).expect("a JSON header");
+        edit(&mut value);
+        let text = value.to_string();
+        [&(text.len() as u64).to_le_bytes()[..], text.as_bytes(), &sound[8 + header..]].concat()
+    };
+    let name = "h.1.moe.w1";
+    let cases: Vec<(&str, Vec<u8>)> = vec![
+        ("empty", Vec::new()),
+        ("four bytes", sound[..4].to_vec()),
+        ("cut in the header", sound[..header / 2].to_vec()),
+        ("cut in the data", sound[..sound.len() - 1].to_vec()),
+        ("cut to the header", sound[..8 + header].to_vec()),
+        ("a header of 2^62 bytes", with_length(1 << 62)),
+        ("a header of 2^64 - 1 bytes", with_length(u64::MAX)),
+        ("a header past the end", with_length(sound.len() as u64)),
+        ("a header that is no JSON", [&8u64.to_le_bytes()[..], b"garbage!"].concat()),
+        ("offsets past the end", with_header(&|h| h[name]["data_offsets"] = json!([0, 1u64 << 62]))),
+        ("offsets in reverse", with_header(&|h| h[name]["data_offsets"] = json!([64, 0]))),
+        (
+            "a shape that overflows",
+            with_header(&|h| h[name]["shape"] = json!([1u64 << 40, 1u64 << 40, 1u64 << 40])),
+        ),
+        ("a type that is none", with_header(&|h| h[name]["dtype"] = json!("F99"))),
+    ];
+    for (what, bytes) in cases {
+        let folder = broken(|folder| fs::write(folder.file(WEIGHTS), bytes).expect("write"));
+        refused(what, &generate(folder.path(), &["--prompt-ids", "1"]), &[WEIGHTS]);
+    }
+}
+
+#[test]
+fn tensors_that_are_wrong() {
+    let refuse = |what: &str, folder: &Folder, named: &[&str]| {
+        for ranks in ["1", "2"] {
+            let output = generate(folder.path(), &["--prompt-ids", "1", "--ep-size", ranks]);
+            refused(&format!("{what}, {ranks} ranks"), &output, named);
+        }
+    };
+    for name in ["wte.weight", "h.1.attn.c_attn.bias", "h.0.moe.w2", "ln_f.bias", "lm_head.weight"] {
+        let folder = with_tensors(|tensors| tensors.retain(|t| t.name != name));
+        refuse("a missing tensor", &folder, &[WEIGHTS, name]);
+    }
+    for (name, shape) in [
+        ("h.1.moe.w1", vec![4, 32, 48]), // [E, H, I]: as many values, the wrong way round
+        ("h.0.attn.c_attn.weight", vec![32, 96]),
+        ("wpe.weight", vec![32, 64]),
+        ("h.0.moe.b1", vec![4 * 48]),
+    ] {
+        let folder = with_tensors(|tensors| tensor(tensors, name).shape = shape);
+        refuse("a wrong shape", &folder, &[WEIGHTS, name]);
+    }
+    for (name, at, bad) in [
+        ("h.1.moe.w2", 3 * 48 * 32 + 5, f32::NAN), // in the last expert only
+        ("h.0.moe.gate.weight", 7, f32::INFINITY),
+        ("wte.weight", 256 * 32, f32::NAN), // in a row that no prompt here reads
+        ("ln_f.weight", 0, f32::NEG_INFINITY),
+    ] {
+        let folder = with_tensors(|tensors| tensor(tensors, name).values[at] = bad);
+        refuse("a value that is no number", &folder, &[WEIGHTS, name]);
+    }
+}
+
+#[test]
+fn configurations_that_cannot_be() {
+    for key in [
+        "model_type",
+        "vocab_size",
+        "n_positions",
+        "n_embd",
+        "n_layer",
+        "n_head",
+        "n_inner",
+        "num_experts",
+        "top_k",
+    ] {
+        let folder = broken(|folder| {
+            folder.edit_config(|config| {
+                config.remove(key);
+            });
+        });
+        refused(
+            &format!("no {key}"),
+            &generate(folder.path(), &["--prompt-ids", "1"]),
+            &["config.json", key],
+        );
+    }
+    for (key, value) in [
+        ("n_head", json!(-4)),
+        ("n_head", json!(0)),
+        ("n_head", json!(5)), // 32 is no multiple of it
+        ("n_head", json!("four")),
+        ("n_layer", json!(0)),
+        ("n_embd", json!(0)),
+        ("vocab_size", json!(0)),
+        ("n_positions", json!(0)),
+        ("n_inner", json!(1.5)),
+        ("num_experts", json!(0)),
+        ("num_experts", json!(-1)),
+        ("top_k", json!(0)),
+        ("top_k", json!(5)), // of four experts
+        ("layer_norm_epsilon", json!("small")),
+        ("layer_norm_epsilon", json!(-1.0)),
+        ("eos_token_id", json!("end")),
+        ("model_type", json!("gpt_moo")),
+    ] {
+        let folder = with_config(key, value.clone());
+        let output = generate(folder.path(), &["--prompt-ids", "1"]);
+        refused(&format!("{key} = {value}"), &output, &["config.json", key]);
+    }
+    // Sizes far beyond the weights: refused, whichever of the two files is blamed, before anything is allocated.
+    for key in ["n_layer", "n_embd", "n_inner", "vocab_size", "n_positions", "num_experts"] {
+        for value in [1u64 << 20, 1 << 40, 1 << 62, u64::MAX] {
+            let output = generate(with_config(key, json!(value)).path(), &["--prompt-ids", "1"]);
+            refused(&format!("{key} = {value}"), &output, &[]);
+            let err = String::from_utf8_lossy(&output.stderr);
+            assert!(err.contains("config.json") || err.contains(WEIGHTS), "{key} = {value}: {err}");
+        }
+    }
+    refused(
+        "an unknown model type names itself",
+        &generate(with_config("model_type", json!("gpt_moo")).path(), &["--prompt-ids", "1"]),
+        &["gpt_moo", "gpt_moe"],
+    );
+    for text in ["", "{", "[]", "null", "{\"model_type\": \"gpt_moe\"} {}"] {
+        let folder = broken(|folder| fs::write(folder.file("config.json"), text).expect("write"));
+        refused(
+            &format!("config {text:?}"),
+            &generate(folder.path(), &["--prompt-ids", "1"]),
+            &["config.json"],
+        );
+    }
+}
+
+#[test]
+fn prompts_that_do_not_fit() {
+    let folder = tiny().write();
+    let ids = |n: usize| vec!["7"; n].join(",");
+    let (long, first) = (ids(17), ids(3));
+    refused("an id past the vocabulary", &generate(folder.path(), &["--prompt-ids", "1,257"]), &["257"]);
+    refused("a large id", &generate(folder.path(), &["--prompt-ids", "4294967295"]), &["4294967295", "257"]);
+    refused("an id that is none", &generate(folder.path(), &["--prompt-ids", "1,x"]), &["x"]);
+    refused("a negative id", &generate(folder.path(), &["--prompt-ids=-1"]), &["-1"]);
+    refused("a long prompt", &generate(folder.path(), &["--prompt-ids", &long]), &["17", "16"]);
+    refused(
+        "a long second prompt",
+        &generate(folder.path(), &["--prompt-ids", &first, "--prompt-ids", &long, "--ep-size", "2"]),
+        &["17", "16"],
+    );
+    refused("a long text", &generate(folder.path(), &["-p", "seventeen letters"]), &["17", "16"]);
+    refused("no prompt", &generate(folder.path(), &[]), &["prompt"]);
+    let out = folder.file("x.npz");
+    let model = folder.path().to_str().expect("UTF-8");
+    let logits = |ids: &str| {
+        exflow(&["logits", "-m", model, "--prompt-ids", ids, "--out", out.to_str().expect("UTF-8")])
+    };
+    refused("logits of an id past the vocabulary", &logits("257"), &["257"]);
+    refused("logits of a long prompt", &logits(&long), &["17", "16"]);
+    assert!(!out.exists(), "a refused run leaves no file");
+}
+
+#[test]
+fn worlds_and_tables_that_do_not_fit() {
+    let folder = tiny().write();
+    let run = |more: &[&str]| generate(folder.path(), &[&["--prompt-ids", "1"], more].concat());
+    refused("more ranks than experts", &run(&["--ep-size", "5"]), &["5", "4"]);
+    refused("no ranks", &run(&["--ep-size", "0"]), &["ep-size"]);
+    refused("a strategy that is none", &run(&["--strategy", "chatty"]), &["chatty", "vanilla", "coherent"]);
+    refused("a transport that is none", &run(&["--transport", "pigeon"]), &["pigeon", "local", "quic"]);
+
+    let table = folder.file("table.json");
+    let with_table = |ranks: &str| run(&["--ep-size", ranks, "--placement", table.to_str().expect("UTF-8")]);
+    refused("no table", &with_table("2"), &["table.json"]);
+    for text in ["", "{", "[]", "{}", "null", "{\"version\": 99}"] {
+        fs::write(&table, text).expect("write");
+        refused(&format!("table {text:?}"), &with_table("2"), &["table.json"]);
+    }
+
+    let sound = sound_table(&folder, &table, 2);
+    let output = with_table("2");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    refused("a table of another world size", &with_table("3"), &["table.json", "2", "3"]);
+
+    let edited: [(&str, &dyn Fn(&mut Value)); 4] = [
+        ("a layer too few", &|t| drop(rows(t).pop())),
+        ("an expert too few", &|t| drop(rows(t)[1].as_array_mut().expect("a layer").pop())),
+        ("a rank past the world", &|t| rows(t)[0][2] = json!(2)),
+        ("a rank that is none", &|t| rows(t)[0][2] = json!(-1)),
+    ];
+    for (what, edit) in edited {
+        let mut value = sound.clone();
+        edit(&mut value);
+        fs::write(&table, value.to_string()).expect("write");
+        refused(what, &with_table("2"), &["table.json"]);
+    }
+
+    // Another model: of another shape, and of the same shape with other weights.
+    for other in [Tiny { layers: 3, ..tiny() }, Tiny { experts: 5, ..tiny() }, Tiny { seed: 6, ..tiny() }] {
+        sound_table(&other.write(), &table, 2);
+        refused("a table of another model", &with_table("2"), &["table.json", "model"]);
+    }
+}
+
+fn rows(table: &mut Value) -> &mut Vec<Value> {
+    table["assignment"].as_array_mut().expect("an assignment per layer")
+}
+
+/// Profiles a model and places it, through the command.
+fn sound_table(folder: &Folder, table: &Path, ranks: usize) -> Value {
+    let (text, affinity) = (folder.file("text.txt"), folder.file("affinity.npz"));
+    fs::write(&text, "Some words to route.\n".repeat(20)).expect("write");
+    let utf8 = |path: &Path| path.to_str().expect("UTF-8").to_string();
+    let (model, text, affinity, out) = (utf8(folder.path()), utf8(&text), utf8(&affinity), utf8(table));
+    let trace = utf8(&folder.file("trace.npy"));
+    for args in [
+        &["profile", "-m", &model, "--text", &text, "--trace", &trace, "--affinity", &affinity][..],
+        &[
+            "place",
+            "--affinity",
+            &affinity,
+            "--ranks",
+            &ranks.to_string(),
+            "--time-limit",
+            "1s",
+            "--out",
+            &out,
+        ],
+    ] {
+        let output = exflow(args);
+        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    serde_json::from_slice(&fs::read(table).expect("the table")).expect("JSON")
+}
+
+#[test]
+fn profiles_that_do_not_fit() {
+    let folder = tiny().write();
+    let path = |name: &str| folder.file(name).to_str().expect("UTF-8").to_string();
+    let model = folder.path().to_str().expect("UTF-8");
+    let (trace, affinity, missing, out) = (path("t.npy"), path("a.npz"), path("missing.txt"), path("p.json"));
+    let profile =
+        exflow(&["profile", "-m", model, "--text", &missing, "--trace", &trace, "--affinity", &affinity]);
+    refused("a missing text", &profile, &["missing.txt"]);
+    let place = |flag: &str, file: &str| exflow(&["place", flag, file, "--ranks", "2", "--out", &out]);
+    refused("a missing affinity", &place("--affinity", &affinity), &["a.npz"]);
+    refused("a missing trace", &place("--trace", &trace), &["t.npy"]);
+    fs::write(&affinity, "no archive").expect("write");
+    fs::write(&trace, b"\x93NUMPY\x01\x00\xff\xff{").expect("write");
+    refused("an affinity that is no archive", &place("--affinity", &affinity), &["a.npz"]);
+    refused("a trace that is cut", &place("--trace", &trace), &["t.npy"]);
+    assert!(!Path::new(&out).exists(), "a refused run leaves no file");
+}
