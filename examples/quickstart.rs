@@ -15,7 +15,8 @@ use std::time::Duration;
 const RANKS: usize = 4;
 const REPEATS: usize = 3;
 const TOKENS: usize = 48;
-const PROMPTS: [&str; 4] = ["In the beginning", "And the king said unto", "The function returns", "There was a man"];
+const PROMPTS: [&str; 4] =
+    ["In the beginning", "And the king said unto", "The function returns", "There was a man"];
 
 fn main() -> ExitCode {
     engine::prepare_process(RANKS); // before any thread exists
@@ -54,7 +55,7 @@ fn run(root: &Path, model: &Path) -> Result<PathBuf, StudyError> {
         temperature: 0.9,
         seed: 1,
     };
-    let corpus = Corpus::collect(&mut cluster, &study::read_documents(root)?, &own, 256)?;
+    let corpus = Corpus::collect(&mut cluster, &study::read_documents(root)?, &own, 256, &bars)?;
     let profiled = study::profile(&mut cluster, &corpus, &bars)?;
     let solve = SolveOptions { time_limit: Duration::from_secs(5), ..SolveOptions::default() };
     let mut placed = study::place(&profiled, facts.experts, RANKS, &solve, &bars)?;
@@ -83,7 +84,12 @@ fn run(root: &Path, model: &Path) -> Result<PathBuf, StudyError> {
     println!("All settings produced the same tokens in all {REPEATS} runs. Medians; bytes of one run.");
     println!("Stay rate on {} tokens that were not profiled:", study.report.profile.held_out_tokens);
     for stay in &study.report.stay {
-        println!("  {:<16} {:>7}   busiest rank ÷ mean {:.2}", stay.label, rate_text(stay.stay_rate), stay.imbalance);
+        println!(
+            "  {:<16} {:>7}   busiest rank ÷ mean {:.2}",
+            stay.label,
+            rate_text(stay.stay_rate),
+            stay.imbalance
+        );
     }
     study.save(&root.join("runs/quickstart"))
 }

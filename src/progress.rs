@@ -99,9 +99,13 @@ impl Progress for Bars {
 
 /// `12.3 MB` at the end, `1200 of 4000 tokens, 830 tokens/s` before it.
 fn describe(done: u64, total: u64, unit: &str, seconds: f64) -> String {
-    let amount = |n: u64| if unit == "B" { crate::report::byte_text(n as f64) } else { format!("{n} {unit}") };
-    if done >= total {
-        return format!("{} in {seconds:.1} s", amount(total));
+    let amount =
+        |n: u64| if unit == "B" { crate::report::byte_text(n as f64) } else { format!("{n} {unit}") };
+    match (unit, done >= total) {
+        ("s", true) => return format!("done in {seconds:.1} s"),
+        ("s", false) => return format!("{done} of at most {total} s"),
+        (_, true) => return format!("{} in {seconds:.1} s", amount(total)),
+        (_, false) => {}
     }
     let rate = if seconds > 0.0 { done as f64 / seconds } else { 0.0 };
     format!("{} of {}, {}/s", amount(done), amount(total), amount(rate as u64))
@@ -119,6 +123,7 @@ mod tests {
     #[test]
     fn rates_carry_their_unit() {
         assert_eq!(describe(500, 2000, "tokens", 2.0), "500 tokens of 2000 tokens, 250 tokens/s");
+        assert_eq!(describe(3, 10, "s", 3.2), "3 of at most 10 s");
         assert_eq!(describe(2_000_000, 2_000_000, "B", 1.0), "2.00 MB in 1.0 s");
     }
 

@@ -8,24 +8,30 @@ use exflow::engine::{Cluster, ClusterOptions, Request, Strategy};
 use exflow::placement::SolveOptions;
 use exflow::progress::Bars;
 use exflow::report::{ModelFacts, ReportData, rate_text};
-use exflow::study::{
-    self, Corpus, Document, OwnText, Setting, Study, markdown_table, text_table,
-};
+use exflow::study::{self, Corpus, Document, OwnText, Setting, Study, markdown_table, text_table};
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
 /// Prompts where none are given; beginnings that any language model of English can go on from.
 const PROMPTS: [&str; 8] = [
-    "In the beginning", "The king said unto", "The function returns", "It is a truth that", "And when he had",
-    "A value of this type", "There was a man", "If the file is",
+    "In the beginning",
+    "The king said unto",
+    "The function returns",
+    "It is a truth that",
+    "And when he had",
+    "A value of this type",
+    "There was a man",
+    "If the file is",
 ];
 
 /// Runs vanilla and coherent with round-robin, and coherent with a solved placement, interleaved
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Profiles on --text and on text that the model writes itself, solves the placement, then prints\n\
+#[command(
+    after_help = "Profiles on --text and on text that the model writes itself, solves the placement, then prints\n\
                         medians; every run must produce the same tokens. docs/METHODOLOGY.md defines the figures.\n\n\
-                        Example:\n  exflow bench -m examples/models/gpt-moe-16e --ep-size 4 -r 5 --format md")]
+                        Example:\n  exflow bench -m examples/models/gpt-moe-16e --ep-size 4 -r 5 --format md"
+)]
 pub(crate) struct Args {
     /// Model folder: config.json, *.safetensors, tokenizer.json
     #[arg(short, long, value_name = "DIR")]
@@ -101,7 +107,8 @@ fn measure(args: &Args, documents: &[Document]) -> Result<Study, Failure> {
     options.strategy = Strategy::Vanilla;
     options.adapter = args.adapter.clone();
     let mut cluster = Cluster::start(options.clone(), &bars)?;
-    let prompts = if args.prompts.is_empty() { PROMPTS.map(String::from).to_vec() } else { args.prompts.clone() };
+    let prompts =
+        if args.prompts.is_empty() { PROMPTS.map(String::from).to_vec() } else { args.prompts.clone() };
     let requests = requests(&cluster, &prompts, args.max_tokens)?;
     let own = OwnText {
         beginnings: prompts.clone(),
@@ -110,17 +117,18 @@ fn measure(args: &Args, documents: &[Document]) -> Result<Study, Failure> {
         temperature: 0.9,
         seed: args.seed,
     };
-    let corpus = Corpus::collect(&mut cluster, documents, &own, 256)?;
+    let corpus = Corpus::collect(&mut cluster, documents, &own, 256, &bars)?;
     let profiled = study::profile(&mut cluster, &corpus, &bars)?;
     let solve = SolveOptions { seed: args.seed, time_limit: args.time_limit, ..SolveOptions::default() };
     let mut placed = study::place(&profiled, cluster.spec().experts, args.ep_size, &solve, &bars)?;
-    placed.table.model_digest = Some(cluster.spec().model_digest.clone());
+    placed.table.model_digest = Some(cluster.spec().digest.clone());
     let facts = ModelFacts::of(cluster.spec(), &args.model);
     drop(cluster);
     let settings = Setting::three(&placed.table);
     let compared =
         study::compare(&options, settings, &requests, args.repeats as usize, &bars, &mut |_, _| {})?;
-    let texts = prompts.into_iter().zip(compared.said.sequences.iter().map(|done| done.text.clone())).collect();
+    let texts =
+        prompts.into_iter().zip(compared.said.sequences.iter().map(|done| done.text.clone())).collect();
     Ok(Study::new("exflow bench", facts, &corpus, profiled, placed, &compared, texts))
 }
 
@@ -147,7 +155,8 @@ fn remarks(data: &ReportData) -> String {
         data.sequences, data.repeats, data.profile.held_out_tokens
     );
     for stay in &data.stay {
-        let _ = write!(text, " {} {} (balance {:.2});", stay.label, rate_text(stay.stay_rate), stay.imbalance);
+        let _ =
+            write!(text, " {} {} (balance {:.2});", stay.label, rate_text(stay.stay_rate), stay.imbalance);
     }
     text.pop();
     text.push('\n');

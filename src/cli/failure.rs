@@ -1,5 +1,6 @@
 //! What ends a command early, and how it is told: at most four lines on stderr and an exit code.
 
+use clap::error::ErrorKind;
 use exflow::engine::EngineError;
 use exflow::placement::{AffinityError, SolveError, TableError, TopologyError, TraceError};
 use std::io::{self, Write};
@@ -43,7 +44,13 @@ pub(crate) fn usage(error: &clap::Error) -> ExitCode {
             Err(error) => Failure::from(error).report(),
         };
     }
-    let text = error.render().to_string();
+    let text = match error.kind() {
+        // clap would print the whole help here.
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            "error: no verb; try 'exflow --help'".to_owned()
+        }
+        _ => error.render().to_string(),
+    };
     let mut stderr = io::stderr().lock();
     for line in short(&text) {
         let _ = writeln!(stderr, "{line}");

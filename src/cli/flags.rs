@@ -52,7 +52,8 @@ impl RankFlags {
         }
         output::note(&match &self.placement {
             PlacementSource::RoundRobin => {
-                "placement: round_robin (the default; --placement FILE takes a table of `exflow place`)".into()
+                "placement: round_robin (the default; --placement FILE takes a table of `exflow place`)"
+                    .into()
             }
             PlacementSource::Linear => "placement: linear".to_owned(),
             PlacementSource::File(path) => format!("placement: {}", path.display()),
@@ -137,9 +138,10 @@ fn token_id(text: &str) -> Result<u32, Failure> {
 pub(crate) fn read_text(path: &Path) -> Result<String, Failure> {
     match std::fs::read(path) {
         Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
-        Err(error) => {
-            Err(Failure::Input(format!("text file {}: {error}; give a file that can be read", path.display())))
-        }
+        Err(error) => Err(Failure::Input(format!(
+            "text file {}: {error}; give a file that can be read",
+            path.display()
+        ))),
     }
 }
 
@@ -165,7 +167,8 @@ pub(crate) fn duration(text: &str) -> Result<std::time::Duration, String> {
         "h" => 3600.0,
         unit => return Err(format!("unknown unit {unit:?}; use ms, s, m or h")),
     };
-    let seconds = text[..split].trim().parse::<f64>().map_err(|_| "give a time as in 10s".to_owned())? * factor;
+    let seconds =
+        text[..split].trim().parse::<f64>().map_err(|_| "give a time as in 10s".to_owned())? * factor;
     std::time::Duration::try_from_secs_f64(seconds).map_err(|_| "give a time from 0 up, as in 10s".to_owned())
 }
 

@@ -11,7 +11,9 @@ use std::io;
 
 /// Continues one or several prompts
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  exflow generate -m examples/models/gpt-moe-16e --ep-size 4 --transport quic \\\n    -p \"In the beginning\" \"The king said\" -n 60 --temp 0")]
+#[command(
+    after_help = "Example:\n  exflow generate -m examples/models/gpt-moe-16e --ep-size 4 --transport quic \\\n    -p \"In the beginning\" \"The king said\" -n 60 --temp 0"
+)]
 pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) ranks: RankFlags,
@@ -48,10 +50,12 @@ struct Prompts {
 
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     // Ids as typed are checked before a model is loaded.
-    let given = args.prompts.prompt_ids.iter().map(|ids| flags::token_ids(ids)).collect::<Result<Vec<_>, _>>()?;
+    let given =
+        args.prompts.prompt_ids.iter().map(|ids| flags::token_ids(ids)).collect::<Result<Vec<_>, _>>()?;
     let mut cluster = Cluster::start(args.ranks.options(), &Bars::terminal_only())?;
     let prompts = if given.is_empty() { encode(&cluster, &args.prompts.prompt)? } else { given };
-    let requests: Vec<Request> = prompts.into_iter().enumerate().map(|(i, ids)| request(args, i, ids)).collect();
+    let requests: Vec<Request> =
+        prompts.into_iter().enumerate().map(|(i, ids)| request(args, i, ids)).collect();
     let run = match args.format {
         Format::Text => streamed(&mut cluster, &requests, args)?,
         Format::Json => cluster.generate(&requests, &mut |_| {})?,

@@ -10,9 +10,11 @@ use std::path::PathBuf;
 
 /// Writes the logits and the routes of given ids
 #[derive(Debug, clap::Args)]
-#[command(after_help = "The archive: logits f32 [T,V]; for each MoE layer l, by the model's own number, experts.l i32 [T,K]\n\
+#[command(
+    after_help = "The archive: logits f32 [T,V]; for each MoE layer l, by the model's own number, experts.l i32 [T,K]\n\
                         (largest weight first) and router_weights.l f32 [T,K].\n\n\
-                        Example:\n  exflow logits -m examples/models/gpt-moe-16e --prompt-ids 1,2,3 --out logits.npz --feed decode --ep-size 2")]
+                        Example:\n  exflow logits -m examples/models/gpt-moe-16e --prompt-ids 1,2,3 --out logits.npz --feed decode --ep-size 2"
+)]
 pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) ranks: RankFlags,

@@ -13,7 +13,9 @@ use std::time::Duration;
 
 /// Solves where experts live, so that most tokens find their next expert where they are
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  exflow place --affinity affinity.npz --ranks 4 --time-limit 10s --out placement.json")]
+#[command(
+    after_help = "Example:\n  exflow place --affinity affinity.npz --ranks 4 --time-limit 10s --out placement.json"
+)]
 pub(crate) struct Args {
     #[command(flatten)]
     counts: Counts,
@@ -71,7 +73,9 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     table.save(&args.out)?;
     match args.format {
         Format::Json => output::json(&summary(&table, &affinity, &topology)),
-        Format::Text => output::text(&describe(&table, &affinity, &topology, &args.out.display().to_string())),
+        Format::Text => {
+            output::text(&describe(&table, &affinity, &topology, &args.out.display().to_string()))
+        }
     }
 }
 
@@ -83,7 +87,8 @@ fn default_threads() -> usize {
 fn counts(args: &Args) -> Result<(Affinity, Option<String>, String), Failure> {
     let advice = |error: String| Failure::Input(format!("{error}; make one with `exflow profile`"));
     if let Some(path) = &args.counts.affinity {
-        let (affinity, digest) = load_affinity(path).map_err(|error| advice(named(path, &error.to_string())))?;
+        let (affinity, digest) =
+            load_affinity(path).map_err(|error| advice(named(path, &error.to_string())))?;
         return Ok((affinity, digest, path.display().to_string()));
     }
     let path = args.counts.trace.clone().unwrap_or_default();
@@ -136,7 +141,11 @@ fn summary(table: &PlacementTable, affinity: &Affinity, topology: &Topology) -> 
 fn describe(table: &PlacementTable, affinity: &Affinity, topology: &Topology, out: &str) -> String {
     let (l, e, r) = (table.layers, table.experts, table.ranks);
     let mut text = format!("{l} MoE layers × {e} experts on {r} ranks, on the profiled tokens:\n");
-    let _ = writeln!(text, "{:<13} {:>10} {:>19} {:>26}", "", "stay rate", "crossings a token", "busiest rank ÷ mean, worst");
+    let _ = writeln!(
+        text,
+        "{:<13} {:>10} {:>19} {:>26}",
+        "", "stay rate", "crossings a token", "busiest rank ÷ mean, worst"
+    );
     let rows = [
         ("this table", table.clone()),
         ("round_robin", PlacementTable::round_robin(l, e, r)),

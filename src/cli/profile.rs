@@ -51,9 +51,10 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     }
     if let Some(path) = &args.affinity {
         let affinity = Affinity::from_trace(&trace, cluster.spec().experts)?;
-        save_affinity(path, &affinity, &cluster.spec().model_digest)?;
+        save_affinity(path, &affinity, &cluster.spec().digest)?;
     }
-    let written: Vec<String> = args.trace.iter().chain(&args.affinity).map(|p| p.display().to_string()).collect();
+    let written: Vec<String> =
+        args.trace.iter().chain(&args.affinity).map(|p| p.display().to_string()).collect();
     output::note(&format!(
         "{} tokens in {} passages, {} MoE layers: {}",
         trace.tokens(),

@@ -85,7 +85,13 @@ fn heat_map(layer: usize, shares: &[Vec<f64>], order: &Order, top: f64, class: &
     }
     outline_blocks(&mut svg, order, cell);
     ticks(&mut svg, order, experts, cell);
-    svg.text(LEFT + SIDE / 2.0, TOP + SIDE + 29.0, "m", "middle", &format!("expert at MoE layer {}", layer + 1));
+    svg.text(
+        LEFT + SIDE / 2.0,
+        TOP + SIDE + 29.0,
+        "m",
+        "middle",
+        &format!("expert at MoE layer {}", layer + 1),
+    );
     svg.text_upward(9.0, TOP + SIDE / 2.0, "m", &format!("expert at MoE layer {layer}"));
     let attributes = format!(
         "class=\"heat {class}\" data-pair=\"{layer}\" data-rows=\"{}\" data-columns=\"{}\" data-frame=\"{LEFT} {TOP} {SIDE}\"",

@@ -21,7 +21,8 @@ pub(super) fn stay_rates(data: &ReportData) -> String {
         let y = ROW * index as f64;
         let strong = index + 1 == data.stay.len();
         svg.text(0.0, y + 14.0, "t", "start", &stay.label);
-        let note = format!("{:.1} % · {:.2} crossings a token", 100.0 * stay.stay_rate, stay.crossings_per_token);
+        let note =
+            format!("{:.1} % · {:.2} crossings a token", 100.0 * stay.stay_rate, stay.crossings_per_token);
         svg.text(WIDTH - RIGHT, y + 14.0, "t", "end", &note);
         svg.rect(0.0, y + 20.0, WIDTH - RIGHT, 16.0, "var(--well)");
         let fill = if strong { "var(--accent)" } else { "var(--quiet)" };
@@ -62,7 +63,9 @@ fn class_legend(data: &ReportData) -> String {
         .iter()
         .enumerate()
         .filter(|(_, (name, _))| !name.is_empty())
-        .map(|(class, (name, _))| format!("<span><i style=\"background:{}\"></i>{name}</span>", class_colour(class)))
+        .map(|(class, (name, _))| {
+            format!("<span><i style=\"background:{}\"></i>{name}</span>", class_colour(class))
+        })
         .collect();
     format!("<div class=\"keys\">{}</div>", keys.concat())
 }

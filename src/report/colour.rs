@@ -45,7 +45,7 @@ fn sequential(share: f64, dark: bool) -> [f64; 3] {
 /// Hues apart by eye, lightness alternating, so that neighbours differ without colour too.
 fn rank_colour(rank: usize, dark: bool) -> [f64; 3] {
     const HUES: [f64; RANK_COLOURS] = [255.0, 70.0, 165.0, 350.0, 215.0, 110.0, 300.0, 30.0];
-    let raised = if rank % 2 == 0 { 0.0 } else { 0.12 };
+    let raised = if rank.is_multiple_of(2) { 0.0 } else { 0.12 };
     let base = if dark { 0.58 } else { 0.62 };
     oklch(base + raised, 0.115, HUES[rank % RANK_COLOURS])
 }

@@ -130,7 +130,8 @@ fn bytes(data: &ReportData) -> String {
 }
 
 fn traffic_section(data: &ReportData) -> String {
-    let lead = "Bytes sent from one rank (row) to another (column), headers included, all on one colour scale.";
+    let lead =
+        "Bytes sent from one rank (row) to another (column), headers included, all on one colour scale.";
     section("Who talks to whom", lead, &traffic::figures(data))
 }
 
@@ -196,7 +197,14 @@ fn facts(data: &ReportData) -> String {
             ),
         ),
         ("same tokens", if data.same_tokens { "yes".into() } else { "NO".to_owned() }),
-        ("stay rates", data.stay.iter().map(|s| format!("{} {}", s.label, rate_text(s.stay_rate))).collect::<Vec<_>>().join(", ")),
+        (
+            "stay rates",
+            data.stay
+                .iter()
+                .map(|s| format!("{} {}", s.label, rate_text(s.stay_rate)))
+                .collect::<Vec<_>>()
+                .join(", "),
+        ),
     ];
     let list: String =
         rows.iter().map(|(name, value)| format!("<dt>{name}</dt><dd>{}</dd>", escape(value))).collect();
@@ -215,7 +223,11 @@ mod tests {
     fn small() -> ReportData {
         ReportData {
             title: "a <b> & c".into(),
-            placement: PlacementFacts { ranks: 2, assignment: vec![vec![0, 1], vec![1, 0]], ..Default::default() },
+            placement: PlacementFacts {
+                ranks: 2,
+                assignment: vec![vec![0, 1], vec![1, 0]],
+                ..Default::default()
+            },
             transitions: vec![vec![vec![9.0, 1.0], vec![2.0, 8.0]]],
             load: vec![vec![10.0, 10.0]; 2],
             stay: vec![StayFacts { label: "round-robin".into(), stay_rate: 0.5, ..Default::default() }],

@@ -77,7 +77,13 @@ mod tests {
 
     #[test]
     fn bytes_have_three_digits_at_most() {
-        let cases = [(0.0, "0 B"), (999.0, "999 B"), (1234.0, "1.23 kB"), (99_960.0, "100 kB"), (999_600.0, "1.00 MB")];
+        let cases = [
+            (0.0, "0 B"),
+            (999.0, "999 B"),
+            (1234.0, "1.23 kB"),
+            (99_960.0, "100 kB"),
+            (999_600.0, "1.00 MB"),
+        ];
         for (bytes, text) in cases {
             assert_eq!(byte_text(bytes), text);
         }

@@ -2,8 +2,8 @@
 
 use super::StudyError;
 use exflow_engine::{
-    Cluster, ClusterOptions, Generation, PlacementSource, PlacementTable, Progress, Request, RunStats, Strategy,
-    TokenEvent,
+    Cluster, ClusterOptions, Generation, PlacementSource, PlacementTable, Progress, Request, RunStats,
+    Strategy, TokenEvent,
 };
 
 /// Tokens of the run that warms each cluster up; it is not measured.
@@ -23,11 +23,8 @@ pub struct Setting {
 impl Setting {
     /// The baseline, coherence alone, and coherence with the solved table, in this order.
     pub fn three(table: &PlacementTable) -> Vec<Self> {
-        let round_robin = |strategy| Self {
-            strategy,
-            name: "round_robin".into(),
-            placement: PlacementSource::RoundRobin,
-        };
+        let round_robin =
+            |strategy| Self { strategy, name: "round_robin".into(), placement: PlacementSource::RoundRobin };
         vec![
             round_robin(Strategy::Vanilla),
             round_robin(Strategy::Coherent),

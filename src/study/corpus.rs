@@ -1,7 +1,7 @@
 //! Text to profile on: documents and what the model itself writes, in passages, some kept back.
 
 use super::StudyError;
-use exflow_engine::{Cluster, ModelSpec, Request};
+use exflow_engine::{Cluster, ModelSpec, Progress, Request};
 
 /// Every so many passages one is kept back: never profiled, only scored.
 const HOLD_OUT_EVERY: usize = 4;
@@ -9,6 +9,9 @@ const HOLD_OUT_EVERY: usize = 4;
 const SHORTEST: usize = 8;
 /// Fewer passages than this cannot be split into profile and held-out text.
 const LEAST_PASSAGES: usize = HOLD_OUT_EVERY;
+
+/// What the writing of own text is called while it runs.
+const STAGE: &str = "write text to profile";
 
 /// A text with a name for the report.
 #[derive(Debug, Clone)]
@@ -52,9 +55,10 @@ impl Corpus {
         documents: &[Document],
         own: &OwnText,
         passage: usize,
+        progress: &dyn Progress,
     ) -> Result<Self, StudyError> {
         let mut corpus = Self::default();
-        let written = write_own(cluster, own)?;
+        let written = write_own(cluster, own, progress)?;
         if !written.is_empty() {
             corpus.sources.push("text that the model wrote".into());
             corpus.add(written.iter().flat_map(|ids| passages(ids, passage, cluster.spec())));
@@ -74,8 +78,11 @@ impl Corpus {
     fn add(&mut self, passages: impl Iterator<Item = Vec<u32>>) {
         for passage in passages {
             let number = self.profile.len() + self.held_out.len();
-            let side =
-                if number % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1 { &mut self.held_out } else { &mut self.profile };
+            let side = if number % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1 {
+                &mut self.held_out
+            } else {
+                &mut self.profile
+            };
             side.push(passage);
         }
     }
@@ -85,16 +92,22 @@ impl Corpus {
 pub fn passages(ids: &[u32], longest: usize, spec: &ModelSpec) -> Vec<Vec<u32>> {
     let longest = longest.min(spec.max_positions).max(1);
     let shortest = SHORTEST.min(longest);
-    ids.chunks(longest).filter(|chunk| chunk.len() >= shortest || ids.len() < shortest).map(<[u32]>::to_vec).collect()
+    ids.chunks(longest)
+        .filter(|chunk| chunk.len() >= shortest || ids.len() < shortest)
+        .map(<[u32]>::to_vec)
+        .collect()
 }
 
-fn write_own(cluster: &mut Cluster, own: &OwnText) -> Result<Vec<Vec<u32>>, StudyError> {
+fn write_own(
+    cluster: &mut Cluster,
+    own: &OwnText,
+    progress: &dyn Progress,
+) -> Result<Vec<Vec<u32>>, StudyError> {
     if own.sequences == 0 || own.beginnings.is_empty() {
         return Ok(Vec::new());
     }
     let codec = cluster.text()?;
-    let beginnings =
-        own.beginnings.iter().map(|text| codec.encode(text)).collect::<Result<Vec<_>, _>>()?;
+    let beginnings = own.beginnings.iter().map(|text| codec.encode(text)).collect::<Result<Vec<_>, _>>()?;
     let requests: Vec<Request> = (0..own.sequences)
         .map(|i| Request {
             prompt_ids: beginnings[i % beginnings.len()].clone(),
@@ -104,6 +117,11 @@ fn write_own(cluster: &mut Cluster, own: &OwnText) -> Result<Vec<Vec<u32>>, Stud
             seed: own.seed.wrapping_add(i as u64),
         })
         .collect();
-    let run = cluster.generate(&requests, &mut |_| {})?;
+    let (mut done, total) = (0, (own.sequences * own.tokens) as u64);
+    let run = cluster.generate(&requests, &mut |_| {
+        done += 1;
+        progress.update(STAGE, done.min(total.saturating_sub(1)), total, "tokens");
+    })?;
+    progress.update(STAGE, total, total, "tokens"); // sequences that ended early count as done
     Ok(run.sequences.into_iter().map(|done| [done.prompt_ids, done.output_ids].concat()).collect())
 }

@@ -40,7 +40,9 @@ pub enum StudyError {
         least: usize,
     },
     /// Settings that must agree do not: a defect of this program or of a driver.
-    #[error("{setting}, run {run}: sequence {sequence} differs from the first setting's at output token {token}; run `exflow selftest`")]
+    #[error(
+        "{setting}, run {run}: sequence {sequence} differs from the first setting's at output token {token}; run `exflow selftest`"
+    )]
     Differ {
         /// The setting that differs.
         setting: String,

@@ -2,11 +2,12 @@
 
 use super::{Comparison, Corpus, Measured, Placed, Profiled, StudyError};
 use crate::report::{
-    self, ByteClasses, ModelFacts, PlacementFacts, ProfileFacts, ReportData, SettingFacts, byte_text, rate_text,
+    self, ByteClasses, ModelFacts, PlacementFacts, ProfileFacts, ReportData, SettingFacts, byte_text,
+    rate_text,
 };
 use exflow_engine::{BytesByClass, ModelSpec, RunStats};
-use exflow_placement::score_affinity;
 use exflow_placement::Topology;
+use exflow_placement::score_affinity;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -78,7 +79,7 @@ impl ModelFacts {
         let name = folder.canonicalize().unwrap_or_else(|_| folder.into());
         Self {
             name: name.file_name().unwrap_or(name.as_os_str()).to_string_lossy().into_owned(),
-            digest: spec.model_digest.clone(),
+            digest: spec.digest.clone(),
             layers: spec.layers,
             moe_layers: spec.moe_layers(),
             experts: spec.experts,
@@ -117,7 +118,16 @@ pub fn markdown_table(data: &ReportData) -> String {
 
 fn cells(data: &ReportData) -> Vec<Vec<String>> {
     let head = [
-        "setting", "tokens/s", "TTFT ms", "exchanges/layer", "stay rate", "dispatch", "combine", "kv", "ids", "control",
+        "setting",
+        "tokens/s",
+        "TTFT ms",
+        "exchanges/layer",
+        "stay rate",
+        "dispatch",
+        "combine",
+        "kv",
+        "ids",
+        "control",
     ];
     let mut table = vec![head.map(String::from).to_vec()];
     for setting in &data.settings {
@@ -178,14 +188,19 @@ fn classes<T>(bytes: &BytesByClass<T>, number: fn(&T) -> f64) -> ByteClasses {
 
 fn placement_facts(placed: &Placed) -> PlacementFacts {
     let table = &placed.table;
-    let crossings = score_affinity(table, &placed.affinity, &Topology::uniform(table.ranks)).crossings_per_token;
+    let crossings =
+        score_affinity(table, &placed.affinity, &Topology::uniform(table.ranks)).crossings_per_token;
     let share = match (table.cost, table.lower_bound) {
         (Some(cost), Some(bound)) if cost > 0.0 => Some(bound / cost),
         _ => None,
     };
     PlacementFacts {
         ranks: table.ranks,
-        assignment: table.assignment.iter().map(|row| row.iter().map(|rank| rank.index()).collect()).collect(),
+        assignment: table
+            .assignment
+            .iter()
+            .map(|row| row.iter().map(|rank| rank.index()).collect())
+            .collect(),
         crossings_per_token: crossings,
         lower_bound: share.map(|share| share * crossings),
         seconds: placed.seconds,
@@ -238,7 +253,11 @@ mod tests {
 
     #[test]
     fn the_tables_line_up() {
-        let setting = SettingFacts { strategy: "vanilla".into(), placement: "round_robin".into(), ..Default::default() };
+        let setting = SettingFacts {
+            strategy: "vanilla".into(),
+            placement: "round_robin".into(),
+            ..Default::default()
+        };
         let data = ReportData { settings: vec![setting.clone(), setting], ..Default::default() };
         let text = text_table(&data);
         let widths: Vec<usize> = text.lines().map(|line| line.chars().count()).collect();

@@ -25,8 +25,7 @@ pub fn save_affinity(path: &Path, affinity: &Affinity, digest: &str) -> Result<(
 /// Reads an affinity's `.npz` and the digest of its model, where it carries one.
 pub fn load_affinity(path: &Path) -> Result<(Affinity, Option<String>), AffinityError> {
     let affinity = Affinity::load_npz(path)?;
-    let arrays =
-        npy::read_npz(path).map_err(|source| AffinityError::File { path: path.into(), source })?;
+    let arrays = npy::read_npz(path).map_err(|source| AffinityError::File { path: path.into(), source })?;
     let digest = arrays.get(DIGEST).and_then(|array| {
         let letter = |code: &f64| (33.0..127.0).contains(code).then_some(*code as u8 as char);
         array.data.iter().map(letter).collect::<Option<String>>()

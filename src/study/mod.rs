@@ -6,8 +6,8 @@
 mod compare;
 mod corpus;
 mod error;
-mod files;
 mod figures;
+mod files;
 mod placing;
 
 pub use compare::{Comparison, Measured, Setting, compare};

@@ -33,7 +33,11 @@ pub struct Placed {
 }
 
 /// Routes every passage of the corpus through the model.
-pub fn profile(cluster: &mut Cluster, corpus: &Corpus, progress: &dyn Progress) -> Result<Profiled, StudyError> {
+pub fn profile(
+    cluster: &mut Cluster,
+    corpus: &Corpus,
+    progress: &dyn Progress,
+) -> Result<Profiled, StudyError> {
     let start = Instant::now();
     let trace = cluster.profile(&corpus.profile, progress)?;
     let held_out = cluster.profile(&corpus.held_out, progress)?;

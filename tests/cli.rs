@@ -1,0 +1,245 @@
+//! The built command, as its users meet it: what goes where, and with which exit code.
+
+mod common;
+
+use common::tiny::{Folder, Tiny};
+use serde_json::Value;
+use std::fs;
+use std::io::Read;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+const VERBS: [&str; 7] = ["devices", "generate", "logits", "profile", "place", "bench", "selftest"];
+
+fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_exflow"));
+    command.args(args).stdin(Stdio::null());
+    command
+}
+
+fn exflow(args: &[&str]) -> Output {
+    command(args).output().expect("the command starts")
+}
+
+fn succeeded(args: &[&str]) -> (String, String) {
+    let output = exflow(args);
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{args:?}:\n{err}");
+    (out, err)
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).expect("UTF-8")
+}
+
+fn utf8(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}
+
+fn tiny() -> Folder {
+    Tiny { layers: 2, experts: 4, seed: 9, ..Tiny::default() }.write()
+}
+
+#[test]
+fn every_verb_helps_with_an_example() {
+    let (help, _) = succeeded(&["--help"]);
+    for verb in VERBS {
+        assert!(help.contains(verb), "{verb} is listed");
+        let (help, err) = succeeded(&[verb, "--help"]);
+        assert!(help.contains("Example:") && help.contains("exflow"), "{verb}:\n{help}");
+        assert!(err.is_empty());
+    }
+    assert!(succeeded(&["--version"]).0.starts_with("exflow "));
+}
+
+#[test]
+fn wrong_usage_is_told_in_four_lines() {
+    for args in [
+        &[][..],
+        &["fly"],
+        &["generate"],
+        &["generate", "--model"],
+        &["generate", "-m", "x", "-p", "a", "--prompt-ids", "1"],
+        &["generate", "-m", "x", "-p", "a", "--ep-size", "0"],
+        &["generate", "-m", "x", "-p", "a", "--temp", "-1"],
+        &["generate", "-m", "x", "-p", "a", "-n", "many"],
+        &["generate", "-m", "x", "-p", "a", "--combine", "maybe"],
+        &["logits", "-m", "x", "--prompt-ids", "1"],
+        &["profile", "-m", "x", "--text", "a.txt"],
+        &["place", "--ranks", "2", "--out", "p.json"],
+        &["place", "--trace", "a.npy", "--affinity", "b.npz", "--ranks", "2", "--out", "p.json"],
+        &["place", "--affinity", "b.npz", "--out", "p.json"],
+        &["place", "--affinity", "b.npz", "--ranks", "2", "--time-limit", "soon", "--out", "p.json"],
+        &["bench", "-m", "x", "-r", "0"],
+    ] {
+        let output = exflow(args);
+        let err = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{args:?}:\n{err}");
+        assert!(output.stdout.is_empty(), "{args:?}");
+        assert!((1..=4).contains(&err.lines().count()), "{args:?}:\n{err}");
+        assert!(err.starts_with("error: "), "{args:?}:\n{err}");
+    }
+}
+
+#[test]
+fn devices_in_both_formats() {
+    let (out, _) = succeeded(&["devices"]);
+    assert!(out.starts_with("0: "), "{out}");
+    let (out, _) = succeeded(&["devices", "--format", "json"]);
+    let value: Value = serde_json::from_str(&out).expect("one JSON document");
+    assert!(value["devices"][0]["name"].is_string());
+}
+
+#[test]
+fn generate_in_both_formats() {
+    let folder = tiny();
+    let model = utf8(folder.path());
+    let base =
+        ["generate", "-m", model, "--prompt-ids", "1,2,3", "4,5", "-n", "3", "--temp", "0", "--ignore-eos"];
+    let (out, err) = succeeded(&[&base[..], &["--format", "json", "--ep-size", "2"]].concat());
+    let value: Value = serde_json::from_str(&out).expect("one JSON document");
+    let sequences = value["sequences"].as_array().expect("sequences");
+    assert_eq!(sequences.len(), 2);
+    for sequence in sequences {
+        assert_eq!(sequence["output_ids"].as_array().map(Vec::len), Some(3));
+        assert_eq!(sequence["finish_reason"], "length");
+        assert!(sequence["text"].is_string() && sequence["prompt_ids"].is_array());
+    }
+    assert_eq!(value["stats"]["ranks"], 2);
+    for class in ["dispatch", "combine", "kv", "ids", "control"] {
+        assert!(value["stats"]["bytes"][class].is_u64(), "{class}");
+    }
+    assert!(err.contains("round_robin"), "the placement in use is printed:\n{err}");
+    let (out, err) = succeeded(&base);
+    assert!(out.lines().all(|line| line.starts_with("[0]") || line.starts_with("[1]")), "{out}");
+    assert!(err.contains("tokens/s"), "{err}");
+}
+
+#[test]
+fn a_reader_that_has_enough_is_no_failure() {
+    let folder = tiny();
+    let mut child = command(&["generate", "-m", utf8(folder.path()), "-p", "a", "-n", "60", "--ignore-eos"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the command starts");
+    drop(child.stdout.take());
+    let mut err = String::new();
+    child.stderr.take().expect("stderr").read_to_string(&mut err).expect("UTF-8");
+    let status = child.wait().expect("it ends");
+    assert!(status.success() && !err.contains("panicked") && !err.contains("error"), "{err}");
+}
+
+#[test]
+fn from_text_to_a_placement_in_use() {
+    let folder = tiny();
+    let (model, text, trace, affinity, table, dump) = (
+        folder.path().to_path_buf(),
+        folder.file("text.txt"),
+        folder.file("trace.npy"),
+        folder.file("affinity.npz"),
+        folder.file("placement.json"),
+        folder.file("logits.npz"),
+    );
+    fs::write(&text, "Some words to route.\n".repeat(30)).expect("write");
+    let model = utf8(&model);
+    succeeded(&[
+        "profile",
+        "-m",
+        model,
+        "--text",
+        utf8(&text),
+        "--trace",
+        utf8(&trace),
+        "--affinity",
+        utf8(&affinity),
+    ]);
+    for (flag, file) in [("--trace", &trace), ("--affinity", &affinity)] {
+        let args = [
+            "place",
+            flag,
+            utf8(file),
+            "--ranks",
+            "2",
+            "--time-limit",
+            "1s",
+            "--threads",
+            "1",
+            "--out",
+            utf8(&table),
+        ];
+        let (out, _) = succeeded(&args);
+        assert!(out.contains("stay rate") && out.contains("round_robin"), "{out}");
+    }
+    let (out, _) = succeeded(&[
+        "place",
+        "--affinity",
+        utf8(&affinity),
+        "--ranks",
+        "2",
+        "--time-limit",
+        "1s",
+        "--out",
+        utf8(&table),
+        "--format",
+        "json",
+    ]);
+    let summary: Value = serde_json::from_str(&out).expect("one JSON document");
+    assert!(summary["score"]["stay_rate"].is_f64() && summary["cost"].is_f64(), "{summary}");
+    let (out, err) = succeeded(&[
+        "generate",
+        "-m",
+        model,
+        "--prompt-ids",
+        "1,2",
+        "-n",
+        "2",
+        "--ep-size",
+        "2",
+        "--placement",
+        utf8(&table),
+        "--format",
+        "json",
+    ]);
+    assert!(err.contains("placement.json"), "{err}");
+    assert!(serde_json::from_str::<Value>(&out).is_ok());
+    succeeded(&["logits", "-m", model, "--prompt-ids", "1,2,3", "--out", utf8(&dump), "--feed", "decode"]);
+    assert!(fs::metadata(&dump).expect("the archive").len() > 0);
+}
+
+#[test]
+fn bench_in_its_three_formats() {
+    let folder = tiny();
+    let report = folder.file("report");
+    let base = [
+        "bench",
+        "-m",
+        utf8(folder.path()),
+        "--ep-size",
+        "2",
+        "-n",
+        "4",
+        "-r",
+        "1",
+        "--transport",
+        "local",
+        "--own-text",
+        "8",
+        "--time-limit",
+        "1s",
+        "-p",
+        "one",
+        "two",
+    ];
+    let (out, err) = succeeded(&[&base[..], &["--report", utf8(&report)]].concat());
+    for setting in ["vanilla, round_robin", "coherent, round_robin", "coherent, affinity"] {
+        assert!(out.lines().any(|line| line.starts_with(setting)), "{out}");
+    }
+    assert!(err.contains("file://") && report.join("report.html").is_file(), "{err}");
+    let (out, _) = succeeded(&[&base[..], &["--format", "md"]].concat());
+    assert!(out.starts_with("| setting |"), "{out}");
+    let (out, _) = succeeded(&[&base[..], &["--format", "json"]].concat());
+    let value: Value = serde_json::from_str(&out).expect("one JSON document");
+    assert_eq!(value["settings"].as_array().map(Vec::len), Some(3));
+    assert_eq!(value["same_tokens"], true);
+}
