@@ -12,6 +12,7 @@ pub mod identity;
 mod identity_files;
 mod inbox;
 pub mod launch;
+pub mod link;
 pub mod local;
 pub mod proto;
 pub mod quic;

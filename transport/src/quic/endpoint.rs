@@ -45,7 +45,7 @@ pub(crate) fn bind(listen: SocketAddr, tls: &Tls, options: &QuicOptions) -> io::
     let mut client = quinn::ClientConfig::new(Arc::clone(&tls.client) as _);
     client.transport_config(Arc::new(transport(options, 0)));
     let runtime = Arc::new(quinn::TokioRuntime);
-    let socket = CappedSocket::wrap(socket, &*runtime, options.max_udp_payload)?;
+    let socket = CappedSocket::wrap(socket, &*runtime, options.max_udp_payload, options.link)?;
     let endpoint = Endpoint::new_with_abstract_socket(config, Some(server), socket, runtime)?;
     Ok(Bound { endpoint, client, address })
 }

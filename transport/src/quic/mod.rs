@@ -9,6 +9,7 @@ mod lobby;
 mod mesh;
 mod options;
 mod runtime;
+mod shaper;
 mod socket;
 mod tls;
 mod wire;

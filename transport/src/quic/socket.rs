@@ -1,5 +1,7 @@
 //! The UDP socket as quinn sees it.
 
+use super::shaper::Shaper;
+use crate::link::LinkSpec;
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, Runtime, UdpPoller};
 use std::fmt;
@@ -19,14 +21,21 @@ const MAX_BATCH_BYTES: usize = 65507;
 pub(crate) struct CappedSocket {
     inner: Arc<dyn AsyncUdpSocket>,
     segments: usize,
+    shaper: Option<Shaper>,
 }
 
 impl CappedSocket {
-    /// Wraps `socket` for packets of at most `max_payload` bytes.
-    pub(crate) fn wrap(socket: UdpSocket, runtime: &dyn Runtime, max_payload: u16) -> io::Result<Arc<Self>> {
+    /// Wraps `socket` for packets of at most `max_payload` bytes, sent over a link to order if there is one.
+    pub(crate) fn wrap(
+        socket: UdpSocket,
+        runtime: &dyn Runtime,
+        max_payload: u16,
+        link: Option<LinkSpec>,
+    ) -> io::Result<Arc<Self>> {
+        let shaper = link.map(|spec| Shaper::start(spec, socket.try_clone()?)).transpose()?;
         let inner = runtime.wrap_udp_socket(socket)?;
         let segments = (MAX_BATCH_BYTES / usize::from(max_payload)).clamp(1, inner.max_transmit_segments());
-        Ok(Arc::new(Self { inner, segments }))
+        Ok(Arc::new(Self { inner, segments, shaper }))
     }
 }
 
@@ -42,7 +51,13 @@ impl AsyncUdpSocket for CappedSocket {
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        self.inner.try_send(transmit)
+        match &self.shaper {
+            None => self.inner.try_send(transmit),
+            Some(shaper) => {
+                shaper.send(transmit);
+                Ok(())
+            }
+        }
     }
 
     fn poll_recv(
