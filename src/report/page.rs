@@ -140,7 +140,7 @@ fn grid(data: &ReportData) -> String {
     let bound = match placement.lower_bound {
         Some(bound) if bound > 0.0 => format!(
             " No placement of equal shares can cross less than {bound:.3}: the gap is at most {:.1} %.",
-            100.0 * (placement.crossings_per_token - bound).max(0.0) / bound
+            100.0 * (1.0 - bound / placement.crossings_per_token.max(bound))
         ),
         _ => String::new(),
     };
