@@ -64,6 +64,7 @@ fn refused(what: &str, output: &Output, named: &[&str]) {
         "repair ",
         "replace ",
         "run ",
+        "runs: ",
         "save ",
         "set ",
         "shorten ",
