@@ -51,6 +51,21 @@ impl LoadTerm {
         cost
     }
 
+    /// No placement's load terms are below this: in each layer the busiest rank has at least its share of
+    /// all tokens by speed, and at least the largest expert on the fastest rank.
+    pub(crate) fn lower_bound(&self, problem: &crate::cost::Problem) -> f64 {
+        if self.weight <= 0.0 {
+            return 0.0;
+        }
+        let speed: f64 = self.slowness.iter().map(|slow| 1.0 / slow).sum();
+        let fastest = self.slowness.iter().copied().fold(f64::INFINITY, f64::min);
+        let busiest = |tokens: &[f64]| {
+            let largest = tokens.iter().copied().fold(0.0, f64::max);
+            (tokens.iter().sum::<f64>() / speed).max(largest * fastest)
+        };
+        self.weight * self.load.chunks_exact(problem.experts).map(busiest).sum::<f64>()
+    }
+
     /// Cost of `[L, E]` holders.
     pub(crate) fn cost(&self, assignment: &[u16], experts: usize) -> f64 {
         if !self.is_active() {

@@ -15,7 +15,7 @@ use std::time::Duration;
 pub use options::{SolveError, SolveOptions, SolveProgress};
 
 use crate::affinity::Affinity;
-use crate::bound::rearrangement;
+use crate::bound::Prover;
 use crate::capacity::Capacity;
 use crate::cost::{Problem, to_rows};
 use crate::load::LoadTerm;
@@ -34,25 +34,34 @@ pub fn solve(
     let problem = problem_of(affinity, topology, options)?;
     let begin = options.clock.elapsed();
     let elapsed = || options.clock.elapsed().saturating_sub(begin);
-    let bound = rearrangement(&problem);
+    let stop = || elapsed() >= options.time_limit;
     let load = affinity.load_or_derived();
     let baselines = baseline::all(&problem, &load, options.seed);
     let mut search = Search::new(&problem, options.seed, 0, baselines[0].1.clone());
     baselines.iter().for_each(|(_, holders)| search.offer(holders));
     let mut rounds = 0;
+    search.start();
+    let mut prover = Prover::new(&problem, search.best().0);
+    let mut proving = Duration::ZERO;
     while !done(options, rounds, elapsed()) {
-        let share = elapsed().as_secs_f64() / options.time_limit.as_secs_f64().max(1e-9);
-        if rounds < 4 && share < 0.3 || rounds < 200 && share < 0.1 {
+        let now = elapsed();
+        let share = now.as_secs_f64() / options.time_limit.as_secs_f64().max(1e-9);
+        if prover.can_step() && proving < now.mul_f64(0.4) {
+            prover.step(&stop);
+            proving += elapsed() - now;
+        } else if rounds < 4 && share < 0.3 || rounds < 200 && share < 0.1 {
             search.start();
         } else {
-            search.step(&|| elapsed() >= options.time_limit);
+            search.step(&stop);
         }
         rounds += 1;
-        progress(SolveProgress { elapsed: elapsed(), cost: search.best().1, lower_bound: bound, rounds });
-        if search.best().1 <= bound {
+        let (cost, lower_bound) = (search.best().1, prover.bound());
+        progress(SolveProgress { elapsed: elapsed(), cost, lower_bound, rounds });
+        if cost <= lower_bound {
             break;
         }
     }
+    let bound = prover.bound();
     let (holders, cost) = search.best();
     let mut table = PlacementTable::from_assignment(to_rows(holders, problem.experts), problem.ranks)?;
     table.source = None;

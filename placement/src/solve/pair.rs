@@ -10,8 +10,8 @@ use crate::solve::state::{Shift, State};
 
 /// Most states of a layer; the run over L layers takes O(L · states²).
 const STATES: usize = 272;
-/// Up to this many experts all splits are tried (m = 10 has 252).
-const ALL_SPLITS: usize = 10;
+/// Up to this many experts all splits can be tried (m = 10 has 252).
+pub(crate) const ALL_SPLITS: usize = 10;
 
 /// The experts that two ranks hold of one layer, and the splits to choose from.
 struct Stage {
@@ -24,19 +24,20 @@ struct Stage {
     own: Vec<f64>,
 }
 
-/// Re-splits the experts of ranks `g` and `h` in `length` layers from `first` on (around the ring).
-/// Returns whether the cost fell by more than `epsilon`.
+/// Re-splits the experts of ranks `g` and `h` in `length` layers from `first` on (around the ring); up to
+/// `all_up_to` experts in all ways. Returns whether the cost fell by more than `epsilon`.
 pub(crate) fn resplit(
     state: &mut State<'_>,
     [g, h]: [usize; 2],
-    first: usize,
-    length: usize,
+    (first, length): (usize, usize),
+    all_up_to: usize,
     epsilon: f64,
 ) -> bool {
     let problem = state.problem;
     let layers = problem.layers;
     let window: Vec<usize> = (0..length.min(layers)).map(|t| (first + t) % layers).collect();
-    let mut stages: Vec<Stage> = window.iter().map(|&layer| Stage::new(state, layer, [g, h])).collect();
+    let mut stages: Vec<Stage> =
+        window.iter().map(|&layer| Stage::new(state, layer, [g, h], all_up_to)).collect();
     if stages.iter().any(|stage| stage.splits.is_empty()) {
         return false;
     }
@@ -53,11 +54,12 @@ pub(crate) fn resplit(
 }
 
 impl Stage {
-    fn new(state: &State<'_>, layer: usize, [g, h]: [usize; 2]) -> Self {
+    fn new(state: &State<'_>, layer: usize, [g, h]: [usize; 2], all_up_to: usize) -> Self {
         let row = state.layer(layer);
         let on = |x: &usize| row[*x] as usize == g || row[*x] as usize == h;
         let experts: Vec<u16> = (0..row.len()).filter(on).map(|x| x as u16).collect();
-        let splits = if experts.len() <= 64 { splits(state, &experts, row, [g, h]) } else { Vec::new() };
+        let splits =
+            if experts.len() <= 64 { splits(state, &experts, row, [g, h], all_up_to) } else { Vec::new() };
         Self { layer, experts, splits, own: Vec::new() }
     }
 
@@ -159,7 +161,7 @@ fn count(edge: &Edge, leaves: bool, experts: usize, x: u16, y: u16) -> f64 {
 }
 
 /// The present split, then others within both ranks' bounds.
-fn splits(state: &State<'_>, experts: &[u16], row: &[u16], [g, h]: [usize; 2]) -> Vec<u64> {
+fn splits(state: &State<'_>, experts: &[u16], row: &[u16], [g, h]: [usize; 2], all_up_to: usize) -> Vec<u64> {
     let now = experts
         .iter()
         .enumerate()
@@ -169,7 +171,7 @@ fn splits(state: &State<'_>, experts: &[u16], row: &[u16], [g, h]: [usize; 2]) -
     let most = capacity.most[g].min(m - capacity.least[h].min(m));
     let fits = |split: u64| (least..=most).contains(&(split.count_ones() as usize));
     let mut all = vec![now];
-    if m <= ALL_SPLITS {
+    if m <= all_up_to {
         all.extend((0..1u64 << m).filter(|&split| split != now && fits(split)));
     } else {
         let bits = |on: bool| (0..m).filter(move |x| (now >> x & 1 == 1) == on);

@@ -4,7 +4,7 @@
 use crate::cost::Problem;
 use crate::rng::Rng;
 use crate::solve::greedy;
-use crate::solve::pair::resplit;
+use crate::solve::pair::{ALL_SPLITS, resplit};
 use crate::solve::perturb;
 use crate::solve::state::State;
 use crate::solve::sweep::Sweeper;
@@ -13,6 +13,8 @@ use crate::solve::sweep::Sweeper;
 const REACH: usize = 3;
 /// A step may worsen the cost by this share and still be taken.
 const TOLERANCE: f64 = 2e-4;
+/// Up to this many experts all splits are tried in a quick pass.
+const FEW_SPLITS: usize = 4;
 /// Steps without a new best after which the walk returns to the best.
 const PATIENCE: u64 = 400;
 
@@ -77,8 +79,10 @@ impl<'p> Search<'p> {
         let mut state = State::new(self.problem, self.best.clone());
         self.sweeper.settle(&mut state);
         let every = vec![true; self.problem.ranks];
-        while self.pairs(&mut state, 0, self.problem.layers, &every, stop) && !stop() {
-            state.commit();
+        for all_up_to in [FEW_SPLITS, ALL_SPLITS] {
+            while self.pairs(&mut state, 0, self.problem.layers, &every, all_up_to, stop) && !stop() {
+                state.commit();
+            }
         }
         self.offer(&state.holders);
         let cost = self.total(&state);
@@ -95,8 +99,9 @@ impl<'p> Search<'p> {
         let (first, length) = self.widen(first, length);
         let mut cost = self.total(&walk.state);
         // Pairs are dear: only where the sweeps alone came close.
+        let all_up_to = if self.rng.below(10) == 0 { ALL_SPLITS } else { FEW_SPLITS };
         let touched = walk.state.touched_ranks();
-        if cost < walk.cost * 1.02 && self.pairs(&mut walk.state, first, length, &touched, stop) {
+        if cost < walk.cost * 1.02 && self.pairs(&mut walk.state, first, length, &touched, all_up_to, stop) {
             cost = self.total(&walk.state);
         }
         if cost <= walk.cost.max(walk.record * (1.0 + TOLERANCE)) {
@@ -137,6 +142,7 @@ impl<'p> Search<'p> {
         first: usize,
         length: usize,
         among: &[bool],
+        all_up_to: usize,
         stop: &dyn Fn() -> bool,
     ) -> bool {
         let ranks = self.problem.ranks;
@@ -151,7 +157,7 @@ impl<'p> Search<'p> {
             }
             let (first, length) = self.open_ring(first, length);
             let (mark, before) = (state.mark(), self.total(state));
-            if !resplit(state, pair, first, length, self.sweeper.epsilon()) {
+            if !resplit(state, pair, (first, length), all_up_to, self.sweeper.epsilon()) {
                 continue;
             }
             self.sweeper.settle(state);
