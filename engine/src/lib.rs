@@ -1,1 +1,35 @@
-//! Engine.
+//! Mixture-of-Experts models on GPUs, their experts spread over ranks.
+//!
+//! [`Cluster`] is the entry: it loads a model folder onto ranks, each with its own wgpu device and its own
+//! experts, joins them through `exflow-transport`, and runs requests. The way of a token: text → ids
+//! ([`TextCodec`]) → sequence → the loop of a rank (`runtime/worker.rs`) → the layers of a step
+//! (`runtime/step.rs`), whose launches are in `model/decoder.rs` → id → text.
+
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test may panic"))]
+
+mod cluster;
+mod error;
+mod generate;
+mod gpu;
+mod logits;
+mod model;
+mod npz;
+mod options;
+mod runtime;
+mod selftest;
+mod stats;
+mod text;
+mod weights;
+
+pub use cluster::Cluster;
+pub use error::EngineError;
+pub use exflow_placement::{Affinity, PlacementTable, Rank, RoutingTrace, Strategy};
+pub use generate::{Completion, Generation, Request, TokenEvent};
+pub use gpu::{DeviceReport, devices, prepare_process};
+pub use logits::{LayerRouting, LogitsDump};
+pub use model::ModelSpec;
+pub use options::{ClusterOptions, Combine, Feed, NoProgress, PlacementSource, Progress, TransportKind};
+pub use runtime::FinishReason;
+pub use selftest::{KernelCheck, selftest};
+pub use stats::{BytesByClass, RunStats};
+pub use text::{TextCodec, TextStream};

@@ -1,0 +1,97 @@
+//! One device: the adapter that a rank runs on, with its queue and caches.
+
+use super::pipelines::Pipelines;
+use super::report::Candidate;
+use crate::EngineError;
+use std::cell::RefCell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A wgpu device with what is cached for it. Belongs to one rank and its thread.
+pub(crate) struct Gpu {
+    pub(super) device: wgpu::Device,
+    pub(super) queue: wgpu::Queue,
+    pub(super) pipelines: RefCell<Pipelines>,
+    pub(super) staging: RefCell<Vec<wgpu::Buffer>>,
+    pub(super) params: RefCell<Option<super::Buffer>>,
+    pub(super) failure: Arc<std::sync::Mutex<Option<String>>>,
+    next_buffer_id: AtomicU64,
+    limits: wgpu::Limits,
+    name: String,
+    is_cpu: bool,
+}
+
+impl Gpu {
+    /// Opens the adapter that `wanted` names (a part of its name or its index), or the best one; rank `rank`
+    /// takes its turn among equally good ones.
+    pub(crate) fn open(wanted: Option<&str>, rank: usize) -> Result<Self, EngineError> {
+        let Candidate { adapter, report } = super::report::choose(wanted, rank)?;
+        let limits = adapter.limits();
+        let descriptor = wgpu::DeviceDescriptor {
+            label: Some("exflow rank"),
+            required_limits: limits.clone(),
+            ..Default::default()
+        };
+        let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).map_err(|e| {
+            EngineError::gpu(
+                format!("{}: no device could be made: {e}", report.name),
+                "close other programs that use the GPU, or choose another adapter (`exflow devices`)",
+            )
+        })?;
+        let failure = Arc::new(std::sync::Mutex::new(None));
+        let seen = failure.clone();
+        device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
+            if let Ok(mut first) = seen.lock() {
+                first.get_or_insert_with(|| error.to_string());
+            }
+        }));
+        Ok(Self {
+            is_cpu: report.kind == "cpu",
+            name: report.name,
+            pipelines: RefCell::default(),
+            staging: RefCell::default(),
+            params: RefCell::default(),
+            failure,
+            next_buffer_id: AtomicU64::new(0),
+            limits,
+            device,
+            queue,
+        })
+    }
+
+    /// The adapter's name, for reports.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The largest storage binding in bytes.
+    pub(crate) fn max_binding_bytes(&self) -> u64 {
+        self.limits.max_storage_buffer_binding_size.min(self.limits.max_buffer_size)
+    }
+
+    /// Lanes per workgroup of kernels that leave it open: lavapipe runs eight lanes as one vector, GPUs want
+    /// one or two subgroups.
+    pub(crate) fn workgroup(&self) -> u32 {
+        if self.is_cpu { 8 } else { 64 }
+    }
+
+    pub(super) fn uniform_alignment(&self) -> u64 {
+        u64::from(self.limits.min_uniform_buffer_offset_alignment).max(4)
+    }
+
+    pub(super) fn next_buffer_id(&self) -> u64 {
+        self.next_buffer_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Fails if the device reported an error since it was opened.
+    pub(crate) fn check(&self) -> Result<(), EngineError> {
+        let first = self.failure.lock().ok().and_then(|seen| seen.clone());
+        match first {
+            None => Ok(()),
+            Some(error) => Err(EngineError::gpu(
+                format!("{}: {error}", self.name),
+                "run `exflow selftest`; if it passes, report this with the command that led to it",
+            )),
+        }
+    }
+}

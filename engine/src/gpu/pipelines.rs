@@ -1,0 +1,128 @@
+//! Pipelines by kernel and variant, bind groups by the buffers they bind: both made once.
+
+use super::{Buffer, Gpu};
+use crate::EngineError;
+use exflow_shaders::{Access, Binding, Kernel, Variant};
+use std::collections::HashMap;
+
+/// Both caches of one device.
+#[derive(Default)]
+pub(super) struct Pipelines {
+    pipelines: HashMap<(Kernel, Variant), Pipeline>,
+    bind_groups: HashMap<(Kernel, Variant, Vec<u64>), wgpu::BindGroup>,
+}
+
+#[derive(Clone)]
+pub(super) struct Pipeline {
+    pub(super) raw: wgpu::ComputePipeline,
+    layout: wgpu::BindGroupLayout,
+    params_size: u64,
+}
+
+/// Bind groups are few, one per launch of a step; when buffers were replaced often enough to fill this, start anew.
+const MAX_BIND_GROUPS: usize = 4096;
+
+impl Gpu {
+    pub(super) fn pipeline(&self, kernel: Kernel, variant: Variant) -> Result<Pipeline, EngineError> {
+        let variant = if kernel.is_tiled() { variant } else { Variant::default() };
+        if let Some(found) = self.pipelines.borrow().pipelines.get(&(kernel, variant)) {
+            return Ok(found.clone());
+        }
+        let made = self.make_pipeline(kernel, variant)?;
+        self.pipelines.borrow_mut().pipelines.insert((kernel, variant), made.clone());
+        Ok(made)
+    }
+
+    fn make_pipeline(&self, kernel: Kernel, variant: Variant) -> Result<Pipeline, EngineError> {
+        let module =
+            exflow_shaders::module(kernel, variant).map_err(|e| EngineError::Internal(e.to_string()))?;
+        let descriptor = wgpu::ShaderModuleDescriptor {
+            label: Some(kernel.name()),
+            source: wgpu::ShaderSource::Wgsl(module.wgsl.as_str().into()),
+        };
+        // SAFETY: the text is this project's own, validated by naga, and compared with its CPU twin by
+        // `exflow selftest`; every index comes from parameter blocks and lists that the engine bounds.
+        let shader = unsafe {
+            self.device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked())
+        };
+        let entries: Vec<_> = module.bindings.iter().map(|b| layout_entry(b, module.params_size)).collect();
+        let layout = self.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
+            label: Some(kernel.name()),
+            entries: &entries,
+        });
+        let pipeline_layout = self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label: Some(kernel.name()),
+            bind_group_layouts: &[Some(&layout)],
+            immediate_size: 0,
+        });
+        let workgroup = [("WORKGROUP", f64::from(self.workgroup()))];
+        let raw = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label: Some(kernel.name()),
+            layout: Some(&pipeline_layout),
+            module: &shader,
+            entry_point: Some("main"),
+            compilation_options: wgpu::PipelineCompilationOptions {
+                constants: if kernel.has_workgroup_override() { &workgroup } else { &[] },
+                zero_initialize_workgroup_memory: false,
+            },
+            cache: None,
+        });
+        Ok(Pipeline { raw, layout, params_size: u64::from(module.params_size) })
+    }
+
+    pub(super) fn bind_group(
+        &self,
+        kernel: Kernel,
+        variant: Variant,
+        pipeline: &Pipeline,
+        params: &Buffer,
+        buffers: &[&Buffer],
+    ) -> wgpu::BindGroup {
+        let variant = if kernel.is_tiled() { variant } else { Variant::default() };
+        let ids = std::iter::once(params.id).chain(buffers.iter().map(|b| b.id)).collect();
+        let mut cache = self.pipelines.borrow_mut();
+        if cache.bind_groups.len() > MAX_BIND_GROUPS {
+            cache.bind_groups.clear();
+        }
+        let make = || {
+            let uniform = wgpu::BindGroupEntry {
+                binding: 0,
+                resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                    buffer: &params.raw,
+                    offset: 0,
+                    size: std::num::NonZeroU64::new(pipeline.params_size),
+                }),
+            };
+            let storage = buffers.iter().enumerate().map(|(i, buffer)| wgpu::BindGroupEntry {
+                binding: i as u32 + 1,
+                resource: buffer.raw.as_entire_binding(),
+            });
+            let entries: Vec<_> = std::iter::once(uniform).chain(storage).collect();
+            self.device.create_bind_group(&wgpu::BindGroupDescriptor {
+                label: Some(kernel.name()),
+                layout: &pipeline.layout,
+                entries: &entries,
+            })
+        };
+        cache.bind_groups.entry((kernel, variant, ids)).or_insert_with(make).clone()
+    }
+}
+
+fn layout_entry(binding: &Binding, params_size: u32) -> wgpu::BindGroupLayoutEntry {
+    let ty = match binding.access {
+        Access::Uniform => wgpu::BufferBindingType::Uniform,
+        Access::Read => wgpu::BufferBindingType::Storage { read_only: true },
+        Access::ReadWrite => wgpu::BufferBindingType::Storage { read_only: false },
+    };
+    let uniform = binding.access == Access::Uniform;
+    wgpu::BindGroupLayoutEntry {
+        binding: binding.number,
+        visibility: wgpu::ShaderStages::COMPUTE,
+        ty: wgpu::BindingType::Buffer {
+            ty,
+            has_dynamic_offset: uniform,
+            min_binding_size: if uniform { std::num::NonZeroU64::new(u64::from(params_size)) } else { None },
+        },
+        count: None,
+    }
+}

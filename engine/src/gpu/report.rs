@@ -1,0 +1,131 @@
+//! Which adapters this machine has, and which one a rank takes.
+
+use crate::EngineError;
+use serde::Serialize;
+
+/// What one adapter can do.
+#[derive(Debug, Clone, Serialize)]
+pub struct DeviceReport {
+    /// Its place in [`devices`].
+    pub index: usize,
+    /// Its name.
+    pub name: String,
+    /// `vulkan`, `metal` or `dx12`.
+    pub backend: String,
+    /// `discrete`, `integrated`, `virtual`, `cpu` or `other`.
+    pub kind: String,
+    /// Driver and its version.
+    pub driver: String,
+    /// The largest storage binding in bytes.
+    pub max_binding_bytes: u64,
+    /// The largest buffer in bytes.
+    pub max_buffer_bytes: u64,
+    /// Smallest and largest subgroup, where the adapter tells.
+    pub subgroup: Option<(u32, u32)>,
+    /// Optional features that matter here.
+    pub features: Vec<String>,
+}
+
+pub(super) struct Candidate {
+    pub(super) adapter: wgpu::Adapter,
+    pub(super) report: DeviceReport,
+}
+
+/// Every adapter of this machine, best first.
+pub fn devices() -> Vec<DeviceReport> {
+    candidates().into_iter().map(|c| c.report).collect()
+}
+
+/// Sets `LP_NUM_THREADS=0` unless the user has set it: lavapipe then runs a launch in the thread that submits it,
+/// which for small launches is 4 to 30 times faster than its thread pool, and lets several ranks of one
+/// process run beside each other. With one rank and large matrices its pool is the faster one, so this does
+/// nothing for `ranks` of 0, by which a caller says so.
+///
+/// Call it first thing in `main`: it changes the environment, which is only sound while there is one thread.
+pub fn prepare_process(ranks: usize) {
+    if ranks > 0 && std::env::var_os("LP_NUM_THREADS").is_none() {
+        // SAFETY: the caller promises that no other thread runs yet.
+        unsafe { std::env::set_var("LP_NUM_THREADS", "0") };
+    }
+}
+
+pub(super) fn choose(wanted: Option<&str>, rank: usize) -> Result<Candidate, EngineError> {
+    let mut all = candidates();
+    if all.is_empty() {
+        return Err(EngineError::gpu(
+            "no adapter found",
+            "install a Vulkan driver, on Linux without a GPU: apt install mesa-vulkan-drivers",
+        ));
+    }
+    let found = match wanted {
+        None => {
+            let best = rank_of_kind(&all[0].report.kind);
+            let equals = all.iter().filter(|c| rank_of_kind(&c.report.kind) == best).count();
+            Some(rank % equals)
+        }
+        Some(text) => all.iter().position(|c| {
+            text.parse() == Ok(c.report.index) || c.report.name.to_lowercase().contains(&text.to_lowercase())
+        }),
+    };
+    match found {
+        Some(index) => Ok(all.swap_remove(index)),
+        None => {
+            let names: Vec<_> =
+                all.iter().map(|c| format!("{}: {}", c.report.index, c.report.name)).collect();
+            Err(EngineError::usage(
+                format!("no adapter is called {}", wanted.unwrap_or_default()),
+                format!("choose one of: {}", names.join(", ")),
+            ))
+        }
+    }
+}
+
+fn candidates() -> Vec<Candidate> {
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle().with_env();
+    // Launch sizes come from our own kernel; checking them would add a pass to every step.
+    descriptor.flags.remove(wgpu::InstanceFlags::VALIDATION_INDIRECT_CALL);
+    let instance = wgpu::Instance::new(descriptor);
+    let mut adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
+    adapters.sort_by_key(|a| rank_of_kind(kind(a.get_info().device_type)));
+    let of = |(index, adapter)| Candidate { report: report(index, &adapter), adapter };
+    adapters.into_iter().enumerate().map(of).collect()
+}
+
+fn rank_of_kind(kind: &str) -> usize {
+    ["discrete", "integrated", "virtual", "other", "cpu"].iter().position(|&k| k == kind).unwrap_or(9)
+}
+
+fn kind(device: wgpu::DeviceType) -> &'static str {
+    match device {
+        wgpu::DeviceType::DiscreteGpu => "discrete",
+        wgpu::DeviceType::IntegratedGpu => "integrated",
+        wgpu::DeviceType::VirtualGpu => "virtual",
+        wgpu::DeviceType::Cpu => "cpu",
+        wgpu::DeviceType::Other => "other",
+    }
+}
+
+fn report(index: usize, adapter: &wgpu::Adapter) -> DeviceReport {
+    let info = adapter.get_info();
+    let limits = adapter.limits();
+    let known = [
+        (wgpu::Features::SUBGROUP, "subgroup"),
+        (wgpu::Features::SHADER_F16, "f16"),
+        (wgpu::Features::IMMEDIATES, "immediates"),
+        (wgpu::Features::PIPELINE_CACHE, "pipeline-cache"),
+        (wgpu::Features::TIMESTAMP_QUERY, "timestamps"),
+        (wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX, "cooperative-matrix"),
+    ];
+    let has = adapter.features();
+    DeviceReport {
+        index,
+        backend: format!("{:?}", info.backend).to_lowercase(),
+        kind: kind(info.device_type).to_owned(),
+        driver: format!("{} {}", info.driver, info.driver_info).trim().to_owned(),
+        max_binding_bytes: limits.max_storage_buffer_binding_size,
+        max_buffer_bytes: limits.max_buffer_size,
+        subgroup: (info.subgroup_max_size > 0).then_some((info.subgroup_min_size, info.subgroup_max_size)),
+        features: known.iter().filter(|(f, _)| has.contains(*f)).map(|(_, n)| (*n).to_owned()).collect(),
+        name: info.name,
+    }
+}

@@ -1,0 +1,137 @@
+//! The buffers that a step works in, grown when a batch is larger than any before.
+
+use crate::EngineError;
+use crate::gpu::{Buffer, Gpu, Usage};
+use crate::model::ModelSpec;
+use std::cell::Cell;
+
+/// Keys and values from elsewhere are written into the cache in launches of at most so many rows.
+pub(crate) const KV_CHUNK: usize = 256;
+
+/// Working buffers of one rank. Rows are padded to whole vec4s.
+pub(crate) struct Scratch {
+    rows: usize,
+    pairs: usize,
+    /// `[T]` (token id, position).
+    pub(crate) tokens: Buffer,
+    /// Two buffers `[rows, H]` of the residual stream, read and written in turn.
+    residual: [Buffer; 2],
+    current: Cell<usize>,
+    /// `[rows, H]` normed rows.
+    pub(crate) normed: Buffer,
+    /// `[T, 3, heads * D]`.
+    pub(crate) qkv: Buffer,
+    /// `[T, heads * D]`.
+    pub(crate) attended: Buffer,
+    /// Per layer `[T, K]`: chosen experts.
+    pub(crate) chosen: Vec<Buffer>,
+    /// Per layer `[T, K]`: router weights.
+    pub(crate) weights: Vec<Buffer>,
+    /// `[pairs]` sorted (token, expert) pairs.
+    pub(crate) pairs_list: Buffer,
+    /// `[pairs]` tiles at most.
+    pub(crate) tiles: Buffer,
+    /// `[2, 3]` sizes of the expert launches.
+    pub(crate) launches: Buffer,
+    /// `[pairs, I]`.
+    pub(crate) inner: Buffer,
+    /// `[pairs, H]` weighted outputs of experts, made here or received.
+    pub(crate) partials: Buffer,
+    /// `[T]` rows that residuals come from.
+    pub(crate) source: Buffer,
+    /// `[T, K]` rows of `partials` to add.
+    pub(crate) slots: Buffer,
+    /// `[T]` where keys and values go.
+    pub(crate) kv_slots: Buffer,
+    /// `[T]` what attention needs to know of each token.
+    pub(crate) queries: Buffer,
+    /// `[sequences, blocks]`.
+    pub(crate) block_table: Buffer,
+    /// `[T]` rows that the head is asked for.
+    pub(crate) head_rows: Buffer,
+    /// `[KV_CHUNK, 2, heads * D]` keys and values made elsewhere.
+    pub(crate) kv_arrived: Buffer,
+    /// `[KV_CHUNK]` where they go.
+    pub(crate) kv_arrived_slots: Buffer,
+    /// `[T, V]`.
+    pub(crate) logits: Buffer,
+    /// `[T]`.
+    pub(crate) sampled: Buffer,
+}
+
+impl Scratch {
+    /// Buffers for a few rows.
+    pub(crate) fn new(gpu: &Gpu, spec: &ModelSpec) -> Result<Self, EngineError> {
+        Self::sized(gpu, spec, 16, 16 * spec.top_k)
+    }
+
+    /// Makes sure that `rows` rows and `pairs` (token, expert) pairs fit. What the buffers held is lost where
+    /// they have to grow.
+    pub(crate) fn reserve(
+        &mut self,
+        gpu: &Gpu,
+        spec: &ModelSpec,
+        rows: usize,
+        pairs: usize,
+    ) -> Result<bool, EngineError> {
+        if rows <= self.rows && pairs <= self.pairs {
+            return Ok(false);
+        }
+        let grown = |have: usize, need: usize| if need <= have { have } else { need.next_power_of_two() };
+        *self = Self::sized(gpu, spec, grown(self.rows, rows), grown(self.pairs, pairs))?;
+        Ok(true)
+    }
+
+    /// `[rows, H]` the residual stream: own rows first, arrived rows behind them.
+    pub(crate) fn x(&self) -> &Buffer {
+        &self.residual[self.current.get()]
+    }
+
+    /// `[rows, H]` the residual stream to be.
+    pub(crate) fn x_next(&self) -> &Buffer {
+        &self.residual[1 - self.current.get()]
+    }
+
+    /// What was being written becomes what is read.
+    pub(crate) fn swap(&self) {
+        self.current.set(1 - self.current.get());
+    }
+
+    fn sized(gpu: &Gpu, spec: &ModelSpec, rows: usize, pairs: usize) -> Result<Self, EngineError> {
+        let storage = |label: &str, words: usize| gpu.buffer(label, 4 * words as u64, Usage::Storage);
+        let (h, kv) = (4 * spec.h4(), 4 * spec.kv4());
+        let per_layer = |label: &str| {
+            (0..spec.layers).map(|_| storage(label, rows * spec.top_k)).collect::<Result<Vec<_>, _>>()
+        };
+        Ok(Self {
+            rows,
+            pairs,
+            tokens: storage("tokens", 2 * rows)?,
+            residual: [storage("residual", rows * h)?, storage("next residual", rows * h)?],
+            current: Cell::new(0),
+            normed: storage("normed rows", rows * h)?,
+            qkv: storage("queries, keys, values", rows * 3 * kv)?,
+            attended: storage("attention output", rows * kv)?,
+            chosen: per_layer("chosen experts")?,
+            weights: per_layer("router weights")?,
+            pairs_list: storage("pairs", 4 * pairs)?,
+            tiles: storage("tiles", 4 * pairs)?,
+            launches: gpu.buffer("expert launches", 24, Usage::Indirect)?,
+            inner: storage("expert inner rows", pairs * 4 * spec.i4())?,
+            partials: storage("partials", (pairs + rows * spec.top_k) * h)?,
+            source: storage("residual rows", rows)?,
+            slots: storage("partial rows", rows * spec.top_k)?,
+            kv_slots: storage("cache slots", rows)?,
+            queries: storage("queries", 2 * rows)?,
+            block_table: storage(
+                "block table",
+                rows * spec.max_positions.div_ceil(exflow_shaders::KV_BLOCK),
+            )?,
+            head_rows: storage("rows for the head", rows)?,
+            kv_arrived: storage("arrived keys and values", KV_CHUNK * 2 * kv)?,
+            kv_arrived_slots: storage("arrived cache slots", KV_CHUNK)?,
+            logits: storage("logits", rows * 4 * spec.v4())?,
+            sampled: storage("sampled tokens", rows)?,
+        })
+    }
+}

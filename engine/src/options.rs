@@ -1,0 +1,149 @@
+//! What a caller chooses.
+
+use crate::EngineError;
+use exflow_placement::{PlacementTable, Strategy};
+use serde::Serialize;
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// Where each expert goes.
+#[derive(Debug, Clone)]
+pub enum PlacementSource {
+    /// Expert e of every layer on rank e mod R.
+    RoundRobin,
+    /// Contiguous blocks of experts.
+    Linear,
+    /// A placement table on disk.
+    File(PathBuf),
+    /// A placement table at hand.
+    Table(PlacementTable),
+}
+
+impl FromStr for PlacementSource {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(match text {
+            "round_robin" => Self::RoundRobin,
+            "linear" => Self::Linear,
+            path => Self::File(path.into()),
+        })
+    }
+}
+
+impl fmt::Display for PlacementSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::RoundRobin => f.write_str("round_robin"),
+            Self::Linear => f.write_str("linear"),
+            Self::File(path) => write!(f, "{}", path.display()),
+            Self::Table(_) => f.write_str("table"),
+        }
+    }
+}
+
+macro_rules! words {
+    ($(#[$doc:meta])* $name:ident, $what:literal { $($(#[$vdoc:meta])* $variant:ident = $word:literal),* }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+        #[serde(rename_all = "lowercase")]
+        pub enum $name { $($(#[$vdoc])* $variant),* }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(match self { $(Self::$variant => $word),* })
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = EngineError;
+
+            fn from_str(text: &str) -> Result<Self, Self::Err> {
+                match text {
+                    $($word => Ok(Self::$variant),)*
+                    other => Err(EngineError::usage(
+                        format!("{other:?} is no {}", $what),
+                        format!("use one of: {}", [$($word),*].join(", ")),
+                    )),
+                }
+            }
+        }
+    };
+}
+
+words! {
+    /// How the ranks of one process exchange rows.
+    TransportKind, "transport" {
+        /// Through memory.
+        Local = "local",
+        /// Through QUIC connections on the loopback interface.
+        Quic = "quic"
+    }
+}
+words! {
+    /// How the outputs of a token's experts come together.
+    Combine, "way to combine" {
+        /// One partial per expert, added in router order as one rank does it: the same bits in any world.
+        Exact = "exact",
+        /// Each rank adds its experts' partials first: fewer bytes, other rounding.
+        Sum = "sum"
+    }
+}
+words! {
+    /// How [`Cluster::logits`](crate::Cluster::logits) feeds the ids.
+    Feed, "feed" {
+        /// All at once.
+        Prefill = "prefill",
+        /// The first as a prompt, each further one as a decode step.
+        Decode = "decode"
+    }
+}
+
+/// What to run and how.
+#[derive(Debug, Clone)]
+pub struct ClusterOptions {
+    /// Folder with config.json, model.safetensors and tokenizer.json.
+    pub model: PathBuf,
+    /// How many ranks.
+    pub ranks: usize,
+    /// How they exchange rows.
+    pub transport: TransportKind,
+    /// Where a token goes after its experts ran.
+    pub strategy: Strategy,
+    /// How the outputs of a token's experts come together.
+    pub combine: Combine,
+    /// Where each expert goes.
+    pub placement: PlacementSource,
+    /// Part of an adapter's name, or its index in [`devices`](crate::devices); `None`: the best one.
+    pub adapter: Option<String>,
+}
+
+impl ClusterOptions {
+    /// One rank, in process, `coherent`, `exact`, `round_robin`, the best adapter.
+    pub fn new(model: impl Into<PathBuf>) -> Self {
+        Self {
+            model: model.into(),
+            ranks: 1,
+            transport: TransportKind::Local,
+            strategy: Strategy::Coherent,
+            combine: Combine::Exact,
+            placement: PlacementSource::RoundRobin,
+            adapter: None,
+        }
+    }
+}
+
+/// Told how far something that takes time has come.
+pub trait Progress: Send + Sync {
+    /// `stage` ("load rank 2", "profile") has done `done` of `total` `unit`s ("elements", "tokens").
+    fn update(&self, stage: &str, done: u64, total: u64, unit: &str);
+}
+
+/// Tells nobody.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NoProgress;
+
+impl Progress for NoProgress {
+    fn update(&self, _stage: &str, _done: u64, _total: u64, _unit: &str) {}
+}

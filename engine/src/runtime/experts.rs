@@ -1,0 +1,59 @@
+//! Lists of (token, expert) pairs for one launch of this rank's experts.
+
+use crate::model::decoder::{ExpertBatch, tile_for};
+use exflow_shaders::params::{Pair, Tile};
+
+/// Pairs sorted by local expert and cut into tiles, ready for upload behind those of earlier batches.
+#[derive(Debug, Default)]
+pub(crate) struct PairList {
+    pub(crate) pairs: Vec<Pair>,
+    pub(crate) tiles: Vec<Tile>,
+    pub(crate) batch: Option<ExpertBatch>,
+}
+
+impl PairList {
+    /// Sorts `pairs` by expert (the order within an expert stays) and cuts them; the lists will lie behind
+    /// `pairs_before` pairs and `tiles_before` tiles.
+    pub(crate) fn new(mut pairs: Vec<Pair>, pairs_before: usize, tiles_before: usize) -> Self {
+        pairs.sort_by_key(|pair| pair.expert);
+        let distinct = pairs.chunk_by(|a, b| a.expert == b.expert).count();
+        let variant = tile_for(pairs.len() / distinct.max(1));
+        let mut tiles = Vec::new();
+        let mut first = 0;
+        for group in pairs.chunk_by(|a, b| a.expert == b.expert) {
+            for part in group.chunks(variant.tile_rows()) {
+                let at = (pairs_before + first) as u32;
+                tiles.push(Tile { expert: part[0].expert, first: at, count: part.len() as u32, pad: 0 });
+                first += part.len();
+            }
+        }
+        let batch = (!tiles.is_empty()).then_some(ExpertBatch {
+            first_tile: tiles_before,
+            tiles: tiles.len(),
+            variant,
+        });
+        Self { pairs, tiles, batch }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_pair_is_in_one_tile_of_its_expert() {
+        let experts = [3, 1, 3, 3, 1, 3, 3, 3, 3, 3, 3, 3, 3];
+        let pairs = experts.iter().enumerate();
+        let pairs = pairs.map(|(i, &expert)| Pair { row: i as u32, slot: i as u32, weight: 1.0, expert });
+        let list = PairList::new(pairs.collect(), 10, 5);
+        assert_eq!(list.batch.expect("not empty").first_tile, 5);
+        let mut seen = 0;
+        for tile in &list.tiles {
+            for at in tile.first..tile.first + tile.count {
+                assert_eq!(list.pairs[at as usize - 10].expert, tile.expert);
+                seen += 1;
+            }
+        }
+        assert_eq!(seen, experts.len());
+    }
+}

@@ -1,0 +1,198 @@
+//! What the engine's payloads look like: little-endian, counts first, lengths checked while reading.
+
+use crate::EngineError;
+use exflow_placement::Rank;
+
+/// One chosen expert of a row, served by the rank that the row goes to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Choice {
+    /// Its place in router order.
+    pub(crate) k: u16,
+    pub(crate) expert: u16,
+    pub(crate) weight: f32,
+}
+
+/// A dispatched row.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct RowFrame {
+    pub(crate) sequence: u32,
+    pub(crate) position: u32,
+    /// g1: the token's next residence.
+    pub(crate) next: Rank,
+    /// The rank that serves the choice with the largest weight.
+    pub(crate) main: Rank,
+    /// Partials that g1 must expect from other ranks.
+    pub(crate) expects: u16,
+    pub(crate) choices: Vec<Choice>,
+    /// `[H]` residual stream before the norm.
+    pub(crate) residual: Vec<f32>,
+}
+
+/// A partial on its way to the token's next residence.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct PartialFrame {
+    pub(crate) sequence: u32,
+    pub(crate) position: u32,
+    /// Place in router order of the choice that it is of (the first one of a sum).
+    pub(crate) k: u16,
+    /// `[H]`.
+    pub(crate) values: Vec<f32>,
+}
+
+/// Keys and values of some positions at one layer.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct KvFrame {
+    pub(crate) layer: u16,
+    /// (sequence, position, `[2, heads * D]`).
+    pub(crate) rows: Vec<(u32, u32, Vec<f32>)>,
+}
+
+/// Appends to a payload.
+#[derive(Default)]
+pub(crate) struct Writer {
+    bytes: Vec<u8>,
+}
+
+impl Writer {
+    pub(crate) fn u16(&mut self, value: u16) -> &mut Self {
+        self.bytes.extend_from_slice(&value.to_le_bytes());
+        self
+    }
+
+    pub(crate) fn u32(&mut self, value: u32) -> &mut Self {
+        self.bytes.extend_from_slice(&value.to_le_bytes());
+        self
+    }
+
+    pub(crate) fn floats(&mut self, values: &[f32]) -> &mut Self {
+        values.iter().for_each(|v| self.bytes.extend_from_slice(&v.to_le_bytes()));
+        self
+    }
+
+    pub(crate) fn row(&mut self, row: &RowFrame) {
+        self.u32(row.sequence).u32(row.position).u16(row.next.0).u16(row.main.0).u16(row.expects);
+        self.u16(row.choices.len() as u16);
+        for choice in &row.choices {
+            self.u16(choice.k).u16(choice.expert).u32(choice.weight.to_bits());
+        }
+        self.floats(&row.residual);
+    }
+
+    pub(crate) fn partial(&mut self, sequence: u32, position: u32, k: u16, values: &[f32]) {
+        self.u32(sequence).u32(position).u16(k).floats(values);
+    }
+
+    pub(crate) fn finish(self) -> Vec<u8> {
+        self.bytes
+    }
+}
+
+/// Reads a payload of one peer.
+pub(crate) struct Reader<'a> {
+    bytes: &'a [u8],
+    from: Rank,
+}
+
+impl<'a> Reader<'a> {
+    pub(crate) fn new(bytes: &'a [u8], from: Rank) -> Self {
+        Self { bytes, from }
+    }
+
+    fn take(&mut self, count: usize) -> Result<&'a [u8], EngineError> {
+        let (taken, rest) = self.bytes.split_at_checked(count).ok_or_else(|| {
+            EngineError::Internal(format!("rank {} sent a payload that ends early", self.from))
+        })?;
+        self.bytes = rest;
+        Ok(taken)
+    }
+
+    pub(crate) fn u16(&mut self) -> Result<u16, EngineError> {
+        let bytes = self.take(2)?;
+        Ok(u16::from_le_bytes([bytes[0], bytes[1]]))
+    }
+
+    pub(crate) fn u32(&mut self) -> Result<u32, EngineError> {
+        let bytes = self.take(4)?;
+        Ok(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+    }
+
+    pub(crate) fn floats(&mut self, count: usize) -> Result<Vec<f32>, EngineError> {
+        let bytes = self.take(4 * count)?;
+        let values: Vec<f32> =
+            bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        match values.iter().all(|v| v.is_finite()) {
+            true => Ok(values),
+            false => Err(EngineError::Internal(format!("rank {} sent a row that is not finite", self.from))),
+        }
+    }
+
+    /// Rows to the end of the payload, `hidden` values each.
+    pub(crate) fn rows(mut self, hidden: usize) -> Result<Vec<RowFrame>, EngineError> {
+        let mut rows = Vec::new();
+        while !self.bytes.is_empty() {
+            let (sequence, position) = (self.u32()?, self.u32()?);
+            let (next, main, expects, count) =
+                (Rank(self.u16()?), Rank(self.u16()?), self.u16()?, self.u16()?);
+            let mut choices = Vec::new();
+            for _ in 0..count {
+                let (k, expert) = (self.u16()?, self.u16()?);
+                choices.push(Choice { k, expert, weight: f32::from_bits(self.u32()?) });
+            }
+            let residual = self.floats(hidden)?;
+            rows.push(RowFrame { sequence, position, next, main, expects, choices, residual });
+        }
+        Ok(rows)
+    }
+
+    /// Partials to the end of the payload, `hidden` values each.
+    pub(crate) fn partials(mut self, hidden: usize) -> Result<Vec<PartialFrame>, EngineError> {
+        let mut partials = Vec::new();
+        while !self.bytes.is_empty() {
+            let (sequence, position, k) = (self.u32()?, self.u32()?, self.u16()?);
+            partials.push(PartialFrame { sequence, position, k, values: self.floats(hidden)? });
+        }
+        Ok(partials)
+    }
+
+    /// Keys and values, `width` values a row.
+    pub(crate) fn kv(mut self, width: usize) -> Result<KvFrame, EngineError> {
+        let layer = self.u16()?;
+        let mut rows = Vec::new();
+        while !self.bytes.is_empty() {
+            rows.push((self.u32()?, self.u32()?, self.floats(width)?));
+        }
+        Ok(KvFrame { layer, rows })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_come_back_as_they_were_and_short_ones_are_refused() {
+        let row = RowFrame {
+            sequence: 7,
+            position: 300,
+            next: Rank(2),
+            main: Rank(1),
+            expects: 1,
+            choices: vec![Choice { k: 0, expert: 9, weight: 0.75 }],
+            residual: vec![1.0, -2.0, 3.5],
+        };
+        let mut writer = Writer::default();
+        writer.row(&row);
+        let bytes = writer.finish();
+        assert_eq!(Reader::new(&bytes, Rank(0)).rows(3).expect("whole"), [row]);
+        for cut in 1..bytes.len() {
+            assert!(Reader::new(&bytes[..cut], Rank(0)).rows(3).is_err(), "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_is_refused() {
+        let mut writer = Writer::default();
+        writer.partial(1, 2, 0, &[1.0, f32::NAN]);
+        assert!(Reader::new(&writer.finish(), Rank(3)).partials(2).is_err());
+    }
+}

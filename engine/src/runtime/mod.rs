@@ -1,0 +1,14 @@
+//! What runs on a rank: sequences, contexts, steps with their exchanges, and the loop around them.
+
+mod coherence;
+mod experts;
+mod frames;
+mod sequence;
+mod stats;
+mod step;
+mod worker;
+
+pub use sequence::FinishReason;
+pub(crate) use sequence::{Admission, BLOCK};
+pub(crate) use stats::{RankStats, class_bytes, row_exchanges};
+pub(crate) use worker::{Captured, Command, Event, Worker, WorkerOptions};

@@ -1,0 +1,48 @@
+//! What one rank counts while it runs; the driver adds the ranks up.
+
+use exflow_transport::{ByteClass, WireStats};
+
+/// Counts of one rank since the last report.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct RankStats {
+    /// Bytes and rounds of everything.
+    pub(crate) wire: WireStats,
+    /// Bytes and rounds of decode steps alone.
+    pub(crate) decode_wire: WireStats,
+    /// Bytes and rounds of prefill steps alone.
+    pub(crate) prefill_wire: WireStats,
+    pub(crate) decode_steps: u64,
+    pub(crate) prefill_steps: u64,
+    /// Tokens put through decode steps.
+    pub(crate) decode_tokens: u64,
+    pub(crate) decode_seconds: f64,
+    /// Layer transitions of decode tokens, and how many of them stayed on one rank.
+    pub(crate) transitions: u64,
+    pub(crate) stays: u64,
+    /// Rows and partials of decode tokens that went over a link.
+    pub(crate) crossings: u64,
+    /// (token, expert) pairs worked on.
+    pub(crate) pairs: u64,
+}
+
+impl RankStats {
+    /// Adds the bytes of one step.
+    pub(crate) fn add_step(&mut self, decode: bool, wire: &WireStats) {
+        match decode {
+            true => self.decode_wire.merge(wire),
+            false => self.prefill_wire.merge(wire),
+        }
+    }
+}
+
+/// Exchanges of rows (dispatch and combine) that a rank took part in.
+pub(crate) fn row_exchanges(wire: &WireStats) -> u64 {
+    let of = |class: ByteClass| wire.rounds.iter().map(|r| r.exchanges[class as usize]).max().unwrap_or(0);
+    of(ByteClass::Dispatch) + of(ByteClass::Combine)
+}
+
+/// Bytes of a class as they went over the wire; payload alone where ranks share memory.
+pub(crate) fn class_bytes(wire: &WireStats, class: ByteClass) -> u64 {
+    let sum = wire.class(class);
+    sum.wire_bytes_sent.max(sum.payload_bytes_sent)
+}

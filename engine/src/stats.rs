@@ -1,0 +1,166 @@
+//! The figures of a run, made from every rank's counts.
+
+use crate::Cluster;
+use crate::options::{PlacementSource, TransportKind};
+use crate::runtime::{RankStats, class_bytes, row_exchanges};
+use exflow_placement::Rank;
+use exflow_transport::{ByteClass, WireStats};
+use serde::Serialize;
+
+/// Bytes (or bytes per token) by what they carry.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+pub struct BytesByClass<T> {
+    /// Rows on their way to experts.
+    pub dispatch: T,
+    /// Partials on their way to a token's next residence.
+    pub combine: T,
+    /// Keys and values that keep contexts coherent.
+    pub kv: T,
+    /// Sampled ids and what rank 0 decides.
+    pub ids: T,
+    /// Hello, heartbeats, goodbye.
+    pub control: T,
+}
+
+impl<T> BytesByClass<T> {
+    /// By class, from a function of the class.
+    fn from_fn(mut of: impl FnMut(ByteClass) -> T) -> Self {
+        Self {
+            dispatch: of(ByteClass::Dispatch),
+            combine: of(ByteClass::Combine),
+            kv: of(ByteClass::Kv),
+            ids: of(ByteClass::Ids),
+            control: of(ByteClass::Control),
+        }
+    }
+}
+
+/// Figures of one run of [`Cluster::generate`].
+#[derive(Debug, Clone, Serialize)]
+pub struct RunStats {
+    /// `vanilla` or `coherent`.
+    pub strategy: String,
+    /// `round_robin`, `linear`, a path, or `table`.
+    pub placement: String,
+    /// `local` or `quic`.
+    pub transport: String,
+    /// `exact` or `sum`.
+    pub combine: String,
+    /// World size.
+    pub ranks: usize,
+    /// What lies between the ranks: `local` (memory) or `loopback`.
+    pub link: String,
+    /// Tokens of all prompts.
+    pub prompt_tokens: u64,
+    /// Tokens made.
+    pub output_tokens: u64,
+    /// From the call to the last token.
+    pub seconds: f64,
+    /// Tokens after each sequence's first, per second spent in decode steps.
+    pub tokens_per_s: f64,
+    /// Mean milliseconds from the call to a sequence's first token.
+    pub ttft_ms: f64,
+    /// Mean milliseconds per token after the first.
+    pub tpot_ms: f64,
+    /// All-to-all rounds (dispatch and combine) per MoE layer and decode step, counted by the transport.
+    pub exchanges_per_layer: f64,
+    /// The same for prefill steps.
+    pub prefill_exchanges_per_layer: f64,
+    /// Share of decode tokens' layer transitions whose two main experts lie on one rank.
+    pub stay_rate: f64,
+    /// Rows and partials over a link per decode token.
+    pub crossings_per_token: f64,
+    /// Bytes of the whole run, all ranks, headers included.
+    pub bytes: BytesByClass<u64>,
+    /// Bytes of decode steps per decode token; ids per decode step's share of the run.
+    pub decode_bytes_per_token: BytesByClass<f64>,
+    /// `[R][R]` bytes from row rank to column rank.
+    pub traffic: Vec<Vec<u64>>,
+    /// `[R]` (token, expert) pairs worked on by each rank.
+    pub expert_load: Vec<u64>,
+}
+
+fn ratio(a: f64, b: f64) -> f64 {
+    if b > 0.0 { a / b } else { 0.0 }
+}
+
+/// Adds the ranks' counts up. `times` per sequence: seconds to its first and last token, and its tokens.
+pub(crate) fn summarise(
+    cluster: &Cluster,
+    reports: &[RankStats],
+    times: &[(f64, f64, usize)],
+    prompt_tokens: u64,
+    seconds: f64,
+) -> RunStats {
+    let options = cluster.options();
+    let layers = cluster.spec().moe_layers() as f64;
+    let sum = |of: fn(&RankStats) -> u64| reports.iter().map(of).sum::<u64>() as f64;
+    let merged = |of: fn(&RankStats) -> &WireStats| {
+        let mut all = WireStats::default();
+        reports.iter().for_each(|r| all.merge(of(r)));
+        all
+    };
+    let (wire, decode_wire) = (merged(|r| &r.wire), merged(|r| &r.decode_wire));
+    let prefill_wire = merged(|r| &r.prefill_wire);
+    let decode_tokens = sum(|r| r.decode_tokens);
+    let steps = |of: fn(&RankStats) -> u64| reports.first().map_or(0.0, |r| of(r) as f64);
+    let decode_seconds = reports.first().map_or(0.0, |r| r.decode_seconds);
+    let later: Vec<_> = times.iter().filter(|(_, _, n)| *n > 1).collect();
+    let tpot = |(first, last, n): &&(f64, f64, usize)| 1e3 * (last - first) / (*n as f64 - 1.0);
+    RunStats {
+        strategy: options.strategy.to_string(),
+        placement: match &options.placement {
+            PlacementSource::Table(_) => cluster.placement().source.clone().unwrap_or_else(|| "table".into()),
+            other => other.to_string(),
+        },
+        transport: options.transport.to_string(),
+        combine: options.combine.to_string(),
+        ranks: options.ranks,
+        link: match options.transport {
+            TransportKind::Local => "local".into(),
+            TransportKind::Quic => "loopback".into(),
+        },
+        prompt_tokens,
+        output_tokens: times.iter().map(|(_, _, n)| *n as u64).sum(),
+        seconds,
+        tokens_per_s: ratio(decode_tokens, decode_seconds),
+        ttft_ms: 1e3 * ratio(times.iter().map(|(first, _, _)| first).sum(), times.len() as f64),
+        tpot_ms: ratio(later.iter().map(tpot).sum(), later.len() as f64),
+        exchanges_per_layer: ratio(row_exchanges(&decode_wire) as f64, steps(|r| r.decode_steps) * layers),
+        prefill_exchanges_per_layer: ratio(
+            row_exchanges(&prefill_wire) as f64,
+            steps(|r| r.prefill_steps) * layers,
+        ),
+        stay_rate: match reports.len() {
+            1 => 1.0,
+            _ => ratio(sum(|r| r.stays), sum(|r| r.transitions)),
+        },
+        crossings_per_token: ratio(sum(|r| r.crossings), decode_tokens),
+        bytes: BytesByClass::from_fn(|class| class_bytes(&wire, class)),
+        decode_bytes_per_token: BytesByClass::from_fn(|class| {
+            let (bytes, tokens) = match class {
+                // Ids travel between steps: of the whole run, over all tokens made.
+                ByteClass::Ids | ByteClass::Control => {
+                    (class_bytes(&wire, class), times.iter().map(|(_, _, n)| *n as f64).sum())
+                }
+                _ => (class_bytes(&decode_wire, class), decode_tokens),
+            };
+            ratio(bytes as f64, tokens)
+        }),
+        traffic: traffic(&wire, options.ranks),
+        expert_load: reports.iter().map(|r| r.pairs).collect(),
+    }
+}
+
+fn traffic(wire: &WireStats, ranks: usize) -> Vec<Vec<u64>> {
+    let between = |from: usize, to: usize| {
+        let classes =
+            [ByteClass::Dispatch, ByteClass::Combine, ByteClass::Kv, ByteClass::Ids, ByteClass::Control];
+        let of = |class| {
+            let sum = wire.between(Rank::from(from), Rank::from(to), class);
+            sum.wire_bytes_sent.max(sum.payload_bytes_sent)
+        };
+        classes.into_iter().map(of).sum()
+    };
+    (0..ranks).map(|from| (0..ranks).map(|to| between(from, to)).collect()).collect()
+}
