@@ -23,13 +23,13 @@ import data
 import routing
 from model import Model
 
-PROMPTS = ["And it came to pass", "The compiler will", "Returns the number of"]
+PROMPTS = ["And it came to pass", "This function returns", "The best way to"]
 SAMPLES = ["And the king said", "In Rust, a function", "A good friend"]
 
 
 @torch.no_grad()
 def reference(model, bpe, prompt, count=24):
-    """Greedy continuation of a prompt (through EOS, should one come)."""
+    """Greedy continuation of a prompt; PROMPTS are such that no EOS comes."""
     ids = bpe.encode(prompt).ids
     length, margins = len(ids), []
     for _ in range(count):
