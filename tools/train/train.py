@@ -1,11 +1,10 @@
 """Train the demo model on one CPU core.
 
-    python train.py --corpus corpus.json --tokenizer tokenizer.json --out run \
-        [--steps 12000]
+    python train.py --corpus corpus.json --tokenizer tokenizer.json --out run
 
 Steps are cut in two parts with the same number of tokens per step: the first
-60 % at a short context, the rest at the full one.  A checkpoint (which
-`--resume` continues from) and the routing history are written to --out.
+half (--short-part) at a short context, the rest at the full one.  A checkpoint
+(which `--resume` continues from) and the routing history go to --out.
 """
 
 import argparse
@@ -49,17 +48,17 @@ def main():
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--stop", type=int, help="stop early, after this step")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=2048, help="per step")
     parser.add_argument("--short", type=int, default=128, help="short context")
-    parser.add_argument("--short-part", type=float, default=0.6)
+    parser.add_argument("--short-part", type=float, default=0.5)
     parser.add_argument("--lr", type=float, default=2.5e-3)
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--decay", type=float, default=0.05)
     parser.add_argument("--balance", type=float, default=0.02)
-    parser.add_argument("--vocab", type=int, default=1024)
+    parser.add_argument("--vocab", type=int, default=1000)
     parser.add_argument("--precision", default="highest",
                         help="of float32 products: highest, high or medium")
     args = parser.parse_args()
