@@ -78,8 +78,6 @@ pub(crate) struct Problem {
     pub entering: Vec<Vec<usize>>,
     /// `[R, R]` cost of a move.
     pub dist: Vec<f64>,
-    /// The one cost of every move, where all are equal.
-    pub uniform: Option<f64>,
     /// Hosts, `[R]`.
     pub host: Vec<usize>,
     /// How many experts a rank may hold.
@@ -104,9 +102,8 @@ impl Problem {
         };
         let (leaving, entering) = (ends(&|edge| edge.from), ends(&|edge| edge.to));
         let dist = topology.cost.clone();
-        let uniform = uniform_cost(&dist, ranks);
         let host = topology.ranks.iter().map(|rank| rank.host.index()).collect();
-        Self { layers, experts, ranks, edges, leaving, entering, dist, uniform, host, capacity, load }
+        Self { layers, experts, ranks, edges, leaving, entering, dist, host, capacity, load }
     }
 
     /// Cost of the pair terms of `[L, E]` holders.
@@ -167,8 +164,8 @@ impl Problem {
             slots: summed(&self.capacity.slots),
         };
         let (edges, leaving, entering) = (self.edges.clone(), self.leaving.clone(), self.entering.clone());
-        let (uniform, host, load) = (uniform_cost(&dist, hosts), (0..hosts).collect(), LoadTerm::default());
-        Some(Self { ranks: hosts, edges, leaving, entering, dist, uniform, host, capacity, load, ..*self })
+        let (host, load) = ((0..hosts).collect(), LoadTerm::default());
+        Some(Self { ranks: hosts, edges, leaving, entering, dist, host, capacity, load, ..*self })
     }
 
     /// Sum of all counts times the dearest move: no cost is above it.
@@ -206,18 +203,7 @@ fn clear_diagonal(edge: &mut Edge, experts: usize) {
     }
 }
 
-fn uniform_cost(dist: &[f64], ranks: usize) -> Option<f64> {
-    let mut off = (0..ranks * ranks).filter(|at| at / ranks != at % ranks).map(|at| dist[at]);
-    let first = off.next()?;
-    off.all(|cost| cost == first).then_some(first)
-}
-
 /// `[L, E]` holders as the table writes them.
 pub(crate) fn to_rows(assignment: &[u16], experts: usize) -> Vec<Vec<Rank>> {
     assignment.chunks_exact(experts).map(|row| row.iter().map(|&g| Rank(g)).collect()).collect()
-}
-
-/// The table's rows as `[L, E]` holders.
-pub(crate) fn from_rows(rows: &[Vec<Rank>]) -> Vec<u16> {
-    rows.iter().flatten().map(|rank| rank.0).collect()
 }

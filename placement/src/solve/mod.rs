@@ -10,6 +10,8 @@ mod search;
 mod state;
 mod sweep;
 
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 pub use options::{SolveError, SolveOptions, SolveProgress};
@@ -37,11 +39,76 @@ pub fn solve(
     let stop = || elapsed() >= options.time_limit;
     let load = affinity.load_or_derived();
     let baselines = baseline::all(&problem, &load, options.seed);
-    let mut search = Search::new(&problem, options.seed, 0, baselines[0].1.clone());
+    let over = AtomicBool::new(false);
+    // Further threads search with streams of their own until the first one, which also proves, is done.
+    let (bound, holders, cost) = std::thread::scope(|scope| {
+        let start = &baselines[0].1;
+        let spawn = |stream| {
+            scope.spawn({
+                let (problem, over, stop) = (&problem, &over, &stop);
+                move || {
+                    search_along(problem, options.seed, stream, start.clone(), &|| {
+                        over.load(Relaxed) || stop()
+                    })
+                }
+            })
+        };
+        let others: Vec<_> = (1..options.threads as u64).map(spawn).collect();
+        let (bound, mut holders, mut cost) = search_and_prove(&problem, options, &baselines, progress);
+        over.store(true, Relaxed);
+        for (found, value) in others.into_iter().filter_map(|thread| thread.join().ok()) {
+            if value < cost {
+                (holders, cost) = (found, value);
+            }
+        }
+        (bound, holders, cost)
+    });
+    let mut table = PlacementTable::from_assignment(to_rows(&holders, problem.experts), problem.ranks)?;
+    table.source = None;
+    table.objective = Some(options.weights);
+    table.seed = Some(options.seed);
+    table.cost = Some(cost);
+    table.lower_bound = Some(bound.min(cost));
+    table.gap = Some(gap(cost, bound));
+    table.baselines =
+        baselines.iter().map(|(name, holders)| ((*name).to_owned(), problem.cost(holders))).collect();
+    Ok(table)
+}
+
+/// Searches until told to stop; `[L, E]` holders and their cost.
+fn search_along(
+    problem: &Problem,
+    seed: u64,
+    stream: u64,
+    start: Vec<u16>,
+    stop: &dyn Fn() -> bool,
+) -> (Vec<u16>, f64) {
+    let mut search = Search::new(problem, seed, stream, start);
+    for round in 0u64.. {
+        if stop() {
+            break;
+        }
+        if round < 16 { search.start() } else { search.step(stop) }
+    }
+    let (holders, cost) = search.best();
+    (holders.to_vec(), cost)
+}
+
+/// The first thread's part: searching and proving in turn. Returns bound, `[L, E]` holders and their cost.
+fn search_and_prove(
+    problem: &Problem,
+    options: &SolveOptions,
+    baselines: &[(&'static str, Vec<u16>)],
+    progress: &mut dyn FnMut(SolveProgress),
+) -> (f64, Vec<u16>, f64) {
+    let begin = options.clock.elapsed();
+    let elapsed = || options.clock.elapsed().saturating_sub(begin);
+    let stop = || elapsed() >= options.time_limit;
+    let mut search = Search::new(problem, options.seed, 0, baselines[0].1.clone());
     baselines.iter().for_each(|(_, holders)| search.offer(holders));
     let mut rounds = 0;
     search.start();
-    let mut prover = Prover::new(&problem, search.best().0);
+    let mut prover = Prover::new(problem, search.best().0);
     let mut proving = Duration::ZERO;
     while !done(options, rounds, elapsed()) {
         let now = elapsed();
@@ -61,18 +128,8 @@ pub fn solve(
             break;
         }
     }
-    let bound = prover.bound();
     let (holders, cost) = search.best();
-    let mut table = PlacementTable::from_assignment(to_rows(holders, problem.experts), problem.ranks)?;
-    table.source = None;
-    table.objective = Some(options.weights);
-    table.seed = Some(options.seed);
-    table.cost = Some(cost);
-    table.lower_bound = Some(bound.min(cost));
-    table.gap = Some(gap(cost, bound));
-    table.baselines =
-        baselines.iter().map(|(name, holders)| ((*name).to_owned(), problem.cost(holders))).collect();
-    Ok(table)
+    (prover.bound(), holders.to_vec(), cost)
 }
 
 /// `1 - bound / cost`, between 0 and 1.
