@@ -36,16 +36,26 @@ pub fn devices() -> Vec<DeviceReport> {
     candidates().into_iter().map(|c| c.report).collect()
 }
 
-/// Sets `LP_NUM_THREADS=0` unless the user has set it: lavapipe then runs a launch in the thread that submits it,
-/// which for small launches is 4 to 30 times faster than its thread pool, and lets several ranks of one
-/// process run beside each other. With one rank and large matrices its pool is the faster one, so this does
-/// nothing for `ranks` of 0, by which a caller says so.
+/// Sets what drivers read from the environment, where the user has not:
+///
+/// - `LP_NUM_THREADS=0`: lavapipe then runs a launch in the thread that submits it, which for small launches is 4 to
+///   30 times faster than its thread pool, and lets several ranks of one process run beside each other. With
+///   one rank and large matrices the pool is the faster one; a caller says so by `ranks` of 0.
+/// - `XDG_RUNTIME_DIR`: without it, Mesa's window system code complains on stderr each time adapters are listed.
 ///
 /// Call it first thing in `main`: it changes the environment, which is only sound while there is one thread.
 pub fn prepare_process(ranks: usize) {
-    if ranks > 0 && std::env::var_os("LP_NUM_THREADS").is_none() {
-        // SAFETY: the caller promises that no other thread runs yet.
-        unsafe { std::env::set_var("LP_NUM_THREADS", "0") };
+    let set = |name: &str, value: &std::ffi::OsStr| {
+        if std::env::var_os(name).is_none() {
+            // SAFETY: the caller promises that no other thread runs yet.
+            unsafe { std::env::set_var(name, value) };
+        }
+    };
+    if ranks > 0 {
+        set("LP_NUM_THREADS", "0".as_ref());
+    }
+    if cfg!(target_os = "linux") {
+        set("XDG_RUNTIME_DIR", std::env::temp_dir().as_os_str());
     }
 }
 
