@@ -48,13 +48,7 @@ fn run(root: &Path, model: &Path) -> Result<PathBuf, StudyError> {
 
     // 2. Routing of text that the model writes itself and of this project's documents; every fourth passage
     //    is kept back. Then the placement.
-    let own = OwnText {
-        beginnings: PROMPTS.map(String::from).to_vec(),
-        sequences: 32,
-        tokens: 160,
-        temperature: 0.9,
-        seed: 1,
-    };
+    let own = OwnText { beginnings: PROMPTS.map(String::from).to_vec(), sequences: 32, tokens: 160, seed: 1 };
     let corpus = Corpus::collect(&mut cluster, &study::read_documents(root)?, &own, 256, &bars)?;
     let profiled = study::profile(&mut cluster, &corpus, &bars)?;
     let solve = SolveOptions { time_limit: Duration::from_secs(5), ..SolveOptions::default() };

@@ -110,13 +110,7 @@ fn measure(args: &Args, documents: &[Document]) -> Result<Study, Failure> {
     let prompts =
         if args.prompts.is_empty() { PROMPTS.map(String::from).to_vec() } else { args.prompts.clone() };
     let requests = requests(&cluster, &prompts, args.max_tokens)?;
-    let own = OwnText {
-        beginnings: prompts.clone(),
-        sequences: args.own_text,
-        tokens: 192,
-        temperature: 0.9,
-        seed: args.seed,
-    };
+    let own = OwnText { beginnings: prompts.clone(), sequences: args.own_text, tokens: 192, seed: args.seed };
     let corpus = Corpus::collect(&mut cluster, documents, &own, 256, &bars)?;
     let profiled = study::profile(&mut cluster, &corpus, &bars)?;
     let solve = SolveOptions { seed: args.seed, time_limit: args.time_limit, ..SolveOptions::default() };

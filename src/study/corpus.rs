@@ -2,6 +2,7 @@
 
 use super::StudyError;
 use exflow_engine::{Cluster, ModelSpec, Progress, Request};
+use exflow_placement::Rng;
 
 /// Every so many passages one is kept back: never profiled, only scored.
 const HOLD_OUT_EVERY: usize = 4;
@@ -9,6 +10,9 @@ const HOLD_OUT_EVERY: usize = 4;
 const SHORTEST: usize = 8;
 /// Fewer passages than this cannot be split into profile and held-out text.
 const LEAST_PASSAGES: usize = HOLD_OUT_EVERY;
+
+/// Tokens between two that are drawn at random.
+const NUDGE_EVERY: usize = 16;
 
 /// What the writing of own text is called while it runs.
 const STAGE: &str = "write text to profile";
@@ -25,15 +29,13 @@ pub struct Document {
 /// How much text the model writes itself, and from what.
 #[derive(Debug, Clone)]
 pub struct OwnText {
-    /// Beginnings, taken in turn, each with another seed.
+    /// Beginnings, taken in turn.
     pub beginnings: Vec<String>,
     /// Sequences in all; they run together. 0: none.
     pub sequences: usize,
     /// Most tokens of each.
     pub tokens: usize,
-    /// Temperature; above 0, or equal beginnings give equal text.
-    pub temperature: f32,
-    /// Seed of the first sequence.
+    /// Seed of the tokens that keep greedy text from going round in circles.
     pub seed: u64,
 }
 
@@ -98,6 +100,8 @@ pub fn passages(ids: &[u32], longest: usize, spec: &ModelSpec) -> Vec<Vec<u32>> 
         .collect()
 }
 
+/// Greedy text, with a token drawn at random put in every [`NUDGE_EVERY`] tokens: a small model that always takes
+/// the likeliest token soon repeats itself, and equal beginnings would give equal text.
 fn write_own(
     cluster: &mut Cluster,
     own: &OwnText,
@@ -108,20 +112,33 @@ fn write_own(
     }
     let codec = cluster.text()?;
     let beginnings = own.beginnings.iter().map(|text| codec.encode(text)).collect::<Result<Vec<_>, _>>()?;
-    let requests: Vec<Request> = (0..own.sequences)
-        .map(|i| Request {
-            prompt_ids: beginnings[i % beginnings.len()].clone(),
-            max_tokens: own.tokens,
-            ignore_eos: false,
-            temperature: own.temperature,
-            seed: own.seed.wrapping_add(i as u64),
-        })
-        .collect();
-    let (mut done, total) = (0, (own.sequences * own.tokens) as u64);
-    let run = cluster.generate(&requests, &mut |_| {
-        done += 1;
-        progress.update(STAGE, done.min(total.saturating_sub(1)), total, "tokens");
-    })?;
-    progress.update(STAGE, total, total, "tokens"); // sequences that ended early count as done
-    Ok(run.sequences.into_iter().map(|done| [done.prompt_ids, done.output_ids].concat()).collect())
+    let mut written: Vec<Vec<u32>> =
+        (0..own.sequences).map(|i| beginnings[i % beginnings.len()].clone()).collect();
+    let mut dice = Rng::new(own.seed);
+    let total = (own.sequences * own.tokens) as u64;
+    let longest = own.tokens.min(cluster.spec().max_positions.saturating_sub(NUDGE_EVERY + 1));
+    for round in 0..longest / NUDGE_EVERY {
+        let requests: Vec<Request> =
+            written.iter().map(|ids| nudged(ids, cluster.spec(), &mut dice)).collect();
+        if requests.iter().any(|r| r.prompt_ids.len() + NUDGE_EVERY > cluster.spec().max_positions) {
+            break;
+        }
+        let mut done = (round * NUDGE_EVERY * own.sequences) as u64;
+        let run = cluster.generate(&requests, &mut |_| {
+            done += 1;
+            progress.update(STAGE, done.min(total.saturating_sub(1)), total, "tokens");
+        })?;
+        written = run.sequences.into_iter().map(|done| [done.prompt_ids, done.output_ids].concat()).collect();
+    }
+    progress.update(STAGE, total, total, "tokens"); // what ended early counts as done
+    Ok(written)
+}
+
+fn nudged(ids: &[u32], spec: &ModelSpec, dice: &mut Rng) -> Request {
+    let drawn = dice.below(spec.vocab_size) as u32;
+    let mut prompt_ids = ids.to_vec();
+    if !spec.eos.contains(&drawn) {
+        prompt_ids.push(drawn);
+    }
+    Request { prompt_ids, max_tokens: NUDGE_EVERY - 1, ignore_eos: true, temperature: 0.0, seed: 0 }
 }
