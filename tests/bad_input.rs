@@ -190,7 +190,7 @@ fn tensors_that_are_wrong() {
     for (name, shape) in [
         ("h.1.moe.w1", vec![4, 32, 48]), // [E, H, I]: as many values, the wrong way round
         ("h.0.attn.c_attn.weight", vec![32, 96]),
-        ("wpe.weight", vec![32, 64]),
+        ("wpe.weight", vec![32, 16]),
         ("h.0.moe.b1", vec![4 * 48]),
     ] {
         let folder = with_tensors(|tensors| tensor(tensors, name).shape = shape);
