@@ -14,9 +14,8 @@ use std::time::Duration;
 
 const RANKS: usize = 4;
 const REPEATS: usize = 3;
-const TOKENS: usize = 48;
-const PROMPTS: [&str; 4] =
-    ["In the beginning", "And the king said unto", "The function returns", "There was a man"];
+const TOKENS: usize = 64;
+const PROMPTS: [&str; 4] = ["And the king said", "In Rust, a function", "A good friend", "In the beginning"];
 
 fn main() -> ExitCode {
     engine::prepare_process(RANKS); // before any thread exists
@@ -92,7 +91,7 @@ fn requests(cluster: &Cluster) -> Result<Vec<Request>, StudyError> {
     let codec = cluster.text()?;
     let request = |prompt: &&str| {
         let prompt_ids = codec.encode(prompt)?;
-        Ok(Request { prompt_ids, max_tokens: TOKENS, ignore_eos: true, temperature: 0.0, seed: 0 })
+        Ok(Request { prompt_ids, max_tokens: TOKENS, ignore_eos: false, temperature: 0.0, seed: 0 })
     };
     PROMPTS.iter().map(request).collect()
 }

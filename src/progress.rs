@@ -99,8 +99,11 @@ impl Progress for Bars {
 
 /// `12.3 MB` at the end, `1200 of 4000 tokens, 830 tokens/s` before it.
 fn describe(done: u64, total: u64, unit: &str, seconds: f64) -> String {
-    let amount =
-        |n: u64| if unit == "B" { crate::report::byte_text(n as f64) } else { format!("{n} {unit}") };
+    let amount = |n: u64| match unit {
+        "B" => crate::report::byte_text(n as f64),
+        _ if n >= 1_000_000 => format!("{:.2} million {unit}", n as f64 / 1e6),
+        _ => format!("{n} {unit}"),
+    };
     match (unit, done >= total) {
         ("s", true) => return format!("done in {seconds:.1} s"),
         ("s", false) => return format!("{done} of at most {total} s"),
@@ -123,6 +126,7 @@ mod tests {
     #[test]
     fn rates_carry_their_unit() {
         assert_eq!(describe(500, 2000, "tokens", 2.0), "500 tokens of 2000 tokens, 250 tokens/s");
+        assert_eq!(describe(2_833_344, 2_833_344, "elements", 0.5), "2.83 million elements in 0.5 s");
         assert_eq!(describe(3, 10, "s", 3.2), "3 of at most 10 s");
         assert_eq!(describe(2_000_000, 2_000_000, "B", 1.0), "2.00 MB in 1.0 s");
     }

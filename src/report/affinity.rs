@@ -14,7 +14,7 @@ const BOTTOM: f64 = 34.0;
 /// All heat maps as figures, with the legend in front.
 pub(super) fn figures(data: &ReportData) -> String {
     let pairs: Vec<Vec<Vec<f64>>> = data.transitions.iter().map(|counts| conditional(counts)).collect();
-    let top = pairs.iter().flatten().flatten().copied().fold(0.0, f64::max).max(f64::MIN_POSITIVE);
+    let top = scale_top(&pairs);
     let mut html = legend(top);
     html.push_str("<div class=\"maps\">");
     for (layer, shares) in pairs.iter().enumerate() {
@@ -30,6 +30,14 @@ pub(super) fn figures(data: &ReportData) -> String {
     }
     html.push_str("</div>");
     html
+}
+
+/// Share at the end of the colour scale: few cells exceed it, so that one extreme link does not pale all others.
+fn scale_top(pairs: &[Vec<Vec<f64>>]) -> f64 {
+    let mut shares: Vec<f64> = pairs.iter().flatten().flatten().copied().collect();
+    shares.sort_by(f64::total_cmp);
+    let at = (shares.len() as f64 * 0.99) as usize;
+    shares.get(at.min(shares.len().saturating_sub(1))).copied().unwrap_or(0.0).max(f64::MIN_POSITIVE)
 }
 
 /// P(j | i) from counts; a row that no token took is all zero.
@@ -181,7 +189,7 @@ fn legend(top: f64) -> String {
     let stops: Vec<String> = (0..STEPS).map(|i| format!("var(--s{i})")).collect();
     format!(
         "<div class=\"legend\"><span>0</span><span class=\"ramp\" style=\"background:linear-gradient(90deg,{})\"></span>\
-         <span>{:.0} %</span><span class=\"m\">of the row expert's tokens go to the column expert</span></div>",
+         <span>{:.0} % and more</span><span class=\"m\">of the row expert's tokens go to the column expert</span></div>",
         escape(&stops.join(",")),
         100.0 * top
     )
