@@ -1,0 +1,23 @@
+//! Every kernel against its twin on the CPU, at odd sizes, on every adapter of this machine. No adapter is a failure.
+
+use exflow::engine::{self, KernelCheck};
+use exflow::shaders::Kernel;
+use std::collections::BTreeSet;
+
+#[test]
+fn every_kernel_agrees_with_its_twin_on_every_adapter() {
+    engine::prepare_process(1);
+    let mut checks: Vec<KernelCheck> = Vec::new();
+    let passed = engine::selftest(None, &mut |check| checks.push(check.clone())).expect("an adapter");
+    let failed: Vec<_> = checks.iter().filter(|check| !check.passed).collect();
+    assert!(passed && failed.is_empty(), "{failed:#?}");
+
+    let adapters = engine::devices().len();
+    assert!(adapters > 0);
+    let cases: usize = Kernel::ALL.iter().map(|kernel| 4 * kernel.variants().len()).sum();
+    assert_eq!(checks.len(), adapters * cases, "four sizes of every variant on every adapter");
+    let seen: BTreeSet<&str> = checks.iter().map(|check| check.kernel.as_str()).collect();
+    assert_eq!(seen.len(), Kernel::ALL.len());
+    // Sums of floats in another order differ a little; where nothing does, nothing was compared.
+    assert!(checks.iter().any(|check| check.kernel == "linear" && check.max_error > 0.0));
+}
