@@ -141,7 +141,7 @@ impl Chordal {
 
     /// Keeps primal and dual residuals within a factor of each other (Boyd et al. 2011, 3.4.1).
     fn adapt(&mut self, primal: f64, dual: f64) {
-        if self.steps % 8 != 0 {
+        if !self.steps.is_multiple_of(8) {
             return;
         }
         let factor = if primal > 4.0 * dual {
