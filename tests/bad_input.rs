@@ -327,6 +327,7 @@ fn worlds_and_tables_that_do_not_fit() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     refused("a table of another world size", &with_table("3"), &["table.json", "2", "3"]);
 
+    #[allow(clippy::type_complexity, reason = "a table that lives for one test")]
     let edited: [(&str, &dyn Fn(&mut Value)); 4] = [
         ("a layer too few", &|t| drop(rows(t).pop())),
         ("an expert too few", &|t| drop(rows(t)[1].as_array_mut().expect("a layer").pop())),

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 /// Where each expert goes.
+#[allow(clippy::large_enum_variant, reason = "there is one per cluster")]
 #[derive(Debug, Clone)]
 pub enum PlacementSource {
     /// Expert e of every layer on rank e mod R.

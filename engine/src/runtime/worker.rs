@@ -242,7 +242,8 @@ impl Worker {
         let mut admitted = Vec::new();
         while let Some(next) = self.waiting.front() {
             needed += next.prompt.len() + next.max_tokens as usize + super::BLOCK;
-            if !self.sequences.fits(needed, 0) && !(admitted.is_empty() && self.fits_alone(next)) {
+            let first_fits = admitted.is_empty() && self.fits_alone(next);
+            if !first_fits && !self.sequences.fits(needed, 0) {
                 break;
             }
             let Some(mut admission) = self.waiting.pop_front() else { break };
