@@ -36,8 +36,8 @@ fn shim(folder: &Path) {
          case \"$*\" in\n\
          'run --release --example '*) example={examples}/$4; shift 4;\n\
          [ \"${{1:-}}\" = -- ] && shift;\n\
-         [ -x \"$example\" ] && exec \"$example\" \"$@\";\n\
-         echo \"not built: $example (run cargo test without --test)\" >&2; exit 1;;\n\
+         [ -x \"$example\" ] || \"$real\" build --quiet --example \"${{example##*/}}\";\n\
+         exec \"$example\" \"$@\";;\n\
          'run --release -- '*) shift 3; exec {exflow} \"$@\";;\n\
          'run --release --bin exflow -- '*) shift 5; exec {exflow} \"$@\";;\n\
          *) exec \"$real\" \"$@\";;\n\
