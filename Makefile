@@ -1,7 +1,7 @@
 # What a newcomer types. Linux; on Windows and macOS the plain cargo lines of the README do the same.
 CARGO ?= cargo
 
-.PHONY: demo test check fmt lint deny bench vulkan help
+.PHONY: demo test test-cluster check fmt lint deny bench vulkan help
 
 help: ## lists the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
@@ -11,6 +11,9 @@ demo: vulkan ## the main job on the bundled model; ends with the address of its 
 
 test: vulkan ## every test that needs only Rust and a Vulkan driver
 	$(CARGO) test --workspace --locked
+
+test-cluster: ## QUIC between ranks over a shaped link in a network namespace (root, iproute2)
+	tests/netns/shaped.sh $(CARGO) test --workspace --locked --test quic --test trust --test faults --test processes
 
 check: fmt lint deny ## formatting, clippy with warnings denied, licences and sources of dependencies
 
