@@ -18,7 +18,7 @@ pub use options::{SolveError, SolveOptions, SolveProgress};
 
 use crate::affinity::Affinity;
 use crate::bound::Prover;
-use crate::capacity::Capacity;
+use crate::capacity::{Balance, Capacity};
 use crate::cost::{Problem, to_rows};
 use crate::load::LoadTerm;
 use crate::table::PlacementTable;
@@ -149,6 +149,9 @@ fn problem_of(
     affinity.check()?;
     topology.check()?;
     options.check()?;
+    if options.balance == Balance::Total {
+        return Err(SolveError::BalanceTotal);
+    }
     let (l, e) = (affinity.layers, affinity.experts);
     let capacity = Capacity::new(l, e, topology, options.balance, &options.memory)?;
     let speeds: Vec<f64> = topology.ranks.iter().map(|rank| rank.speed).collect();

@@ -104,6 +104,9 @@ pub enum SolveError {
     /// The result is not a table (more than 65536 layers, experts or ranks).
     #[error(transparent)]
     Table(#[from] TableError),
+    /// Leaving a layer off some ranks is not searched for as yet.
+    #[error("balance total: the search keeps every layer on every rank as yet; use slots or layer")]
+    BalanceTotal,
     /// A weight of the objective is negative or not a number.
     #[error("objective: the weight of {term} is {weight}; it must be a number of 0 or more")]
     Weight {
