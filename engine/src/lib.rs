@@ -13,7 +13,6 @@ mod generate;
 mod gpu;
 mod logits;
 mod model;
-mod npz;
 mod options;
 mod runtime;
 mod selftest;

@@ -1,12 +1,13 @@
 //! Logits and routes of given ids.
 
 use crate::generate::Run;
-use crate::npz;
 use crate::options::{Feed, Progress};
 use crate::runtime::{Captured, Event};
 use crate::{Cluster, EngineError};
 use exflow_placement::RoutingTrace;
+use exflow_placement::npy::NpzWriter;
 use std::collections::{BTreeMap, HashMap};
+use std::io;
 use std::path::Path;
 
 /// Logits of every position with the experts chosen on the way.
@@ -108,17 +109,17 @@ fn assemble(cluster: &Cluster, tokens: usize, captured: Vec<Captured>) -> Result
 impl LogitsDump {
     /// Writes `logits` f32 `[T, V]`, `experts.{l}` i32 `[T, K]` and `router_weights.{l}` f32 `[T, K]`.
     pub fn save_npz(&self, path: &Path) -> Result<(), EngineError> {
-        let shape = [self.tokens, self.vocab];
-        let mut arrays = vec![("logits".to_owned(), npz::f32_array(&shape, &self.logits))];
-        for routing in &self.layers {
-            let shape = [self.tokens, routing.k];
-            arrays.push((format!("experts.{}", routing.layer), npz::i32_array(&shape, &routing.experts)));
-            arrays.push((
-                format!("router_weights.{}", routing.layer),
-                npz::f32_array(&shape, &routing.weights),
-            ));
-        }
-        npz::write(path, &arrays).map_err(|source| EngineError::Write { path: path.to_owned(), source })
+        let write = || {
+            let mut archive = NpzWriter::create(path)?;
+            archive.f32("logits", &[self.tokens, self.vocab], &self.logits)?;
+            for LayerRouting { layer, k, experts, weights } in &self.layers {
+                archive.i32(&format!("experts.{layer}"), &[self.tokens, *k], experts)?;
+                archive.f32(&format!("router_weights.{layer}"), &[self.tokens, *k], weights)?;
+            }
+            archive.finish()
+        };
+        write()
+            .map_err(|source| EngineError::Write { path: path.to_owned(), source: io::Error::other(source) })
     }
 }
 

@@ -1,5 +1,5 @@
 //! NumPy's `.npy` array and `.npz` archive: a small reader of any integer or float type, a writer of
-//! `<i4` and `<f8`. Header versions 1 to 3, both byte orders, C and Fortran order.
+//! `<i4`, `<f4` and `<f8`. Header versions 1 to 3, both byte orders, C and Fortran order.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -117,16 +117,53 @@ fn read_archive(file: impl Read + Seek) -> Result<BTreeMap<String, Array>, NpyEr
 
 /// Writes float64 arrays as a compressed `.npz` archive.
 pub fn write_npz(path: &Path, arrays: &[(&str, &[usize], &[f64])]) -> Result<(), NpyError> {
-    let mut archive = zip::ZipWriter::new(BufWriter::new(File::create(path)?));
-    let options = zip::write::SimpleFileOptions::default()
-        .compression_method(zip::CompressionMethod::Deflated)
-        .large_file(true);
+    let mut archive = NpzWriter::create(path)?;
     for (name, shape, data) in arrays {
-        archive.start_file(format!("{name}.npy"), options)?;
-        write_f64(&mut archive, shape, data)?;
+        archive.f64(name, shape, data)?;
     }
-    archive.finish()?.flush()?;
-    Ok(())
+    archive.finish()
+}
+
+/// A compressed `.npz` archive that is written array by array. Each array's data is `shape`'s product long.
+pub struct NpzWriter {
+    archive: zip::ZipWriter<BufWriter<File>>,
+}
+
+impl NpzWriter {
+    /// Creates the file, or empties the one that is there.
+    pub fn create(path: &Path) -> Result<Self, NpyError> {
+        Ok(Self { archive: zip::ZipWriter::new(BufWriter::new(File::create(path)?)) })
+    }
+
+    /// Appends a float64 array.
+    pub fn f64(&mut self, name: &str, shape: &[usize], data: &[f64]) -> Result<(), NpyError> {
+        write_f64(self.start(name)?, shape, data)
+    }
+
+    /// Appends a float32 array.
+    pub fn f32(&mut self, name: &str, shape: &[usize], data: &[f32]) -> Result<(), NpyError> {
+        let archive = self.start(name)?;
+        write_header(archive, "<f4", shape)?;
+        write_all(archive, data.iter().map(|v| v.to_le_bytes()))
+    }
+
+    /// Appends an int32 array.
+    pub fn i32(&mut self, name: &str, shape: &[usize], data: &[i32]) -> Result<(), NpyError> {
+        write_i32(self.start(name)?, shape, data)
+    }
+
+    /// Closes the archive; without it the file is not sound.
+    pub fn finish(self) -> Result<(), NpyError> {
+        Ok(self.archive.finish()?.flush()?)
+    }
+
+    fn start(&mut self, name: &str) -> Result<&mut dyn Write, NpyError> {
+        let options = zip::write::SimpleFileOptions::default()
+            .compression_method(zip::CompressionMethod::Deflated)
+            .large_file(true);
+        self.archive.start_file(format!("{name}.npy"), options)?;
+        Ok(&mut self.archive)
+    }
 }
 
 struct Header {

@@ -1,0 +1,151 @@
+//! The two exchanges of a layer: rows go to their experts, partials to their tokens' next residence.
+
+use super::super::frames::{Choice, PartialFrame, Reader, RowFrame, Writer};
+use super::experts::Work;
+use super::{Routed, Row, Stepper, floats};
+use crate::EngineError;
+use crate::options::Combine;
+use exflow_placement::{Rank, Route};
+use exflow_transport::{ByteClass, RoundId};
+
+impl Stepper<'_> {
+    pub(super) fn next_round(&mut self, class: ByteClass, layer: usize) -> RoundId {
+        let number = *self.round;
+        *self.round += 1;
+        RoundId { number, class, layer: layer as u16 }
+    }
+
+    /// Begins the dispatch: one row to each rank that serves one of its experts.
+    pub(super) fn dispatch(
+        &mut self,
+        layer: usize,
+        rows: &[Row],
+        routed: &Routed,
+        decode: bool,
+    ) -> Result<RoundId, EngineError> {
+        let (me, top_k, hidden) = (self.me(), self.spec().top_k, self.spec().hidden);
+        let stride = 4 * self.spec().h4();
+        let mut payloads: Vec<Writer> = (0..self.comm.world_size()).map(|_| Writer::default()).collect();
+        for (t, (row, route)) in rows.iter().zip(&routed.routes).enumerate() {
+            for to in route.ranks().into_iter().filter(|to| *to != me) {
+                let choice = |k: usize| Choice {
+                    k: k as u16,
+                    expert: routed.chosen[t * top_k + k] as u16,
+                    weight: routed.weights[t * top_k + k],
+                };
+                let served = (0..top_k).filter(|&k| route.serving[k] == to);
+                payloads[to.index()].row(&RowFrame {
+                    sequence: row.sequence,
+                    position: row.position,
+                    next: route.next,
+                    main: route.serving[0],
+                    expects: expected(route, self.combine),
+                    choices: served.map(choice).collect(),
+                    residual: routed.residual[t * stride..t * stride + hidden].to_vec(),
+                });
+                self.stats.crossings += u64::from(decode);
+            }
+        }
+        let round = self.next_round(ByteClass::Dispatch, layer);
+        self.comm.start_exchange(round, payloads.into_iter().map(Writer::finish).collect())?;
+        Ok(round)
+    }
+
+    /// Waits for the dispatched rows and puts them behind this rank's own.
+    pub(super) fn arrive(
+        &mut self,
+        round: RoundId,
+        layer: usize,
+        own: usize,
+    ) -> Result<Vec<RowFrame>, EngineError> {
+        let me = self.me();
+        let hidden = self.spec().hidden;
+        let mut arrived = Vec::new();
+        for (from, bytes) in self.comm.finish_exchange(round)?.iter().enumerate() {
+            if Rank::from(from) != me {
+                arrived.extend(Reader::new(bytes, Rank::from(from)).rows(hidden)?);
+            }
+        }
+        let stride = 4 * self.spec().h4();
+        let mut residual = Vec::with_capacity(arrived.len() * stride);
+        for row in &arrived {
+            self.sequence(row.sequence)?;
+            residual.extend_from_slice(&row.residual);
+            residual.resize(residual.len().next_multiple_of(stride), 0.0);
+        }
+        let offset = (own * stride * 4) as u64;
+        let x = self.decoder.scratch.x();
+        if offset + 4 * residual.len() as u64 > x.bytes() {
+            let count = arrived.len();
+            return Err(EngineError::Internal(format!("layer {layer}: {count} rows arrived, too many")));
+        }
+        self.decoder.gpu.write(x, offset, &residual);
+        Ok(arrived)
+    }
+
+    /// The combine: partials travel to their tokens' next residence.
+    pub(super) fn exchange_partials(
+        &mut self,
+        layer: usize,
+        work: &Work,
+        decode: bool,
+    ) -> Result<Vec<PartialFrame>, EngineError> {
+        let (me, hidden, stride) = (self.me(), self.spec().hidden, 4 * self.spec().h4());
+        let mut values = Vec::new();
+        if !work.leaving.is_empty() {
+            let mut r = self.decoder.record();
+            r.read::<f32>(&self.decoder.scratch.partials, 0, work.next_slot as usize * stride);
+            values = floats(r.submit()?.fetch()?.pop());
+        }
+        let mut payloads: Vec<Writer> = (0..self.comm.world_size()).map(|_| Writer::default()).collect();
+        for (to, sequence, position, k, partial) in self.gather_leaving(work, &values, stride, hidden) {
+            payloads[to.index()].partial(sequence, position, k, &partial);
+            self.stats.crossings += u64::from(decode);
+        }
+        let round = self.next_round(ByteClass::Combine, layer);
+        let payloads = payloads.into_iter().map(Writer::finish).collect();
+        let mut received = Vec::new();
+        for (from, bytes) in self.comm.exchange(round, payloads)?.iter().enumerate() {
+            if Rank::from(from) != me {
+                received.extend(Reader::new(bytes, Rank::from(from)).partials(hidden)?);
+            }
+        }
+        Ok(received)
+    }
+
+    /// The partials that leave: one per expert, or one per token where a rank's partials are summed first.
+    #[allow(clippy::type_complexity, reason = "a row of a list that lives for one call")]
+    pub(super) fn gather_leaving(
+        &self,
+        work: &Work,
+        values: &[f32],
+        stride: usize,
+        hidden: usize,
+    ) -> Vec<(Rank, u32, u32, u16, Vec<f32>)> {
+        let mut leaving: Vec<(Rank, u32, u32, u16, Vec<f32>)> = Vec::new();
+        for &(to, sequence, position, k, slot) in &work.leaving {
+            let partial = &values[slot as usize * stride..][..hidden];
+            match leaving.last_mut() {
+                Some(last) if self.combine == Combine::Sum && (last.1, last.2) == (sequence, position) => {
+                    last.4.iter_mut().zip(partial).for_each(|(sum, v)| *sum += v);
+                }
+                _ => leaving.push((to, sequence, position, k, partial.to_vec())),
+            }
+        }
+        leaving
+    }
+}
+
+/// Partials that a token's next residence must expect from other ranks.
+pub(super) fn expected(route: &Route, combine: Combine) -> u16 {
+    let remote = route.serving.iter().filter(|rank| **rank != route.next);
+    match combine {
+        Combine::Exact => remote.count() as u16,
+        Combine::Sum => {
+            let mut ranks: Vec<_> = remote.collect();
+            ranks.sort_unstable();
+            ranks.dedup();
+            ranks.len() as u16
+        }
+    }
+}

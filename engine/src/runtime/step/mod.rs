@@ -1,0 +1,242 @@
+//! One step of a rank: its tokens from embedding to sampled ids, with the exchanges between.
+
+mod contexts;
+mod exchange;
+mod experts;
+mod sample;
+
+use super::coherence::Coherence;
+use super::sequence::{Sequence, Sequences};
+use super::stats::RankStats;
+use super::worker::Captured;
+use crate::model::decoder::Decoder;
+use crate::options::Combine;
+use crate::{EngineError, ModelSpec};
+use exflow_placement::{ExpertId, LayerId, PlacementTable, Rank, Route, Strategy};
+use exflow_transport::Communicator;
+use experts::Work;
+
+/// A token on this rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Row {
+    pub(crate) sequence: u32,
+    pub(crate) position: u32,
+    /// The rank that served its main choice at the layer before.
+    main: Option<Rank>,
+}
+
+/// Which tokens a step works on.
+pub(crate) struct Batch {
+    pub(crate) decode: bool,
+    /// This rank's tokens with their ids.
+    pub(crate) tokens: Vec<(Row, u32)>,
+    /// Tokens of all ranks together.
+    pub(crate) total: usize,
+}
+
+/// What a step yields on one rank.
+#[derive(Default)]
+pub(crate) struct Outcome {
+    /// (sequence, sampled token), for the sequences whose last token ended up here.
+    pub(crate) sampled: Vec<(u32, u32)>,
+    pub(crate) captured: Vec<Captured>,
+}
+
+/// What a step works with.
+pub(crate) struct Stepper<'a> {
+    pub(crate) decoder: &'a mut Decoder,
+    pub(crate) comm: &'a mut dyn Communicator,
+    pub(crate) table: &'a PlacementTable,
+    pub(crate) strategy: Strategy,
+    pub(crate) combine: Combine,
+    pub(crate) sequences: &'a Sequences,
+    pub(crate) coherence: &'a mut Coherence,
+    pub(crate) stats: &'a mut RankStats,
+    pub(crate) round: &'a mut u64,
+}
+
+impl Row {
+    pub(crate) fn new(sequence: u32, position: u32) -> Self {
+        Self { sequence, position, main: None }
+    }
+}
+
+/// What the device said of a layer's rows.
+struct Routed {
+    chosen: Vec<u32>,
+    weights: Vec<f32>,
+    /// `[T, H]`, padded.
+    residual: Vec<f32>,
+    /// `[T, 3, heads * D]`, empty where nobody needs keys and values.
+    qkv: Vec<f32>,
+    routes: Vec<Route>,
+}
+
+impl Stepper<'_> {
+    fn spec(&self) -> &ModelSpec {
+        &self.decoder.spec
+    }
+
+    fn me(&self) -> Rank {
+        self.comm.rank()
+    }
+
+    fn sequence(&self, id: u32) -> Result<&Sequence, EngineError> {
+        self.sequences
+            .running
+            .get(&id)
+            .ok_or_else(|| EngineError::Internal(format!("a row of sequence {id}, which does not run")))
+    }
+
+    /// Runs one step over all layers and samples.
+    pub(crate) fn run(&mut self, batch: &Batch) -> Result<Outcome, EngineError> {
+        let top_k = self.spec().top_k;
+        self.decoder.reserve(batch.total, batch.total * top_k)?;
+        let rows: Vec<Row> = batch.tokens.iter().map(|(row, _)| *row).collect();
+        let ids: Vec<[u32; 2]> = batch.tokens.iter().map(|(row, id)| [*id, row.position]).collect();
+        self.decoder.gpu.write(&self.decoder.scratch.tokens, 0, &ids);
+        match self.comm.world_size() {
+            1 => self.run_alone(rows),
+            _ => self.run_together(rows, batch),
+        }
+    }
+
+    /// One rank: the whole step is one submission; only the sampled ids (and what is captured) are read back.
+    fn run_alone(&mut self, rows: Vec<Row>) -> Result<Outcome, EngineError> {
+        let (layers, top_k) = (self.spec().layers, self.spec().top_k);
+        let blocks = self.write_contexts(&rows)?;
+        let count = rows.len();
+        let s = &self.decoder.scratch;
+        self.decoder.gpu.write(&s.source, 0, &(0..count as u32).collect::<Vec<_>>());
+        self.decoder.gpu.write(&s.slots, 0, &(0..(count * top_k) as u32).collect::<Vec<_>>());
+        let heads = self.head_rows(&rows)?;
+        let capture = self.captures_routes(&rows)?;
+
+        let decoder = &*self.decoder;
+        let mut r = decoder.record();
+        decoder.embed(&mut r, count);
+        for layer in 0..layers {
+            decoder.attend_and_route(&mut r, layer, count, blocks);
+            decoder.all_experts(&mut r, layer, count);
+            decoder.combine(&mut r, count);
+        }
+        decoder.head(&mut r, heads.len());
+        r.read::<u32>(&decoder.scratch.sampled, 0, heads.len());
+        let logits = self.captures_logits(&rows)?;
+        if logits {
+            r.read::<f32>(&decoder.scratch.logits, 0, heads.len() * 4 * decoder.spec.v4());
+        }
+        for layer in (0..layers).filter(|_| capture) {
+            r.read::<u32>(&decoder.scratch.chosen[layer], 0, count * top_k);
+            r.read::<f32>(&decoder.scratch.weights[layer], 0, count * top_k);
+        }
+        let mut parts = r.submit()?.fetch()?.into_iter();
+        self.stats.pairs += (count * top_k * layers) as u64;
+        let sampled = words(parts.next());
+        let logits = if logits { floats(parts.next()) } else { Vec::new() };
+        let mut outcome = self.sampled(&rows, &heads, &sampled, &logits)?;
+        for layer in (0..layers).filter(|_| capture) {
+            let (chosen, weights) = (words(parts.next()), floats(parts.next()));
+            self.capture_routes(&mut outcome.captured, layer, &rows, &chosen, &weights)?;
+        }
+        Ok(outcome)
+    }
+
+    /// Several ranks: one read-back and one or two exchanges a layer.
+    fn run_together(&mut self, mut rows: Vec<Row>, batch: &Batch) -> Result<Outcome, EngineError> {
+        let mut captured = Vec::new();
+        for layer in 0..self.spec().layers {
+            rows = self.layer(layer, rows, batch.decode, &mut captured)?;
+        }
+        let mut outcome = self.sample(&rows)?;
+        outcome.captured.append(&mut captured);
+        Ok(outcome)
+    }
+
+    /// One layer: attention and router, dispatch, experts, combine. Returns the rows that are here afterwards.
+    fn layer(
+        &mut self,
+        layer: usize,
+        rows: Vec<Row>,
+        decode: bool,
+        captured: &mut Vec<Captured>,
+    ) -> Result<Vec<Row>, EngineError> {
+        // The context of a prompt is made in the step itself; a decoded token's may still be on its way.
+        self.await_contexts(layer, if decode { &rows } else { &[] })?;
+        // A prompt is prefilled where it lives; its tokens become coherent when they decode.
+        let strategy = if decode { self.strategy } else { Strategy::Vanilla };
+        let routed = self.attend(layer, &rows, strategy)?;
+        if self.captures_routes(&rows)? {
+            self.capture_routes(captured, layer, &rows, &routed.chosen, &routed.weights)?;
+        }
+        if decode {
+            self.count_stays(&rows, &routed);
+        }
+
+        let dispatched = self.dispatch(layer, &rows, &routed, decode)?;
+        self.spread_contexts(layer, &rows, &routed)?;
+        let mut work = Work::default();
+        self.run_own(layer, &rows, &routed, &mut work)?;
+        let arrived = self.arrive(dispatched, layer, rows.len())?;
+        self.run_arrived(layer, &arrived, rows.len(), &mut work)?;
+
+        let combines = strategy == Strategy::Vanilla || self.spec().top_k > 1;
+        let received = if combines { self.exchange_partials(layer, &work, decode)? } else { Vec::new() };
+        self.settle(&rows, &routed, &arrived, received, &mut work)
+    }
+
+    /// Attention and router of this rank's rows, and the plan of their routes.
+    fn attend(&mut self, layer: usize, rows: &[Row], strategy: Strategy) -> Result<Routed, EngineError> {
+        if rows.is_empty() {
+            let (chosen, weights) = (Vec::new(), Vec::new());
+            return Ok(Routed { chosen, weights, residual: Vec::new(), qkv: Vec::new(), routes: Vec::new() });
+        }
+        self.append_arrived(layer)?;
+        let blocks = self.write_contexts(rows)?;
+        let (count, top_k) = (rows.len(), self.spec().top_k);
+        let spread = self.strategy == Strategy::Coherent;
+        let decoder = &*self.decoder;
+        let mut r = decoder.record();
+        if layer == 0 {
+            decoder.embed(&mut r, count);
+        }
+        decoder.attend_and_route(&mut r, layer, count, blocks);
+        r.read::<u32>(&decoder.scratch.chosen[layer], 0, count * top_k);
+        r.read::<f32>(&decoder.scratch.weights[layer], 0, count * top_k);
+        r.read::<f32>(decoder.scratch.x(), 0, count * 4 * decoder.spec.h4());
+        if spread {
+            r.read::<f32>(&decoder.scratch.qkv, 0, count * 12 * decoder.spec.kv4());
+        }
+        let mut parts = r.submit()?.fetch()?.into_iter();
+        let (chosen, weights, residual) = (words(parts.next()), floats(parts.next()), floats(parts.next()));
+        let qkv = if spread { floats(parts.next()) } else { Vec::new() };
+        for row in rows {
+            self.coherence.note(layer as u16, row.sequence, row.position);
+        }
+        let me = self.me();
+        let route = |t: usize| {
+            let range = t * top_k..(t + 1) * top_k;
+            let experts: Vec<_> = chosen[range.clone()].iter().map(|&e| ExpertId::from(e as usize)).collect();
+            self.table.route(strategy, LayerId::from(layer), me, &experts, &weights[range])
+        };
+        let routes = (0..count).map(route).collect();
+        Ok(Routed { chosen, weights, residual, qkv, routes })
+    }
+
+    fn count_stays(&mut self, rows: &[Row], routed: &Routed) {
+        for (row, route) in rows.iter().zip(&routed.routes) {
+            if let Some(main) = row.main {
+                self.stats.transitions += 1;
+                self.stats.stays += u64::from(main == route.serving[0]);
+            }
+        }
+    }
+}
+
+fn words(bytes: Option<Vec<u8>>) -> Vec<u32> {
+    bytes.map(|b| bytemuck::pod_collect_to_vec(&b)).unwrap_or_default()
+}
+
+fn floats(bytes: Option<Vec<u8>>) -> Vec<f32> {
+    bytes.map(|b| bytemuck::pod_collect_to_vec(&b)).unwrap_or_default()
+}

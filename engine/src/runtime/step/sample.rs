@@ -1,0 +1,99 @@
+//! The end of a step: which rows the head is asked for, what it sampled, and what is captured on the way.
+
+use super::super::worker::Captured;
+use super::{Outcome, Row, Stepper, floats, words};
+use crate::EngineError;
+
+impl Stepper<'_> {
+    /// Head and greedy choice for the rows that end a prompt or are decoded.
+    pub(super) fn sample(&mut self, rows: &[Row]) -> Result<Outcome, EngineError> {
+        let heads = self.head_rows(rows)?;
+        if heads.is_empty() {
+            return Ok(Outcome::default());
+        }
+        let wants_logits = self.captures_logits(rows)?;
+        let decoder = &*self.decoder;
+        let mut r = decoder.record();
+        decoder.head(&mut r, heads.len());
+        r.read::<u32>(&decoder.scratch.sampled, 0, heads.len());
+        if wants_logits {
+            r.read::<f32>(&decoder.scratch.logits, 0, heads.len() * 4 * decoder.spec.v4());
+        }
+        let mut parts = r.submit()?.fetch()?.into_iter();
+        let sampled = words(parts.next());
+        let logits = floats(parts.next());
+        self.sampled(rows, &heads, &sampled, &logits)
+    }
+
+    /// Uploads which rows the head is asked for: each sequence's last, or all where logits are captured.
+    pub(super) fn head_rows(&self, rows: &[Row]) -> Result<Vec<u32>, EngineError> {
+        let mut heads = Vec::new();
+        for (t, row) in rows.iter().enumerate() {
+            let sequence = self.sequence(row.sequence)?;
+            let is_last = row.position as usize + 1 >= sequence.start.prompt.len();
+            if is_last || sequence.start.capture_logits {
+                heads.push(t as u32);
+            }
+        }
+        self.decoder.gpu.write(&self.decoder.scratch.head_rows, 0, &heads);
+        Ok(heads)
+    }
+
+    pub(super) fn sampled(
+        &self,
+        rows: &[Row],
+        heads: &[u32],
+        sampled: &[u32],
+        logits: &[f32],
+    ) -> Result<Outcome, EngineError> {
+        let mut outcome = Outcome::default();
+        let stride = 4 * self.spec().v4();
+        for (i, (&t, &token)) in heads.iter().zip(sampled).enumerate() {
+            let row = rows[t as usize];
+            let sequence = self.sequence(row.sequence)?;
+            if row.position as usize + 1 >= sequence.start.prompt.len() {
+                outcome.sampled.push((row.sequence, token));
+            }
+            if sequence.start.capture_logits {
+                let values = logits[i * stride..][..self.spec().vocab_size].to_vec();
+                outcome.captured.push(Captured::Logits { position: row.position, values });
+            }
+        }
+        Ok(outcome)
+    }
+
+    pub(super) fn captures_routes(&self, rows: &[Row]) -> Result<bool, EngineError> {
+        Ok(rows
+            .iter()
+            .any(|row| self.sequences.running.get(&row.sequence).is_some_and(|s| s.start.capture_routes)))
+    }
+
+    pub(super) fn captures_logits(&self, rows: &[Row]) -> Result<bool, EngineError> {
+        Ok(rows
+            .iter()
+            .any(|row| self.sequences.running.get(&row.sequence).is_some_and(|s| s.start.capture_logits)))
+    }
+
+    pub(super) fn capture_routes(
+        &self,
+        captured: &mut Vec<Captured>,
+        layer: usize,
+        rows: &[Row],
+        chosen: &[u32],
+        weights: &[f32],
+    ) -> Result<(), EngineError> {
+        let top_k = self.spec().top_k;
+        for (t, row) in rows.iter().enumerate() {
+            if self.sequence(row.sequence)?.start.capture_routes {
+                captured.push(Captured::Route {
+                    sequence: row.sequence,
+                    position: row.position,
+                    layer: layer as u16,
+                    experts: chosen[t * top_k..][..top_k].to_vec(),
+                    weights: weights[t * top_k..][..top_k].to_vec(),
+                });
+            }
+        }
+        Ok(())
+    }
+}
