@@ -1,4 +1,4 @@
-//! Every kernel against its twin on the CPU, at odd sizes, on every adapter of this machine. No adapter is a failure.
+//! Every kernel against its twin on the CPU, at odd sizes, tiled variants bit by bit against plain ones, on every adapter of this machine. No adapter is a failure.
 
 use exflow::engine::{self, KernelCheck};
 use exflow::shaders::Kernel;

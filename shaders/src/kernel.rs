@@ -79,6 +79,11 @@ impl Kernel {
         matches!(self, Kernel::Linear | Kernel::ExpertPermute | Kernel::ExpertUp | Kernel::ExpertDown)
     }
 
+    /// Whether the tiled variant forms the same sums as the plain one, bit for bit.
+    pub fn sums_in_tiles(self) -> bool {
+        self.is_tiled() && self != Kernel::ExpertPermute
+    }
+
     /// The variants that differ for this kernel.
     pub fn variants(self) -> &'static [Variant] {
         const PLAIN: Variant = Variant { tile8: false };
