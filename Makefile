@@ -1,7 +1,7 @@
 # What a newcomer types. Linux; on Windows and macOS the plain cargo lines of the README do the same.
 CARGO ?= cargo
 
-.PHONY: demo test test-cluster check fmt lint deny bench vulkan help
+.PHONY: demo test test-cluster test-product check fmt lint deny bench vulkan help
 
 help: ## lists the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
@@ -14,6 +14,9 @@ test: vulkan ## every test that needs only Rust and a Vulkan driver
 
 test-cluster: ## QUIC between ranks over a shaped link in a network namespace (root, iproute2)
 	tests/netns/shaped.sh $(CARGO) test --workspace --locked --test quic --test trust --test faults --test processes
+
+test-product: demo ## the demo's report in headless Chromium
+	tests/product/report.sh
 
 check: fmt lint deny ## formatting, clippy with warnings denied, licences and sources of dependencies
 
