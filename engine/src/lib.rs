@@ -3,7 +3,7 @@
 //! [`Cluster`] is the entry: it loads a model folder onto ranks, each with its own wgpu device and its own
 //! experts, joins them through `exflow-transport`, and runs requests. The way of a token: text → ids
 //! ([`TextCodec`]) → sequence → the loop of a rank (`runtime/worker.rs`) → the layers of a step
-//! (`runtime/step.rs`), whose launches are in `model/decoder.rs` → id → text.
+//! (`runtime/step/`, whose launches are in `model/decoder/`) → id → text.
 
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test may panic"))]
 
@@ -26,7 +26,7 @@ pub use exflow_placement::{Affinity, PlacementTable, Rank, RoutingTrace, Strateg
 pub use generate::{Completion, Generation, Request, TokenEvent};
 pub use gpu::{DeviceReport, devices, prepare_process};
 pub use logits::{LayerRouting, LogitsDump};
-pub use model::ModelSpec;
+pub use model::{ModelSpec, spec};
 pub use options::{ClusterOptions, Combine, Feed, NoProgress, PlacementSource, Progress, TransportKind};
 pub use runtime::FinishReason;
 pub use selftest::{KernelCheck, selftest};

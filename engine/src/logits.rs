@@ -81,8 +81,8 @@ fn assemble(cluster: &Cluster, tokens: usize, captured: Vec<Captured>) -> Result
     let (vocab, k) = (spec.vocab_size, spec.top_k);
     let mut seen = 0;
     let mut logits = vec![0.0; tokens * vocab];
-    let mut layers: Vec<_> = (0..spec.layers)
-        .map(|layer| LayerRouting { layer, k, experts: vec![0; tokens * k], weights: vec![0.0; tokens * k] })
+    let mut layers: Vec<_> = (spec.moe_layers.iter())
+        .map(|&layer| LayerRouting { layer, k, experts: vec![0; tokens * k], weights: vec![0.0; tokens * k] })
         .collect();
     for c in captured {
         seen += 1;
@@ -99,8 +99,8 @@ fn assemble(cluster: &Cluster, tokens: usize, captured: Vec<Captured>) -> Result
             }
         }
     }
-    if seen != tokens * (1 + spec.layers) {
-        let what = format!("{seen} of {} captures came", tokens * (1 + spec.layers));
+    if seen != tokens * (1 + spec.moe_layers()) {
+        let what = format!("{seen} of {} captures came", tokens * (1 + spec.moe_layers()));
         return Err(EngineError::Internal(what));
     }
     Ok(LogitsDump { tokens, vocab, logits, layers })
@@ -131,7 +131,7 @@ pub(crate) fn profile(
     sequences: &[Vec<u32>],
     progress: &dyn Progress,
 ) -> Result<RoutingTrace, EngineError> {
-    let (layers, k) = (cluster.spec().layers, cluster.spec().top_k);
+    let (layers, k) = (cluster.spec().moe_layers(), cluster.spec().top_k);
     let context = cluster.spec().max_positions;
     let contexts: Vec<&[u32]> = sequences.iter().flat_map(|s| s.chunks(context)).collect();
     let total: usize = contexts.iter().map(|c| c.len()).sum();

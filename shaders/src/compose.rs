@@ -1,7 +1,7 @@
 //! From kernel texts to plain WGSL: imports and variants by WESL, validation by naga. The only file that knows
 //! how kernel text is put together.
 
-use crate::kernel::{Kernel, SHARED, Variant};
+use crate::kernel::{Activation, Kernel, SHARED, Variant};
 use crate::reflect::{self, Binding};
 use std::borrow::Cow;
 use wesl::syntax::{ModulePath, PathOrigin};
@@ -65,12 +65,21 @@ fn compose(kernel: Kernel, variant: Variant) -> Result<String, ComposeError> {
         keep_root: true, // parameter blocks and overrides stay as written
         features: Features {
             default: Feature::Error,
-            flags: [("tile8".to_owned(), Feature::from(variant.tile8))].into(),
+            flags: flags(variant).map(|(name, on)| (name.to_owned(), Feature::from(on))).into(),
         },
         ..Default::default()
     };
     let compiled = wesl::compile(&root, &resolver, &EscapeMangler, &options).map_err(failed)?;
     Ok(compiled.syntax.to_string())
+}
+
+fn flags(variant: Variant) -> [(&'static str, bool); 4] {
+    [
+        ("tile8", variant.tile8),
+        ("wide", variant.wide),
+        ("swiglu", variant.activation == Activation::SwiGlu),
+        ("clamped_glu", variant.activation == Activation::ClampedGlu),
+    ]
 }
 
 fn path(parts: &[&str]) -> ModulePath {
@@ -85,7 +94,7 @@ mod tests {
     #[test]
     fn every_variant_of_every_kernel_is_valid() {
         for kernel in Kernel::ALL {
-            for &variant in kernel.variants() {
+            for variant in kernel.variants() {
                 let module = module(kernel, variant).unwrap_or_else(|e| panic!("{e}"));
                 assert!(module.wgsl.contains("fn main"), "{}", kernel.name());
                 assert_eq!(module.bindings[0].number, 0, "{}", kernel.name());
@@ -103,8 +112,9 @@ mod tests {
 
     #[test]
     fn tile_variants_differ_in_text() {
-        let plain = module(Kernel::Linear, Variant { tile8: false }).expect("composes").wgsl;
-        let tiled = module(Kernel::Linear, Variant { tile8: true }).expect("composes").wgsl;
+        let plain = module(Kernel::Linear, Variant::default()).expect("composes").wgsl;
+        let tiled =
+            module(Kernel::Linear, Variant { tile8: true, ..Variant::default() }).expect("composes").wgsl;
         assert_ne!(plain, tiled);
     }
 }

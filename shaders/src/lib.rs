@@ -11,14 +11,19 @@ pub mod reference;
 mod reflect;
 
 pub use compose::{ComposeError, Module, module};
-pub use kernel::{Kernel, Variant};
+pub use kernel::{Activation, Kernel, Variant};
 pub use reflect::{Access, Binding};
 
 /// Positions per block of the paged KV cache, as `attention.wgsl` has it.
 pub const KV_BLOCK: usize = 16;
 
-/// The largest head size that `attention.wgsl` holds in registers.
-pub const MAX_HEAD_SIZE: usize = 256;
+/// The largest values per head that `attention.wgsl` holds in registers, and those of its plain variant.
+pub const MAX_HEAD_SIZE: usize = 512;
+/// The largest values per head that the plain variant of `attention.wgsl` holds.
+pub const PLAIN_HEAD_SIZE: usize = 256;
+
+/// The most groups of experts that a router may choose among (`router.wgsl`).
+pub const MAX_GROUPS: usize = 64;
 
 /// The most experts a layer may have (`router.wgsl`, `expert_permute.wgsl`).
 pub const MAX_EXPERTS: usize = 1024;

@@ -22,27 +22,54 @@ macro_rules! params {
 
 params! {
     /// Parameters of `embed.wgsl`.
-    Embed { rows: u32, width4: u32 }
-    /// Parameters of `layer_norm.wgsl`.
-    LayerNorm { rows: u32, width: u32, width4: u32, first_row: u32, eps: f32 }
+    Embed { rows: u32, width4: u32, has_positions: u32, scale: f32 }
+    /// Parameters of `norm.wgsl`.
+    Norm { rows: u32, width: u32, width4: u32, first_row: u32, centred: u32, eps: f32 }
     /// Parameters of `linear.wgsl`.
-    Linear { rows: u32, k4: u32, n4: u32, has_bias: u32, has_residual: u32 }
+    Linear {
+        rows: u32, k4: u32, n4: u32, x_stride4: u32, x_head4: u32, y_stride4: u32, y_offset4: u32, y_head4: u32,
+        has_bias: u32, has_residual: u32, scale: f32,
+    }
+    /// Parameters of `part_norm.wgsl`.
+    PartNorm { stride4: u32, offset4: u32, part4: u32, width: u32, eps: f32 }
+    /// Parameters of `rope.wgsl`.
+    Rope { rows: u32, heads: u32, stride: u32, offset: u32, head: u32, first: u32, half: u32 }
     /// Parameters of `kv_append.wgsl`.
     KvAppend { rows: u32, width4: u32, stride4: u32, offset4: u32 }
     /// Parameters of `attention.wgsl`.
-    Attention { heads: u32, d4: u32, q_stride4: u32, table_stride: u32, scale: f32 }
+    Attention {
+        group: u32, d4: u32, v4: u32, q_stride4: u32, cache_stride4: u32, v_offset4: u32, v_head4: u32,
+        table_stride: u32, window: u32, has_sinks: u32, scale: f32,
+    }
     /// Parameters of `router.wgsl`.
-    Router { rows: u32, h4: u32, experts: u32, top_k: u32, renormalise: u32 }
+    Router {
+        rows: u32, h4: u32, experts: u32, top_k: u32, score: u32, renormalise: u32, has_bias: u32,
+        has_correction: u32, groups: u32, groups_kept: u32, group_best: u32, scale: f32, threshold: f32,
+    }
     /// Parameters of `expert_permute.wgsl`.
     ExpertPermute { pairs: u32, top_k: u32, experts: u32, up_groups: u32, down_groups: u32 }
     /// Parameters of `expert_up.wgsl`.
-    ExpertUp { h4: u32, i4: u32, first_tile: u32 }
+    ExpertUp { h4: u32, i4: u32, first_tile: u32, has_bias: u32 }
+    /// Parameters of `shared_gate.wgsl`.
+    SharedGate { h4: u32, first: u32, count: u32 }
     /// Parameters of `expert_down.wgsl`.
-    ExpertDown { i4: u32, h4: u32, first_tile: u32 }
+    ExpertDown { i4: u32, h4: u32, first_tile: u32, has_bias: u32, scale: f32 }
     /// Parameters of `combine.wgsl`.
     Combine { rows: u32, h4: u32, top_k: u32 }
     /// Parameters of `argmax.wgsl`.
     Argmax { vocab: u32, stride: u32 }
+}
+
+/// What `router.wgsl` makes of the products (its `score`).
+pub mod score {
+    /// Softmax over all experts, then top-k.
+    pub const SOFTMAX: u32 = 0;
+    /// Top-k, then softmax over the chosen.
+    pub const SOFTMAX_OF_CHOSEN: u32 = 1;
+    /// A sigmoid each.
+    pub const SIGMOID: u32 = 2;
+    /// phimoe's sparsemixer.
+    pub const SPARSEMIXER: u32 = 3;
 }
 
 /// One (token, expert) pair, as `shared/pair.wgsl` has it.

@@ -1,7 +1,9 @@
-// x[t] = wte[token] + wpe[position]
+// x[t] = wte[token[t]] * scale (+ wpe[position[t]])
 struct Params {
-    rows: u32,    // T
-    width4: u32,  // H / 4
+    rows: u32,          // T
+    width4: u32,        // H / 4
+    has_positions: u32, // 0: positions are rotary, wpe is any buffer
+    scale: f32,
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> tokens: array<vec2<u32>>;  // [T] (token id, position)
@@ -19,5 +21,9 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
         return;
     }
     let token = tokens[row];
-    x[row * p.width4 + column] = wte[token.x * p.width4 + column] + wpe[token.y * p.width4 + column];
+    var value = wte[token.x * p.width4 + column] * p.scale;
+    if p.has_positions != 0u {
+        value += wpe[token.y * p.width4 + column];
+    }
+    x[row * p.width4 + column] = value;
 }

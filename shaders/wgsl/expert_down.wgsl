@@ -1,4 +1,4 @@
-// partial[slot] = weight * (w2[expert] a[pair] + b2[expert]), a workgroup per (tile of pairs, group of columns).
+// partial[slot] = weight * scale * (w2[expert] a[pair] (+ b2[expert])), a workgroup per (tile of pairs, group of columns).
 import package::shared::tile::{TILE_ROWS, accumulate};
 import package::shared::pair::{Pair, Tile};
 
@@ -6,13 +6,15 @@ struct Params {
     i4: u32,          // ceil(I / 4)
     h4: u32,          // H / 4
     first_tile: u32,
+    has_bias: u32,
+    scale: f32,       // of what a layer adds to the residual stream
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> pairs: array<Pair>;
 @group(0) @binding(2) var<storage, read> tiles: array<Tile>;
 @group(0) @binding(3) var<storage, read> a: array<vec4<f32>>;              // [pairs, I/4]
 @group(0) @binding(4) var<storage, read> w2: array<vec4<f32>>;             // [experts, H, I/4]
-@group(0) @binding(5) var<storage, read> b2: array<vec4<f32>>;             // [experts, H/4]
+@group(0) @binding(5) var<storage, read> b2: array<vec4<f32>>;             // [experts, H/4], any buffer without
 @group(0) @binding(6) var<storage, read_write> partials: array<vec4<f32>>; // [slots, H/4]
 
 override WORKGROUP: u32 = 32u;
@@ -36,11 +38,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             acc[r] = accumulate(acc[r], a[(tile.first + min(r, last)) * p.i4 + k], w_0, w_1, w_2, w_3);
         }
     }
-    let bias = b2[tile.expert * p.h4 + column];
+    var bias = vec4<f32>(0.0);
+    if p.has_bias != 0u {
+        bias = b2[tile.expert * p.h4 + column];
+    }
     for (var r = 0u; r < TILE_ROWS; r++) {
         if r <= last {
             let pair = pairs[tile.first + r];
-            partials[pair.slot * p.h4 + column] = pair.weight * (acc[r] + bias);
+            partials[pair.slot * p.h4 + column] = pair.weight * p.scale * (acc[r] + bias);
         }
     }
 }

@@ -1,14 +1,14 @@
 // Writes keys and values of some rows into the paged cache: cache[slot[t]] = source[t, offset ..].
 struct Params {
     rows: u32,     // T
-    width4: u32,   // 2 * heads * D / 4: the key and the value of every head
+    width4: u32,   // of a cache row: keys, then values, of every key head
     stride4: u32,  // of a source row
     offset4: u32,  // of the keys within it
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> source: array<vec4<f32>>;      // [T, stride/4]
 @group(0) @binding(2) var<storage, read> slots: array<u32>;             // [T] position within the cache
-@group(0) @binding(3) var<storage, read_write> cache: array<vec4<f32>>; // [slots, 2, heads * D/4]
+@group(0) @binding(3) var<storage, read_write> cache: array<vec4<f32>>; // [slots, width/4]
 
 override WORKGROUP: u32 = 32u;
 

@@ -24,7 +24,7 @@ const MAX_BIND_GROUPS: usize = 4096;
 
 impl Gpu {
     pub(super) fn pipeline(&self, kernel: Kernel, variant: Variant) -> Result<Pipeline, EngineError> {
-        let variant = if kernel.is_tiled() { variant } else { Variant::default() };
+        let variant = variant.of(kernel);
         if let Some(found) = self.pipelines.borrow().pipelines.get(&(kernel, variant)) {
             return Ok(found.clone());
         }
@@ -78,7 +78,7 @@ impl Gpu {
         params: &Buffer,
         buffers: &[&Buffer],
     ) -> wgpu::BindGroup {
-        let variant = if kernel.is_tiled() { variant } else { Variant::default() };
+        let variant = variant.of(kernel);
         let ids = std::iter::once(params.id).chain(buffers.iter().map(|b| b.id)).collect();
         let mut cache = self.pipelines.borrow_mut();
         if cache.bind_groups.len() > MAX_BIND_GROUPS {

@@ -2,6 +2,7 @@
 
 pub(crate) mod decoder;
 pub(crate) mod scratch;
-mod spec;
+pub mod spec;
 
 pub use spec::ModelSpec;
+pub(crate) use spec::{FfnSpec, LatentSpec, QkNorm, Score};

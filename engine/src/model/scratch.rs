@@ -19,28 +19,34 @@ pub(crate) struct Scratch {
     current: Cell<usize>,
     /// `[rows, H]` normed rows.
     pub(crate) normed: Buffer,
-    /// `[T, 3, heads * D]`.
+    /// `[T]` of queries, then what the cache holds of the token.
     pub(crate) qkv: Buffer,
-    /// `[T, heads * D]`.
+    /// `[T, heads * value]`.
     pub(crate) attended: Buffer,
-    /// Per layer `[T, K]`: chosen experts.
+    /// `[T, pairs]` cosines and sines.
+    pub(crate) turns: Buffer,
+    /// Latent attention: `[T, q_rank]`, `[T, heads * (nope + rope)]` and `[T, heads * value]`.
+    pub(crate) latent: Option<[Buffer; 3]>,
+    /// Per MoE layer `[T, K]`: chosen experts.
     pub(crate) chosen: Vec<Buffer>,
-    /// Per layer `[T, K]`: router weights.
+    /// Per MoE layer `[T, K]`: router weights.
     pub(crate) weights: Vec<Buffer>,
-    /// `[pairs]` sorted (token, expert) pairs.
+    /// `[pairs + 2T]` sorted (token, expert) pairs; behind those of experts the rows of shared and dense FFNs.
     pub(crate) pairs_list: Buffer,
-    /// `[pairs]` tiles at most.
+    /// `[pairs + 2T]` tiles at most.
     pub(crate) tiles: Buffer,
     /// `[2, 3]` sizes of the expert launches.
     pub(crate) launches: Buffer,
-    /// `[pairs, I]`.
+    /// `[pairs + 2T, I]`.
     pub(crate) inner: Buffer,
-    /// `[pairs, H]` weighted outputs of experts, made here or received.
+    /// `[pairs + received + T, H]` weighted outputs of experts, made here or received, and of a shared or dense FFN.
     pub(crate) partials: Buffer,
     /// `[T]` rows that residuals come from.
     pub(crate) source: Buffer,
-    /// `[T, K]` rows of `partials` to add.
+    /// `[T, K + 1]` rows of `partials` to add at a MoE layer.
     pub(crate) slots: Buffer,
+    /// `[T]` rows of `partials` to add at a dense layer.
+    pub(crate) dense_slots: Buffer,
     /// `[T]` where keys and values go.
     pub(crate) kv_slots: Buffer,
     /// `[T]` what attention needs to know of each token.
@@ -49,7 +55,7 @@ pub(crate) struct Scratch {
     pub(crate) block_table: Buffer,
     /// `[T]` rows that the head is asked for.
     pub(crate) head_rows: Buffer,
-    /// `[KV_CHUNK, 2, heads * D]` keys and values made elsewhere.
+    /// `[KV_CHUNK]` of what the cache holds of a token: keys and values made elsewhere.
     pub(crate) kv_arrived: Buffer,
     /// `[KV_CHUNK]` where they go.
     pub(crate) kv_arrived_slots: Buffer,
@@ -99,9 +105,17 @@ impl Scratch {
 
     fn sized(gpu: &Gpu, spec: &ModelSpec, rows: usize, pairs: usize) -> Result<Self, EngineError> {
         let storage = |label: &str, words: usize| gpu.buffer(label, 4 * words as u64, Usage::Storage);
-        let (h, kv) = (4 * spec.h4(), 4 * spec.kv4());
+        let (h, attention) = (4 * spec.h4(), &spec.attention);
         let per_layer = |label: &str| {
-            (0..spec.layers).map(|_| storage(label, rows * spec.top_k)).collect::<Result<Vec<_>, _>>()
+            (0..spec.moe_layers()).map(|_| storage(label, rows * spec.top_k)).collect::<Result<Vec<_>, _>>()
+        };
+        let latent = match attention.latent {
+            None => None,
+            Some(latent) => Some([
+                storage("query latents", rows * latent.q_rank.unwrap_or(1).next_multiple_of(4))?,
+                storage("queries before absorption", rows * 4 * attention.heads * latent.head4())?,
+                storage("values", rows * attention.heads * latent.value.next_multiple_of(4))?,
+            ]),
         };
         Ok(Self {
             rows,
@@ -110,17 +124,20 @@ impl Scratch {
             residual: [storage("residual", rows * h)?, storage("next residual", rows * h)?],
             current: Cell::new(0),
             normed: storage("normed rows", rows * h)?,
-            qkv: storage("queries, keys, values", rows * 3 * kv)?,
-            attended: storage("attention output", rows * kv)?,
+            qkv: storage("queries, keys, values", rows * 4 * attention.qkv4())?,
+            attended: storage("attention output", rows * 4 * attention.heads * attention.v4())?,
+            turns: storage("turns", rows * attention.rope.as_ref().map_or(1, |r| 2 * r.pairs().max(1)))?,
+            latent,
             chosen: per_layer("chosen experts")?,
             weights: per_layer("router weights")?,
-            pairs_list: storage("pairs", 4 * pairs)?,
-            tiles: storage("tiles", 4 * pairs)?,
+            pairs_list: storage("pairs", 4 * (pairs + 2 * rows))?,
+            tiles: storage("tiles", 4 * (pairs + 2 * rows))?,
             launches: gpu.buffer("expert launches", 24, Usage::Indirect)?,
-            inner: storage("expert inner rows", pairs * 4 * spec.i4())?,
-            partials: storage("partials", (pairs + rows * spec.top_k) * h)?,
+            inner: storage("expert inner rows", (pairs + 2 * rows) * 4 * spec.largest_i4())?,
+            partials: storage("partials", (pairs + rows * (spec.top_k + 1)) * h)?,
             source: storage("residual rows", rows)?,
-            slots: storage("partial rows", rows * spec.top_k)?,
+            slots: storage("partial rows", rows * spec.partials())?,
+            dense_slots: storage("dense partial rows", rows)?,
             kv_slots: storage("cache slots", rows)?,
             queries: storage("queries", 2 * rows)?,
             block_table: storage(
@@ -128,7 +145,7 @@ impl Scratch {
                 rows * spec.max_positions.div_ceil(exflow_shaders::KV_BLOCK),
             )?,
             head_rows: storage("rows for the head", rows)?,
-            kv_arrived: storage("arrived keys and values", KV_CHUNK * 2 * kv)?,
+            kv_arrived: storage("arrived keys and values", KV_CHUNK * 4 * attention.cache4())?,
             kv_arrived_slots: storage("arrived cache slots", KV_CHUNK)?,
             logits: storage("logits", rows * 4 * spec.v4())?,
             sampled: storage("sampled tokens", rows)?,

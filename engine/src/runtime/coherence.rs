@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 pub(crate) struct Arrived {
     pub(crate) sequence: u32,
     pub(crate) position: u32,
-    /// `[2, heads * D]`.
+    /// What the cache holds of it.
     pub(crate) values: Vec<f32>,
 }
 

@@ -28,11 +28,20 @@ impl PairList {
             }
         }
         let batch = (!tiles.is_empty()).then_some(ExpertBatch {
+            first_pair: pairs_before,
+            pairs: pairs.len(),
             first_tile: tiles_before,
             tiles: tiles.len(),
             variant,
         });
         Self { pairs, tiles, batch }
+    }
+
+    /// Rows `rows` through one FFN that every token takes; their partials start at `first_slot`.
+    pub(crate) fn every(rows: &[u32], first_slot: u32, pairs_before: usize, tiles_before: usize) -> Self {
+        let pair =
+            |(i, &row): (usize, &u32)| Pair { row, slot: first_slot + i as u32, weight: 1.0, expert: 0 };
+        Self::new(rows.iter().enumerate().map(pair).collect(), pairs_before, tiles_before)
     }
 }
 

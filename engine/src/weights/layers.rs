@@ -1,92 +1,70 @@
 //! The weights that one rank holds, padded as the kernels want them: rows to whole vec4s, heads one by one.
 
 use super::Store;
+use super::attention::AttentionWeights;
+use super::experts::{Experts, Ffn};
+use super::names::Names;
+use super::rows::Rows;
 use crate::EngineError;
 use crate::gpu::{Buffer, Gpu};
 use crate::model::ModelSpec;
 use exflow_placement::ExpertId;
 
-/// A norm's weight and bias, `[H]` each.
+/// A norm's weight, and bias where it has one, `[H]` each.
 pub(crate) struct Norm {
     pub(crate) weight: Buffer,
-    pub(crate) bias: Buffer,
+    pub(crate) bias: Option<Buffer>,
 }
 
-/// A matrix `[N, K]` with bias `[N]`.
+/// A matrix `[N, K]`, with a bias `[N]` where it has one.
 pub(crate) struct Dense {
     pub(crate) weight: Buffer,
-    pub(crate) bias: Buffer,
-}
-
-/// The experts of one layer that this rank holds, in ascending order of their ids.
-pub(crate) struct Experts {
-    /// Local number of each logical expert, by its id.
-    pub(crate) local: Vec<Option<u32>>,
-    /// `w1` `[experts, I, H]` and `b1` `[experts, I]`.
-    pub(crate) up: Dense,
-    /// `w2` `[experts, H, I]` and `b2` `[experts, H]`.
-    pub(crate) down: Dense,
+    pub(crate) bias: Option<Buffer>,
 }
 
 /// One layer.
 pub(crate) struct LayerWeights {
     pub(crate) norm_1: Norm,
-    /// Queries, keys, values: `[3 * heads * D, H]`.
-    pub(crate) qkv: Dense,
-    /// `[H, heads * D]`.
-    pub(crate) projection: Dense,
+    pub(crate) attention: AttentionWeights,
     pub(crate) norm_2: Norm,
-    /// `[E, H]`.
-    pub(crate) router: Buffer,
-    pub(crate) experts: Experts,
+    pub(crate) ffn: LayerFfn,
+}
+
+/// What stands behind a layer's attention.
+pub(crate) enum LayerFfn {
+    Moe {
+        /// `[E, H]`.
+        router: Buffer,
+        /// `[2, E]` bias and correction.
+        bias: Option<Buffer>,
+        experts: Experts,
+        /// The shared expert, and the row `[H]` that decides how much of it is taken.
+        shared: Option<(Ffn, Option<Buffer>)>,
+    },
+    Dense(Ffn),
 }
 
 /// All that one rank holds.
 pub(crate) struct ModelWeights {
     pub(crate) token_embedding: Buffer,
-    pub(crate) position_embedding: Buffer,
+    pub(crate) position_embedding: Option<Buffer>,
     pub(crate) layers: Vec<LayerWeights>,
     pub(crate) final_norm: Norm,
     /// `[V, H]`.
-    pub(crate) head: Buffer,
-}
-
-/// A matrix read from disk on its way to the padded form.
-struct Rows {
-    values: Vec<f32>,
-    columns: usize,
-}
-
-impl Rows {
-    /// Pads every row with zeros to `columns`.
-    fn widen(self, columns: usize) -> Self {
-        if columns == self.columns {
-            return self;
-        }
-        let mut values = vec![0.0; self.values.len() / self.columns * columns];
-        for (to, from) in values.chunks_exact_mut(columns).zip(self.values.chunks_exact(self.columns)) {
-            to[..self.columns].copy_from_slice(from);
-        }
-        Self { values, columns }
-    }
-
-    /// Pads every group of `group` rows with rows of zeros to `padded`.
-    fn lengthen(self, group: usize, padded: usize) -> Self {
-        let (from, to) = (group * self.columns, padded * self.columns);
-        Self { values: Rows { values: self.values, columns: from }.widen(to).values, columns: self.columns }
-    }
+    pub(crate) head: Dense,
 }
 
 /// Reads one rank's weights onto its device.
-pub(crate) struct Loader<'a> {
-    spec: &'a ModelSpec,
-    store: &'a Store,
-    gpu: &'a Gpu,
-    read: &'a mut dyn FnMut(u64),
+pub(super) struct Loader<'a> {
+    pub(super) spec: &'a ModelSpec,
+    pub(super) names: Names,
+    pub(super) store: &'a Store,
+    pub(super) gpu: &'a Gpu,
+    pub(super) read: &'a mut dyn FnMut(u64),
 }
 
 impl ModelWeights {
-    /// Loads everything but experts, and of each layer the experts in `experts[layer]`; `read` is told the
+    /// Loads everything but experts, and of each MoE layer the experts in `experts[layer]`; `read` is told the
     /// elements read so far, for progress.
     pub(crate) fn load(
         spec: &ModelSpec,
@@ -95,108 +73,112 @@ impl ModelWeights {
         experts: &[Vec<ExpertId>],
         read: &mut dyn FnMut(u64),
     ) -> Result<Self, EngineError> {
-        let mut loader = Loader { spec, store, gpu, read };
+        let mut loader = Loader { spec, names: Names::of(spec), store, gpu, read };
         let (vocab, hidden) = (spec.vocab_size, spec.hidden);
-        let token_embedding = loader.matrix("wte.weight", vocab, hidden)?;
-        let position_embedding = loader.matrix("wpe.weight", spec.max_positions, hidden)?;
-        let layers =
-            experts.iter().enumerate().map(|(l, held)| loader.layer(l, held)).collect::<Result<_, _>>()?;
-        let final_norm = loader.norm("ln_f")?;
-        let head = match spec.tied_head {
+        let token_embedding = loader.matrix(loader.names.embedding, vocab, hidden)?;
+        let position_embedding = match spec.learned_positions {
+            true => Some(loader.matrix("wpe.weight", spec.max_positions, hidden)?),
+            false => None,
+        };
+        let layer = |layer| {
+            let held = spec.moe_index(layer).map(|index| experts[index].as_slice());
+            loader.layer(layer, held)
+        };
+        let layers = (0..spec.layers).map(layer).collect::<Result<_, _>>()?;
+        let final_norm = loader.norm(loader.names.final_norm)?;
+        let weight = match spec.tied_head {
             true => token_embedding.clone(),
             false => loader.matrix("lm_head.weight", vocab, hidden)?,
         };
-        Ok(Self { token_embedding, position_embedding, layers, final_norm, head })
+        let bias = match spec.head_bias {
+            true => {
+                let bias = loader.vector("lm_head.bias", vocab)?.widen(4 * spec.v4());
+                Some(loader.upload("lm_head.bias", &bias.values)?)
+            }
+            false => None,
+        };
+        Ok(Self { token_embedding, position_embedding, layers, final_norm, head: Dense { weight, bias } })
     }
 }
 
 impl Loader<'_> {
-    fn layer(&mut self, layer: usize, held: &[ExpertId]) -> Result<LayerWeights, EngineError> {
-        let name = |part: &str| format!("h.{layer}.{part}");
+    fn layer(&mut self, layer: usize, held: Option<&[ExpertId]>) -> Result<LayerWeights, EngineError> {
+        let (norm_1, norm_2) = (self.names.norm_1, self.names.norm_2);
         Ok(LayerWeights {
-            norm_1: self.norm(&name("ln_1"))?,
-            qkv: self.qkv(&name("attn.c_attn"))?,
-            projection: self.projection(&name("attn.c_proj"))?,
-            norm_2: self.norm(&name("ln_2"))?,
-            router: self.matrix(&name("moe.gate.weight"), self.spec.experts, self.spec.hidden)?,
-            experts: self.experts(&name("moe"), held)?,
+            norm_1: self.norm(&self.names.of_layer(layer, norm_1))?,
+            attention: self.attention(layer)?,
+            norm_2: self.norm(&self.names.of_layer(layer, norm_2))?,
+            ffn: match (held, self.spec.dense) {
+                (Some(held), _) => self.moe(layer, held)?,
+                (None, Some(dense)) => LayerFfn::Dense(self.ffn(layer, "mlp", dense)?),
+                (None, None) => return Err(EngineError::Internal(format!("layer {layer} has no FFN"))),
+            },
         })
+    }
+
+    fn moe(&mut self, layer: usize, held: &[ExpertId]) -> Result<LayerFfn, EngineError> {
+        let (experts, hidden) = (self.spec.experts, self.spec.hidden);
+        let router = self.matrix(&self.names.of_layer(layer, self.names.router), experts, hidden)?;
+        let (biased, corrected) = (self.spec.router.bias, self.spec.router.correction);
+        let mut both = vec![0.0; 2 * experts];
+        if biased {
+            let name = self.names.of_layer(layer, self.names.router_bias);
+            both[..experts].copy_from_slice(&self.vector(&name, experts)?.values);
+        }
+        if corrected {
+            let name = self.names.of_layer(layer, self.names.correction);
+            both[experts..].copy_from_slice(&self.vector(&name, experts)?.values);
+        }
+        let bias = if biased || corrected { Some(self.upload("router bias", &both)?) } else { None };
+        let shared = match self.spec.shared {
+            None => None,
+            Some(shared) => {
+                let ffn = self.ffn(layer, self.names.shared, shared.ffn)?;
+                let gate = match shared.gated {
+                    true => {
+                        let name = self.names.of_layer(layer, &format!("{}_gate.weight", self.names.shared));
+                        Some(self.matrix(&name, 1, hidden)?)
+                    }
+                    false => None,
+                };
+                Some((ffn, gate))
+            }
+        };
+        Ok(LayerFfn::Moe { router, bias, experts: self.experts(layer, held)?, shared })
     }
 
     fn norm(&mut self, name: &str) -> Result<Norm, EngineError> {
-        Ok(Norm {
-            weight: self.vector(&format!("{name}.weight"))?,
-            bias: self.vector(&format!("{name}.bias"))?,
-        })
+        let (hidden, h) = (self.spec.hidden, 4 * self.spec.h4());
+        let weight = self.vector(&format!("{name}.weight"), hidden)?.widen(h);
+        let bias = match self.spec.norm.centred {
+            true => {
+                let bias = self.vector(&format!("{name}.bias"), hidden)?.widen(h);
+                Some(self.upload(name, &bias.values)?)
+            }
+            false => None,
+        };
+        Ok(Norm { weight: self.upload(name, &weight.values)?, bias })
     }
 
-    fn vector(&mut self, name: &str) -> Result<Buffer, EngineError> {
-        let hidden = self.spec.hidden;
-        let rows = self.rows(name, &[hidden], hidden, 0..hidden)?;
-        self.upload(name, rows.widen(self.spec.h4() * 4))
+    /// A vector as one row.
+    pub(super) fn vector(&mut self, name: &str, size: usize) -> Result<Rows, EngineError> {
+        self.rows(name, &[size], size, 0..size)
+    }
+
+    /// A matrix `[rows, columns]`.
+    pub(super) fn whole(&mut self, name: &str, rows: usize, columns: usize) -> Result<Rows, EngineError> {
+        self.rows(name, &[rows, columns], columns, 0..rows * columns)
+    }
+
+    /// Slice `index` along the first axis of a tensor.
+    pub(super) fn slice(&mut self, name: &str, shape: &[usize], index: usize) -> Result<Rows, EngineError> {
+        let size: usize = shape[1..].iter().product();
+        self.rows(name, shape, shape[shape.len() - 1], index * size..(index + 1) * size)
     }
 
     fn matrix(&mut self, name: &str, rows: usize, columns: usize) -> Result<Buffer, EngineError> {
-        let read = self.rows(name, &[rows, columns], columns, 0..rows * columns)?;
-        let padded = read.widen(columns.next_multiple_of(4)).lengthen(rows, rows.next_multiple_of(4));
-        self.upload(name, padded)
-    }
-
-    /// `[3H, H]`, q above k above v; each head's rows are padded to a whole number of vec4s.
-    fn qkv(&mut self, name: &str) -> Result<Dense, EngineError> {
-        let (hidden, d, d4) = (self.spec.hidden, self.spec.head_dim(), self.spec.d4() * 4);
-        let (weight, bias) = (format!("{name}.weight"), format!("{name}.bias"));
-        let rows = self.rows(&weight, &[3 * hidden, hidden], hidden, 0..3 * hidden * hidden)?;
-        let weight = self.upload(&weight, rows.widen(self.spec.h4() * 4).lengthen(d, d4))?;
-        let rows = self.rows(&bias, &[3 * hidden], d, 0..3 * hidden)?;
-        let bias = self.upload(&bias, rows.widen(d4))?;
-        Ok(Dense { weight, bias })
-    }
-
-    /// `[H, H]`, whose columns follow the padded heads.
-    fn projection(&mut self, name: &str) -> Result<Dense, EngineError> {
-        let (hidden, d, d4, kv4) =
-            (self.spec.hidden, self.spec.head_dim(), self.spec.d4() * 4, self.spec.kv4() * 4);
-        let (weight, bias) = (format!("{name}.weight"), format!("{name}.bias"));
-        let rows = self.rows(&weight, &[hidden, hidden], d, 0..hidden * hidden)?.widen(d4);
-        let rows = Rows { values: rows.values, columns: kv4 }.lengthen(hidden, self.spec.h4() * 4);
-        Ok(Dense { weight: self.upload(&weight, rows)?, bias: self.vector(&bias)? })
-    }
-
-    fn experts(&mut self, name: &str, held: &[ExpertId]) -> Result<Experts, EngineError> {
-        let (hidden, inner, count) = (self.spec.hidden, self.spec.intermediate, self.spec.experts);
-        let mut local = vec![None; count];
-        for (index, expert) in held.iter().enumerate() {
-            local[expert.index()] = Some(index as u32);
-        }
-        Ok(Experts {
-            local,
-            up: Dense {
-                weight: self.held(&format!("{name}.w1"), held, &[count, inner, hidden])?,
-                bias: self.held(&format!("{name}.b1"), held, &[count, inner])?,
-            },
-            down: Dense {
-                weight: self.held(&format!("{name}.w2"), held, &[count, hidden, inner])?,
-                bias: self.held(&format!("{name}.b2"), held, &[count, hidden])?,
-            },
-        })
-    }
-
-    /// The slices of the experts in `held` of a tensor `[E, N, K]` or `[E, N]`.
-    fn held(&mut self, name: &str, held: &[ExpertId], shape: &[usize]) -> Result<Buffer, EngineError> {
-        let size: usize = shape[1..].iter().product();
-        let columns = shape[shape.len() - 1];
-        let mut values = Vec::new();
-        for expert in held {
-            let first = expert.index() * size;
-            let mut rows =
-                self.rows(name, shape, columns, first..first + size)?.widen(columns.next_multiple_of(4));
-            if let [_, n, _] = *shape {
-                rows = rows.lengthen(n, n.next_multiple_of(4));
-            }
-            values.extend_from_slice(&rows.values);
-        }
-        self.upload(name, Rows { values, columns })
+        let padded = self.whole(name, rows, columns)?.padded();
+        self.upload(name, &padded.values)
     }
 
     fn rows(
@@ -211,20 +193,7 @@ impl Loader<'_> {
         Ok(Rows { values, columns })
     }
 
-    fn upload(&self, name: &str, rows: Rows) -> Result<Buffer, EngineError> {
-        self.gpu.buffer_of(name, &rows.values)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::Rows;
-
-    #[test]
-    fn rows_and_groups_are_padded_with_zeros() {
-        let rows = Rows { values: vec![1., 2., 3., 4., 5., 6.], columns: 3 };
-        let padded = rows.widen(4).lengthen(1, 2);
-        let expected = [1., 2., 3., 0., 0., 0., 0., 0., 4., 5., 6., 0., 0., 0., 0., 0.];
-        assert_eq!(padded.values, expected);
+    pub(super) fn upload(&self, name: &str, values: &[f32]) -> Result<Buffer, EngineError> {
+        self.gpu.buffer_of(name, values)
     }
 }

@@ -1,15 +1,24 @@
-//! A memory-mapped safetensors file: tensors by name, in f32, checked for shape and for numbers.
+//! Memory-mapped safetensors files: tensors by name, in f32, checked for shape and for numbers.
 
+use super::formats;
 use crate::EngineError;
-use half::{bf16, f16};
 use memmap2::Mmap;
-use safetensors::tensor::{Dtype, Metadata, SafeTensors};
+use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-/// The weights of one model folder.
+/// The weights of one model folder, in one file or in shards.
 pub(crate) struct Store {
+    shards: Vec<Shard>,
+    /// Which shard holds a tensor; empty where there is one file.
+    index: BTreeMap<String, usize>,
+    /// Rows and columns that share one scale of an 8-bit matrix.
+    fp8_block: (usize, usize),
+}
+
+struct Shard {
     path: PathBuf,
     map: Mmap,
     metadata: Metadata,
@@ -20,25 +29,38 @@ pub(crate) struct Store {
 const COPY_ANEW: &str = "copy or download the model anew";
 /// Bytes of each tensor that enter the digest, from its start.
 const SAMPLE_BYTES: usize = 256;
+const INDEX: &str = "model.safetensors.index.json";
+/// No real index comes near it; a larger one is not read.
+const MAX_INDEX_BYTES: u64 = 64 << 20;
 
 impl Store {
-    /// Maps `folder/model.safetensors` and checks its header; no tensor is read yet.
+    /// Maps `folder/model.safetensors`, or the shards that its index names, and checks their headers; no tensor is
+    /// read yet.
     pub(crate) fn open(folder: &Path) -> Result<Self, EngineError> {
-        let path = folder.join("model.safetensors");
-        let unreadable =
-            |e: std::io::Error| EngineError::file(&path, format!("cannot be read: {e}"), COPY_ANEW);
-        let file = std::fs::File::open(&path).map_err(unreadable)?;
-        // SAFETY: the file is opened for reading only; changing a model's file while it is being loaded is
-        // outside of what any loader can answer for.
-        let map = unsafe { Mmap::map(&file) }.map_err(unreadable)?;
-        let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|e| {
-            EngineError::file(&path, format!("not a whole safetensors file: {e:?}"), COPY_ANEW)
-        })?;
-        let data_start = header + 8;
-        Ok(Self { path, map, metadata, data_start })
+        let fp8_block = formats::fp8_block(folder);
+        let one = folder.join("model.safetensors");
+        if one.exists() || !folder.join(INDEX).exists() {
+            return Ok(Self { shards: vec![Shard::open(one)?], index: BTreeMap::new(), fp8_block });
+        }
+        let (path, names) = read_index(folder)?;
+        let mut files: Vec<&String> = names.values().collect();
+        files.sort();
+        files.dedup();
+        let shards = files.iter().map(|name| Shard::open(folder.join(name)));
+        let shards = shards.collect::<Result<Vec<_>, _>>()?;
+        let mut index = BTreeMap::new();
+        for (name, file) in &names {
+            let shard = files.binary_search(&file).unwrap_or(0);
+            if shards[shard].metadata.info(name).is_none() {
+                let what = format!("says that {file} holds {name:?}, which it does not");
+                return Err(EngineError::file(&path, what, COPY_ANEW));
+            }
+            index.insert(name.clone(), shard);
+        }
+        Ok(Self { shards, index, fp8_block })
     }
 
-    /// SHA-256 over config, tokenizer (where there is one), the header and a sample of every tensor.
+    /// SHA-256 over config, tokenizer and index (where there are such), every header and a sample of every tensor.
     pub(crate) fn digest(&self, folder: &Path) -> String {
         let mut hash = Sha256::new();
         for name in ["config.json", "tokenizer.json"] {
@@ -46,14 +68,24 @@ impl Store {
             hash.update((bytes.len() as u64).to_le_bytes());
             hash.update(&bytes);
         }
-        hash.update(&self.map[..self.data_start]);
-        let mut tensors: Vec<_> = self.metadata.tensors().into_iter().collect();
-        tensors.sort_by(|a, b| a.0.cmp(&b.0));
-        for (_, info) in tensors {
-            let (start, end) = info.data_offsets;
-            hash.update(&self.map[self.data_start + start..][..SAMPLE_BYTES.min(end - start)]);
+        if !self.index.is_empty() {
+            hash.update(std::fs::read(folder.join(INDEX)).unwrap_or_default());
+        }
+        for shard in &self.shards {
+            hash.update(&shard.map[..shard.data_start]);
+            let mut tensors: Vec<_> = shard.metadata.tensors().into_iter().collect();
+            tensors.sort_by(|a, b| a.0.cmp(&b.0));
+            for (_, info) in tensors {
+                let (start, end) = info.data_offsets;
+                hash.update(&shard.map[shard.data_start + start..][..SAMPLE_BYTES.min(end - start)]);
+            }
         }
         hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// Whether there is a tensor of this name.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.shard(name).metadata.info(name).is_some()
     }
 
     /// The elements `range` of tensor `name`, which must have shape `shape`, in f32.
@@ -63,24 +95,17 @@ impl Store {
         shape: &[usize],
         range: Range<usize>,
     ) -> Result<Vec<f32>, EngineError> {
-        let Some(info) = self.metadata.info(name) else {
-            return Err(self.bad(name, "missing", COPY_ANEW));
-        };
-        if info.shape != shape {
-            let what = format!("shape {:?}, config.json says {shape:?}", info.shape);
-            return Err(self.bad(name, what, "use the config.json that belongs to these weights"));
-        }
-        let width = match info.dtype {
-            Dtype::F32 => 4,
-            Dtype::F16 | Dtype::BF16 => 2,
+        let (shard, info) = self.find(name, shape)?;
+        let values = match info.dtype {
+            Dtype::F8_E4M3 => self.read_fp8(name, shape, shard.bytes(info, &range, 1), range.start)?,
+            Dtype::F32 => formats::f32s(shard.bytes(info, &range, 4)),
+            Dtype::F16 => formats::f16s(shard.bytes(info, &range, 2)),
+            Dtype::BF16 => formats::bf16s(shard.bytes(info, &range, 2)),
             other => {
                 let what = format!("dtype {other:?} cannot be read");
                 return Err(self.bad(name, what, "convert it to F32, F16 or BF16"));
             }
         };
-        let start = self.data_start + info.data_offsets.0 + range.start * width;
-        let bytes = &self.map[start..start + range.len() * width];
-        let values = widen(info.dtype, bytes);
         match values.iter().position(|v| !v.is_finite()) {
             None => Ok(values),
             Some(index) => {
@@ -90,16 +115,106 @@ impl Store {
         }
     }
 
+    /// Bytes `range` of tensor `name` of u8, which must have shape `shape`.
+    pub(crate) fn read_bytes(
+        &self,
+        name: &str,
+        shape: &[usize],
+        range: Range<usize>,
+    ) -> Result<&[u8], EngineError> {
+        let (shard, info) = self.find(name, shape)?;
+        match info.dtype {
+            Dtype::U8 => Ok(shard.bytes(info, &range, 1)),
+            other => Err(self.bad(name, format!("dtype {other:?}, not U8"), COPY_ANEW)),
+        }
+    }
+
+    /// Elements from `first` on of an 8-bit matrix, each times its block's scale.
+    fn read_fp8(
+        &self,
+        name: &str,
+        shape: &[usize],
+        bytes: &[u8],
+        first: usize,
+    ) -> Result<Vec<f32>, EngineError> {
+        let [rows, columns] = *shape else {
+            return Err(self.bad(name, "an 8-bit tensor that is no matrix", "convert it to BF16"));
+        };
+        let (block_rows, block_columns) = self.fp8_block;
+        let scales_shape = [rows.div_ceil(block_rows), columns.div_ceil(block_columns)];
+        let scales_name = format!("{name}_scale_inv");
+        let count = scales_shape[0] * scales_shape[1];
+        let scales = self.read(&scales_name, &scales_shape, 0..count)?;
+        let scaled = |(i, &byte): (usize, &u8)| {
+            let (row, column) = ((first + i) / columns, (first + i) % columns);
+            let scale = scales[row / block_rows * scales_shape[1] + column / block_columns];
+            formats::e4m3(byte) * scale
+        };
+        Ok(bytes.iter().enumerate().map(scaled).collect())
+    }
+
+    fn shard(&self, name: &str) -> &Shard {
+        &self.shards[self.index.get(name).copied().unwrap_or(0)]
+    }
+
+    fn find(&self, name: &str, shape: &[usize]) -> Result<(&Shard, &TensorInfo), EngineError> {
+        let shard = self.shard(name);
+        let Some(info) = shard.metadata.info(name) else {
+            return Err(self.bad(name, "missing", COPY_ANEW));
+        };
+        if info.shape != shape {
+            let what = format!("shape {:?}, config.json says {shape:?}", info.shape);
+            return Err(self.bad(name, what, "use the config.json that belongs to these weights"));
+        }
+        Ok((shard, info))
+    }
+
     fn bad(&self, name: &str, what: impl Into<String>, remedy: &str) -> EngineError {
-        EngineError::tensor(&self.path, name, what, remedy)
+        EngineError::tensor(&self.shard(name).path, name, what, remedy)
     }
 }
 
-fn widen(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
-    let pairs = bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
-    match dtype {
-        Dtype::F16 => pairs.map(|b| f16::from_le_bytes(b).to_f32()).collect(),
-        Dtype::BF16 => pairs.map(|b| bf16::from_le_bytes(b).to_f32()).collect(),
-        _ => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+impl Shard {
+    fn open(path: PathBuf) -> Result<Self, EngineError> {
+        let unreadable =
+            |e: std::io::Error| EngineError::file(&path, format!("cannot be read: {e}"), COPY_ANEW);
+        let file = std::fs::File::open(&path).map_err(unreadable)?;
+        // SAFETY: the file is opened for reading only; changing a model's file while it is being loaded is
+        // outside of what any loader can answer for.
+        let map = unsafe { Mmap::map(&file) }.map_err(unreadable)?;
+        let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|e| {
+            EngineError::file(&path, format!("not a whole safetensors file: {e:?}"), COPY_ANEW)
+        })?;
+        Ok(Self { path, map, metadata, data_start: header + 8 })
     }
+
+    /// The bytes of elements `range`, `width` bytes each; the header's check has bounded them.
+    fn bytes(&self, info: &TensorInfo, range: &Range<usize>, width: usize) -> &[u8] {
+        let start = self.data_start + info.data_offsets.0;
+        &self.map[start + range.start * width..start + range.end * width]
+    }
+}
+
+/// The index's path and its map from tensors to files, which may not lead out of the folder.
+fn read_index(folder: &Path) -> Result<(PathBuf, BTreeMap<String, String>), EngineError> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let path = folder.join(INDEX);
+    let bad = |what: String| EngineError::file(&path, what, COPY_ANEW);
+    let size = std::fs::metadata(&path).map(|m| m.len()).unwrap_or(0);
+    if size > MAX_INDEX_BYTES {
+        return Err(bad(format!("{size} bytes, too large")));
+    }
+    let text = std::fs::read_to_string(&path).map_err(|e| bad(format!("cannot be read: {e}")))?;
+    let index: Index = serde_json::from_str(&text).map_err(|e| bad(format!("no index of shards: {e}")))?;
+    let outside = |file: &&String| Path::new(file.as_str()).file_name() != Some(std::ffi::OsStr::new(file));
+    if let Some(file) = index.weight_map.values().find(outside) {
+        return Err(bad(format!("names the shard {file:?}, which is not a file of this folder")));
+    }
+    if index.weight_map.is_empty() {
+        return Err(bad("names no tensor".to_owned()));
+    }
+    Ok((path, index.weight_map))
 }

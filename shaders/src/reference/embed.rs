@@ -1,12 +1,15 @@
 use crate::params::Embed;
 
-/// `x[t] = wte[token] + wpe[position]`; `tokens` `[T]` of (token id, position), tables `[.., H]`, `x` `[T, H]`.
+/// `x[t] = wte[token] * scale (+ wpe[position])`; `tokens` `[T]` of (token id, position), tables `[.., H]`, `x` `[T, H]`.
 pub fn embed(p: &Embed, tokens: &[[u32; 2]], wte: &[f32], wpe: &[f32], x: &mut [f32]) {
     let width = p.width4 as usize * 4;
     for (row, token) in tokens.iter().enumerate().take(p.rows as usize) {
         for column in 0..width {
-            x[row * width + column] =
-                wte[token[0] as usize * width + column] + wpe[token[1] as usize * width + column];
+            let mut value = wte[token[0] as usize * width + column] * p.scale;
+            if p.has_positions != 0 {
+                value += wpe[token[1] as usize * width + column];
+            }
+            x[row * width + column] = value;
         }
     }
 }

@@ -1,7 +1,7 @@
 use super::dot;
 use crate::params::{ExpertDown, Pair, Tile};
 
-/// `partial[slot] = weight * (w2[expert] a[pair] + b2[expert])` for the pairs of `tiles`; `w2` `[experts, H, I]`.
+/// `partial[slot] = weight * scale * (w2[expert] a[pair] (+ b2[expert]))` for the pairs of `tiles`; `w2` `[experts, H, I]`.
 pub fn expert_down(
     p: &ExpertDown,
     pairs: &[Pair],
@@ -17,8 +17,9 @@ pub fn expert_down(
         for index in tile.first as usize..(tile.first + tile.count) as usize {
             let pair = &pairs[index];
             for column in 0..h {
+                let bias = if p.has_bias != 0 { b2[expert * h + column] } else { 0.0 };
                 let sum = dot(&a[index * i..][..i], &w2[(expert * h + column) * i..][..i]);
-                partials[pair.slot as usize * h + column] = pair.weight * (sum + b2[expert * h + column]);
+                partials[pair.slot as usize * h + column] = pair.weight * p.scale * (sum + bias);
             }
         }
     }

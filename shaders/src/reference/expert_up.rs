@@ -1,9 +1,12 @@
-use super::{dot, gelu};
+use super::{activate, dot};
+use crate::Activation;
 use crate::params::{ExpertUp, Pair, Tile};
 
-/// `a[pair] = gelu(w1[expert] x[row] + b1[expert])` for the pairs of `tiles`; `w1` `[experts, I, H]`.
+/// `a[pair] = activation(w1[expert] x[row] (+ b1[expert]))` for the pairs of `tiles`; `w1` `[experts, matrices, I, H]`.
+#[allow(clippy::too_many_arguments, reason = "one per binding")]
 pub fn expert_up(
     p: &ExpertUp,
+    activation: Activation,
     pairs: &[Pair],
     tiles: &[Tile],
     x: &[f32],
@@ -11,14 +14,16 @@ pub fn expert_up(
     b1: &[f32],
     a: &mut [f32],
 ) {
-    let (h, i) = (p.h4 as usize * 4, p.i4 as usize * 4);
+    let (h, i, matrices) = (p.h4 as usize * 4, p.i4 as usize * 4, activation.matrices());
     for tile in &tiles[p.first_tile as usize..] {
-        let expert = tile.expert as usize;
         for index in tile.first as usize..(tile.first + tile.count) as usize {
             let input = &x[pairs[index].row as usize * h..][..h];
             for column in 0..i {
-                let sum = dot(input, &w1[(expert * i + column) * h..][..h]);
-                a[index * i + column] = gelu(sum + b1[expert * i + column]);
+                let product = |matrix: usize| {
+                    let row = (tile.expert as usize * matrices + matrix) * i + column;
+                    dot(input, &w1[row * h..][..h]) + if p.has_bias != 0 { b1[row] } else { 0.0 }
+                };
+                a[index * i + column] = activate(activation, product(0), product(matrices - 1));
             }
         }
     }

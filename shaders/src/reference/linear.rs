@@ -1,19 +1,25 @@
 use super::dot;
 use crate::params::Linear;
 
-/// `y[t, n] = x[t] . w[n] (+ bias[n]) (+ residual[t, n])`; `x` `[T, K]`, `w` `[N, K]`, `y` `[T, N]`.
-pub fn linear(p: &Linear, x: &[f32], w: &[f32], bias: &[f32], residual: &[f32], y: &mut [f32]) {
+/// `y[t, n] = (x[t] . w[n] (+ bias[n])) * scale (+ residual[t, n])` for each of `heads` heads with its own `w`
+/// `[N, K]` and its own stretches of `x` and `y`.
+pub fn linear(p: &Linear, heads: usize, x: &[f32], w: &[f32], bias: &[f32], residual: &[f32], y: &mut [f32]) {
     let (k, n) = (p.k4 as usize * 4, p.n4 as usize * 4);
     for row in 0..p.rows as usize {
-        for column in 0..n {
-            let mut value = dot(&x[row * k..][..k], &w[column * k..][..k]);
-            if p.has_bias != 0 {
-                value += bias[column];
+        for head in 0..heads {
+            let input = &x[4 * (row * p.x_stride4 as usize + head * p.x_head4 as usize)..][..k];
+            let out = 4 * (row * p.y_stride4 as usize + (p.y_offset4 as usize + head * p.y_head4 as usize));
+            for column in 0..n {
+                let mut value = dot(input, &w[(head * n + column) * k..][..k]);
+                if p.has_bias != 0 {
+                    value += bias[head * n + column];
+                }
+                value *= p.scale;
+                if p.has_residual != 0 {
+                    value += residual[out + column];
+                }
+                y[out + column] = value;
             }
-            if p.has_residual != 0 {
-                value += residual[row * n + column];
-            }
-            y[row * n + column] = value;
         }
     }
 }

@@ -9,9 +9,12 @@ mod expert_down;
 mod expert_permute;
 mod expert_up;
 mod kv_append;
-mod layer_norm;
 mod linear;
+mod norm;
+mod part_norm;
+mod rope;
 mod router;
+mod shared_gate;
 
 pub use argmax::argmax;
 pub use attention::attention;
@@ -21,9 +24,14 @@ pub use expert_down::expert_down;
 pub use expert_permute::expert_permute;
 pub use expert_up::expert_up;
 pub use kv_append::kv_append;
-pub use layer_norm::layer_norm;
 pub use linear::linear;
+pub use norm::norm;
+pub use part_norm::part_norm;
+pub use rope::rope;
 pub use router::router;
+pub use shared_gate::shared_gate;
+
+use crate::Activation;
 
 /// `x . w` with k ascending, one fused multiply-add each: the stated order of every matrix product.
 fn dot(x: &[f32], w: &[f32]) -> f32 {
@@ -34,4 +42,16 @@ fn dot(x: &[f32], w: &[f32]) -> f32 {
 fn gelu(x: f32) -> f32 {
     let u = 0.797_884_6 * (x + 0.044715 * x * x * x);
     0.5 * x * (1.0 + u.tanh())
+}
+
+/// What stands between an expert's matrices; `up` is ignored where there is one matrix only.
+fn activate(activation: Activation, gate: f32, up: f32) -> f32 {
+    match activation {
+        Activation::Gelu => gelu(gate),
+        Activation::SwiGlu => gate / (1.0 + (-gate).exp()) * up,
+        Activation::ClampedGlu => {
+            let (gate, up) = (gate.min(7.0), up.clamp(-7.0, 7.0));
+            (up + 1.0) * (gate / (1.0 + (-1.702 * gate).exp()))
+        }
+    }
 }

@@ -4,3 +4,15 @@ fn gelu(x: vec4<f32>) -> vec4<f32> {
     let tanh_u = vec4<f32>(1.0) - vec4<f32>(2.0) / (exp(2.0 * u) + vec4<f32>(1.0));
     return 0.5 * x * (vec4<f32>(1.0) + tanh_u);
 }
+
+// SwiGLU: silu(gate) * up.
+fn swiglu(gate: vec4<f32>, up: vec4<f32>) -> vec4<f32> {
+    return gate / (vec4<f32>(1.0) + exp(-gate)) * up;
+}
+
+// gpt_oss's GLU: the gate is clamped above, the other input on both sides.
+fn clamped_glu(gate: vec4<f32>, up: vec4<f32>) -> vec4<f32> {
+    let g = min(gate, vec4<f32>(7.0));
+    let u = clamp(up, vec4<f32>(-7.0), vec4<f32>(7.0));
+    return (u + vec4<f32>(1.0)) * (g / (vec4<f32>(1.0) + exp(-1.702 * g)));
+}

@@ -40,7 +40,7 @@ impl Stepper<'_> {
 
     /// Takes in keys and values that a peer made; those of sequences that ended are dropped.
     pub(super) fn take_in(&mut self, from: Rank, bytes: &Bytes) -> Result<(), EngineError> {
-        let frame = Reader::new(bytes, from).kv(2 * 4 * self.spec().kv4())?;
+        let frame = Reader::new(bytes, from).kv(4 * self.spec().attention.cache4())?;
         if usize::from(frame.layer) >= self.spec().layers {
             return Err(EngineError::Internal(format!("rank {from} sent keys of layer {}", frame.layer)));
         }
@@ -54,12 +54,12 @@ impl Stepper<'_> {
         Ok(())
     }
 
-    /// Writes slots, queries and block table of the rows; returns the length of a row of the block table.
+    /// Writes slots, queries, turns and block table of the rows; returns the length of a row of the block table.
     pub(super) fn write_contexts(&mut self, rows: &[Row]) -> Result<usize, EngineError> {
         let longest = rows.iter().map(|row| row.position as usize + 1).max().unwrap_or(1);
         let blocks = blocks_for(longest);
         let mut table_rows: HashMap<u32, u32> = HashMap::new();
-        let (mut slots, mut queries, mut table) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut slots, mut queries, mut table, mut turns) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for row in rows {
             let sequence = self.sequence(row.sequence)?;
             slots.push(sequence.slot(row.position));
@@ -69,12 +69,17 @@ impl Stepper<'_> {
                 table.extend(held.take(blocks));
                 next
             });
+            if let Some(rope) = &self.decoder.spec.attention.rope {
+                let length = sequence.start.prompt.len().max(row.position as usize + 1);
+                turns.extend(rope.turns(row.position, length));
+            }
             queries.push(Query { position: row.position, table_row });
         }
         let (gpu, s) = (&self.decoder.gpu, &self.decoder.scratch);
         gpu.write(&s.kv_slots, 0, &slots);
         gpu.write(&s.queries, 0, &queries);
         gpu.write(&s.block_table, 0, &table);
+        gpu.write(&s.turns, 0, &turns);
         Ok(blocks)
     }
 
@@ -109,8 +114,9 @@ impl Stepper<'_> {
             return Ok(());
         }
         let me = self.me();
-        let width = 4 * self.spec().kv4();
-        let previous = layer.checked_sub(1).map(LayerId::from);
+        let attention = &self.spec().attention;
+        let (stride, first, width) = (4 * attention.qkv4(), 4 * attention.q4(), 4 * attention.cache4());
+        let previous = self.spec().moe_before(layer).map(LayerId::from);
         let mut payloads: Vec<Option<Writer>> = (0..self.comm.world_size()).map(|_| None).collect();
         for (t, row) in rows.iter().enumerate() {
             let home = self.sequence(row.sequence)?.start.home;
@@ -120,7 +126,7 @@ impl Stepper<'_> {
                     writer.u16(layer as u16);
                     writer
                 });
-                let values = &routed.qkv[(3 * t + 1) * width..(3 * t + 3) * width];
+                let values = &routed.qkv[t * stride + first..][..width];
                 payload.u32(row.sequence).u32(row.position).floats(values);
             }
         }

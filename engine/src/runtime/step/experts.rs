@@ -5,6 +5,7 @@ use super::super::frames::{Choice, PartialFrame, RowFrame};
 use super::exchange::expected;
 use super::{Routed, Row, Stepper};
 use crate::EngineError;
+use crate::model::decoder::LocalFfn;
 use exflow_placement::Rank;
 use exflow_shaders::NO_SLOT;
 use exflow_shaders::params::Pair;
@@ -43,7 +44,7 @@ impl Stepper<'_> {
         let mut r = self.decoder.record();
         self.upload(&list, work);
         if let Some(batch) = list.batch {
-            self.decoder.experts(&mut r, layer, batch);
+            self.decoder.ffn(&mut r, layer, LocalFfn::Experts, batch);
             r.submit()?;
         }
         Ok(())
@@ -66,8 +67,8 @@ impl Stepper<'_> {
         self.upload(&list, work);
         let mut r = self.decoder.record();
         if let Some(batch) = list.batch {
-            self.decoder.norm_arrived(&mut r, layer, own, arrived.len());
-            self.decoder.experts(&mut r, layer, batch);
+            self.decoder.norm_ffn(&mut r, layer, own, arrived.len());
+            self.decoder.ffn(&mut r, layer, LocalFfn::Experts, batch);
             r.submit()?;
         }
         Ok(())
@@ -84,8 +85,7 @@ impl Stepper<'_> {
         let me = self.me();
         let mut pairs = Vec::with_capacity(choices.len());
         for &(row_index, row, next, k, expert, weight) in choices {
-            let local = self.decoder.weights.layers[layer].experts.local.get(usize::from(expert));
-            let local = local.copied().flatten().ok_or_else(|| {
+            let local = self.decoder.local_expert(layer, usize::from(expert)).ok_or_else(|| {
                 EngineError::Internal(format!("layer {layer}: expert {expert} is not on rank {me}"))
             })?;
             let slot = work.next_slot;
@@ -108,9 +108,27 @@ impl Stepper<'_> {
         work.tiles += list.tiles.len();
     }
 
+    /// The FFN of a dense layer, on the rows that are here.
+    pub(super) fn run_dense(&mut self, layer: usize, rows: usize) -> Result<(), EngineError> {
+        let (gpu, s) = (&self.decoder.gpu, &self.decoder.scratch);
+        let identity: Vec<u32> = (0..rows as u32).collect();
+        gpu.write(&s.source, 0, &identity);
+        gpu.write(&s.dense_slots, 0, &identity);
+        let list = PairList::every(&identity, 0, 0, 0);
+        self.upload(&list, &mut Work::default());
+        let mut r = self.decoder.record();
+        if let Some(batch) = list.batch {
+            self.decoder.ffn(&mut r, layer, LocalFfn::Every, batch);
+            self.decoder.combine_dense(&mut r, rows);
+            r.submit()?;
+        }
+        Ok(())
+    }
+
     /// Puts the rows that are here from now on in order and adds their partials.
     pub(super) fn settle(
         &mut self,
+        layer: usize,
         rows: &[Row],
         routed: &Routed,
         arrived: &[RowFrame],
@@ -148,8 +166,9 @@ impl Stepper<'_> {
         let mut here: Vec<_> = staying.chain(coming).collect();
         here.sort_unstable();
 
-        let mut slots = Vec::with_capacity(here.len() * top_k);
-        for (row, _, expects) in &here {
+        let first_shared = work.next_slot;
+        let mut slots = Vec::with_capacity(here.len() * self.spec().partials());
+        for (i, (row, _, expects)) in here.iter().enumerate() {
             let came = remote.get(&(row.sequence, row.position)).copied().unwrap_or(0);
             if came != *expects {
                 return Err(EngineError::Internal(format!(
@@ -159,11 +178,20 @@ impl Stepper<'_> {
             }
             let slot = |k| work.partial_of.get(&(row.sequence, row.position, k as u16)).copied();
             slots.extend((0..top_k).map(|k| slot(k).unwrap_or(NO_SLOT)));
+            slots.extend(self.spec().shared.is_some().then_some(first_shared + i as u32));
         }
         let source: Vec<u32> = here.iter().map(|(_, source, _)| *source).collect();
         self.decoder.gpu.write(&s.source, 0, &source);
         self.decoder.gpu.write(&s.slots, 0, &slots);
+        let shared = match self.spec().shared {
+            Some(_) => PairList::every(&source, first_shared, work.pairs, work.tiles),
+            None => PairList::default(),
+        };
+        self.upload(&shared, work);
         let mut r = self.decoder.record();
+        if let Some(batch) = shared.batch {
+            self.decoder.ffn(&mut r, layer, LocalFfn::Every, batch);
+        }
         self.decoder.combine(&mut r, here.len());
         r.submit()?;
         Ok(here.into_iter().map(|(row, _, _)| row).collect())

@@ -6,10 +6,11 @@ mod experts;
 mod sample;
 
 use super::coherence::Coherence;
+use super::experts::PairList;
 use super::sequence::{Sequence, Sequences};
 use super::stats::RankStats;
 use super::worker::Captured;
-use crate::model::decoder::Decoder;
+use crate::model::decoder::{Decoder, ExpertBatch, LocalFfn};
 use crate::options::Combine;
 use crate::{EngineError, ModelSpec};
 use exflow_placement::{ExpertId, LayerId, PlacementTable, Rank, Route, Strategy};
@@ -65,9 +66,9 @@ impl Row {
 struct Routed {
     chosen: Vec<u32>,
     weights: Vec<f32>,
-    /// `[T, H]`, padded.
+    /// `[T, H]`, padded; this and the choices are empty at a dense layer.
     residual: Vec<f32>,
-    /// `[T, 3, heads * D]`, empty where nobody needs keys and values.
+    /// `[T]` of queries, then keys and values; empty where nobody needs them.
     qkv: Vec<f32>,
     routes: Vec<Route>,
 }
@@ -103,12 +104,10 @@ impl Stepper<'_> {
 
     /// One rank: the whole step is one submission; only the sampled ids (and what is captured) are read back.
     fn run_alone(&mut self, rows: Vec<Row>) -> Result<Outcome, EngineError> {
-        let (layers, top_k) = (self.spec().layers, self.spec().top_k);
+        let (layers, moe, top_k) = (self.spec().layers, self.spec().moe_layers(), self.spec().top_k);
         let blocks = self.write_contexts(&rows)?;
         let count = rows.len();
-        let s = &self.decoder.scratch;
-        self.decoder.gpu.write(&s.source, 0, &(0..count as u32).collect::<Vec<_>>());
-        self.decoder.gpu.write(&s.slots, 0, &(0..(count * top_k) as u32).collect::<Vec<_>>());
+        let (shared, dense) = self.write_identity(count);
         let heads = self.head_rows(&rows)?;
         let capture = self.captures_routes(&rows)?;
 
@@ -116,9 +115,17 @@ impl Stepper<'_> {
         let mut r = decoder.record();
         decoder.embed(&mut r, count);
         for layer in 0..layers {
-            decoder.attend_and_route(&mut r, layer, count, blocks);
-            decoder.all_experts(&mut r, layer, count);
-            decoder.combine(&mut r, count);
+            decoder.attend(&mut r, layer, count, blocks);
+            decoder.norm_ffn(&mut r, layer, 0, count);
+            if decoder.spec.moe_index(layer).is_some() {
+                decoder.route(&mut r, layer, count);
+                decoder.all_experts(&mut r, layer, count);
+                shared.into_iter().for_each(|batch| decoder.ffn(&mut r, layer, LocalFfn::Every, batch));
+                decoder.combine(&mut r, count);
+            } else {
+                dense.into_iter().for_each(|batch| decoder.ffn(&mut r, layer, LocalFfn::Every, batch));
+                decoder.combine_dense(&mut r, count);
+            }
         }
         decoder.head(&mut r, heads.len());
         r.read::<u32>(&decoder.scratch.sampled, 0, heads.len());
@@ -126,20 +133,48 @@ impl Stepper<'_> {
         if logits {
             r.read::<f32>(&decoder.scratch.logits, 0, heads.len() * 4 * decoder.spec.v4());
         }
-        for layer in (0..layers).filter(|_| capture) {
-            r.read::<u32>(&decoder.scratch.chosen[layer], 0, count * top_k);
-            r.read::<f32>(&decoder.scratch.weights[layer], 0, count * top_k);
+        for index in (0..moe).filter(|_| capture) {
+            r.read::<u32>(&decoder.scratch.chosen[index], 0, count * top_k);
+            r.read::<f32>(&decoder.scratch.weights[index], 0, count * top_k);
         }
         let mut parts = r.submit()?.fetch()?.into_iter();
-        self.stats.pairs += (count * top_k * layers) as u64;
+        self.stats.pairs += (count * top_k * moe) as u64;
         let sampled = words(parts.next());
         let logits = if logits { floats(parts.next()) } else { Vec::new() };
         let mut outcome = self.sampled(&rows, &heads, &sampled, &logits)?;
-        for layer in (0..layers).filter(|_| capture) {
+        for index in (0..moe).filter(|_| capture) {
             let (chosen, weights) = (words(parts.next()), floats(parts.next()));
-            self.capture_routes(&mut outcome.captured, layer, &rows, &chosen, &weights)?;
+            self.capture_routes(&mut outcome.captured, index, &rows, &chosen, &weights)?;
         }
         Ok(outcome)
+    }
+
+    /// Writes the lists of a step in which every row stays where it is: row i's residual is row i, its partials
+    /// those of its pairs, then the shared expert's or the dense FFN's. Returns the batches of the last two.
+    fn write_identity(&mut self, count: usize) -> (Option<ExpertBatch>, Option<ExpertBatch>) {
+        let (gpu, s, spec) = (&self.decoder.gpu, &self.decoder.scratch, &self.decoder.spec);
+        let pairs = count * spec.top_k;
+        let rows: Vec<u32> = (0..count as u32).collect();
+        let every: Vec<u32> = (0..count).map(|t| (pairs + t) as u32).collect();
+        let of_row = |t: usize| {
+            let own = (t * spec.top_k..(t + 1) * spec.top_k).map(|slot| slot as u32);
+            own.chain(spec.shared.map(|_| every[t]))
+        };
+        gpu.write(&s.source, 0, &rows);
+        gpu.write(&s.slots, 0, &(0..count).flat_map(of_row).collect::<Vec<_>>());
+        gpu.write(&s.dense_slots, 0, &every);
+        // A gate writes the shared expert's weights into its list, so that dense layers have one of their own.
+        let upload = |wanted: bool, before: usize| {
+            let list = if wanted {
+                PairList::every(&rows, pairs as u32, before, before)
+            } else {
+                PairList::default()
+            };
+            gpu.write(&s.pairs_list, 16 * before as u64, &list.pairs);
+            gpu.write(&s.tiles, 16 * before as u64, &list.tiles);
+            list.batch
+        };
+        (upload(spec.shared.is_some(), pairs), upload(spec.dense.is_some(), pairs + count))
     }
 
     /// Several ranks: one read-back and one or two exchanges a layer.
@@ -166,8 +201,13 @@ impl Stepper<'_> {
         // A prompt is prefilled where it lives; its tokens become coherent when they decode.
         let strategy = if decode { self.strategy } else { Strategy::Vanilla };
         let routed = self.attend(layer, &rows, strategy)?;
+        let Some(index) = self.spec().moe_index(layer) else {
+            self.spread_contexts(layer, &rows, &routed)?;
+            self.run_dense(layer, rows.len())?;
+            return Ok(rows);
+        };
         if self.captures_routes(&rows)? {
-            self.capture_routes(captured, layer, &rows, &routed.chosen, &routed.weights)?;
+            self.capture_routes(captured, index, &rows, &routed.chosen, &routed.weights)?;
         }
         if decode {
             self.count_stays(&rows, &routed);
@@ -182,7 +222,7 @@ impl Stepper<'_> {
 
         let combines = strategy == Strategy::Vanilla || self.spec().top_k > 1;
         let received = if combines { self.exchange_partials(layer, &work, decode)? } else { Vec::new() };
-        self.settle(&rows, &routed, &arrived, received, &mut work)
+        self.settle(layer, &rows, &routed, &arrived, received, &mut work)
     }
 
     /// Attention and router of this rank's rows, and the plan of their routes.
@@ -200,26 +240,32 @@ impl Stepper<'_> {
         if layer == 0 {
             decoder.embed(&mut r, count);
         }
-        decoder.attend_and_route(&mut r, layer, count, blocks);
-        r.read::<u32>(&decoder.scratch.chosen[layer], 0, count * top_k);
-        r.read::<f32>(&decoder.scratch.weights[layer], 0, count * top_k);
-        r.read::<f32>(decoder.scratch.x(), 0, count * 4 * decoder.spec.h4());
+        decoder.attend(&mut r, layer, count, blocks);
+        decoder.norm_ffn(&mut r, layer, 0, count);
+        let moe = decoder.spec.moe_index(layer);
+        if let Some(index) = moe {
+            decoder.route(&mut r, layer, count);
+            r.read::<u32>(&decoder.scratch.chosen[index], 0, count * top_k);
+            r.read::<f32>(&decoder.scratch.weights[index], 0, count * top_k);
+            r.read::<f32>(decoder.scratch.x(), 0, count * 4 * decoder.spec.h4());
+        }
         if spread {
-            r.read::<f32>(&decoder.scratch.qkv, 0, count * 12 * decoder.spec.kv4());
+            r.read::<f32>(&decoder.scratch.qkv, 0, count * 4 * decoder.spec.attention.qkv4());
         }
         let mut parts = r.submit()?.fetch()?.into_iter();
-        let (chosen, weights, residual) = (words(parts.next()), floats(parts.next()), floats(parts.next()));
-        let qkv = if spread { floats(parts.next()) } else { Vec::new() };
+        let mut next = |wanted: bool| if wanted { parts.next() } else { None };
+        let (chosen, weights) = (words(next(moe.is_some())), floats(next(moe.is_some())));
+        let (residual, qkv) = (floats(next(moe.is_some())), floats(next(spread)));
         for row in rows {
             self.coherence.note(layer as u16, row.sequence, row.position);
         }
         let me = self.me();
-        let route = |t: usize| {
+        let route = |t: usize, index: usize| {
             let range = t * top_k..(t + 1) * top_k;
             let experts: Vec<_> = chosen[range.clone()].iter().map(|&e| ExpertId::from(e as usize)).collect();
-            self.table.route(strategy, LayerId::from(layer), me, &experts, &weights[range])
+            self.table.route(strategy, LayerId::from(index), me, &experts, &weights[range])
         };
-        let routes = (0..count).map(route).collect();
+        let routes = moe.map(|index| (0..count).map(|t| route(t, index)).collect()).unwrap_or_default();
         Ok(Routed { chosen, weights, residual, qkv, routes })
     }
 

@@ -1,0 +1,112 @@
+//! Experts, the shared expert and dense FFNs: lists of (row, expert) pairs through two matrices.
+
+use super::{Decoder, tile_for};
+use crate::gpu::{Buffer, Recording};
+use crate::weights::{Ffn, LayerFfn};
+use exflow_shaders::{Kernel, Variant, params};
+
+/// Pairs and tiles of one expert launch within the lists on the device.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ExpertBatch {
+    /// First of the pairs.
+    pub(crate) first_pair: usize,
+    pub(crate) pairs: usize,
+    pub(crate) first_tile: usize,
+    pub(crate) tiles: usize,
+    pub(crate) variant: Variant,
+}
+
+/// Which FFN of a layer a batch is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum LocalFfn {
+    /// The experts of this rank.
+    Experts,
+    /// The one that every token takes: a shared expert or a dense layer's.
+    Every,
+}
+
+impl Decoder {
+    /// The number on this device of a logical expert of a MoE layer, if it is here.
+    pub(crate) fn local_expert(&self, layer: usize, expert: usize) -> Option<u32> {
+        match &self.layer(layer).ffn {
+            LayerFfn::Moe { experts, .. } => experts.local.get(expert).copied().flatten(),
+            LayerFfn::Dense(_) => None,
+        }
+    }
+
+    /// All experts of a layer that is whole on this device, from the router's choice to partials, sized on the
+    /// device itself.
+    pub(crate) fn all_experts(&self, r: &mut Recording<'_>, layer: usize, rows: usize) {
+        let (s, spec) = (&self.scratch, &self.spec);
+        let (LayerFfn::Moe { experts, .. }, Some(index)) = (&self.layer(layer).ffn, spec.moe_index(layer))
+        else {
+            return;
+        };
+        let pairs = rows * spec.top_k;
+        let variant = Variant { activation: spec.expert.activation, ..tile_for(pairs / spec.experts) };
+        let p = params::ExpertPermute {
+            pairs: pairs as u32,
+            top_k: spec.top_k as u32,
+            experts: spec.experts as u32,
+            up_groups: self.columns(spec.expert.i4()),
+            down_groups: self.columns(spec.h4()),
+        };
+        let lists = [&s.chosen[index], &s.weights[index], &s.pairs_list, &s.tiles, &s.launches];
+        r.launch(Kernel::ExpertPermute, variant, &p, &lists, [1, 1, 1]);
+        let (up, down) = self.ffn_params(&experts.ffn, 0);
+        r.launch_indirect(Kernel::ExpertUp, variant, &up, &self.up_buffers(&experts.ffn), (&s.launches, 0));
+        r.launch_indirect(
+            Kernel::ExpertDown,
+            variant,
+            &down,
+            &self.down_buffers(&experts.ffn),
+            (&s.launches, 12),
+        );
+    }
+
+    /// A batch of uploaded pairs and tiles through an FFN of the layer.
+    pub(crate) fn ffn(&self, r: &mut Recording<'_>, layer: usize, which: LocalFfn, batch: ExpertBatch) {
+        let (ffn, gate) = match (&self.layer(layer).ffn, which) {
+            (LayerFfn::Moe { experts, .. }, LocalFfn::Experts) => (&experts.ffn, None),
+            (LayerFfn::Moe { shared: Some((ffn, gate)), .. }, LocalFfn::Every) => (ffn, gate.as_ref()),
+            (LayerFfn::Dense(ffn), LocalFfn::Every) => (ffn, None),
+            _ => return,
+        };
+        if let Some(gate) = gate {
+            let (h4, first, count) = (self.spec.h4() as u32, batch.first_pair as u32, batch.pairs as u32);
+            let p = params::SharedGate { h4, first, count };
+            let groups = [self.columns(batch.pairs), 1, 1];
+            let buffers = [&self.scratch.normed, gate, &self.scratch.pairs_list];
+            r.launch(Kernel::SharedGate, Variant::default(), &p, &buffers, groups);
+        }
+        let variant = Variant { activation: ffn.spec.activation, ..batch.variant };
+        let (up, down) = self.ffn_params(ffn, batch.first_tile);
+        let tiles = batch.tiles as u32;
+        let groups = [self.columns(ffn.spec.i4()), tiles, 1];
+        r.launch(Kernel::ExpertUp, variant, &up, &self.up_buffers(ffn), groups);
+        let groups = [self.columns(self.spec.h4()), tiles, 1];
+        r.launch(Kernel::ExpertDown, variant, &down, &self.down_buffers(ffn), groups);
+    }
+
+    fn ffn_params(&self, ffn: &Ffn, first_tile: usize) -> (params::ExpertUp, params::ExpertDown) {
+        let (h4, i4, first_tile) = (self.spec.h4() as u32, ffn.spec.i4() as u32, first_tile as u32);
+        let has_bias = u32::from(ffn.spec.bias);
+        let scale = self.spec.residual_scale;
+        (
+            params::ExpertUp { h4, i4, first_tile, has_bias },
+            params::ExpertDown { i4, h4, first_tile, has_bias, scale },
+        )
+    }
+
+    fn up_buffers<'a>(&'a self, ffn: &'a Ffn) -> [&'a Buffer; 6] {
+        let s = &self.scratch;
+        let bias = ffn.up.bias.as_ref().unwrap_or(self.absent());
+        [&s.pairs_list, &s.tiles, &s.normed, &ffn.up.weight, bias, &s.inner]
+    }
+
+    fn down_buffers<'a>(&'a self, ffn: &'a Ffn) -> [&'a Buffer; 6] {
+        let s = &self.scratch;
+        let bias = ffn.down.bias.as_ref().unwrap_or(self.absent());
+        [&s.pairs_list, &s.tiles, &s.inner, &ffn.down.weight, bias, &s.partials]
+    }
+}

@@ -1,0 +1,253 @@
+//! The launches of a decoder, in the order in which a token passes them. Exchanges are not its business: the
+//! runtime calls these between them.
+
+mod attention;
+mod experts;
+
+pub(crate) use experts::{ExpertBatch, LocalFfn};
+
+use crate::EngineError;
+use crate::gpu::{Buffer, Gpu, Recording, Usage};
+use crate::model::ModelSpec;
+use crate::model::scratch::Scratch;
+use crate::weights::{Dense, LayerFfn, LayerWeights, ModelWeights, Norm};
+use exflow_shaders::params::score;
+use exflow_shaders::{Kernel, Variant, params};
+
+/// One rank's part of a model, on its device.
+pub(crate) struct Decoder {
+    pub(crate) gpu: Gpu,
+    pub(crate) spec: ModelSpec,
+    pub(crate) weights: ModelWeights,
+    pub(crate) scratch: Scratch,
+    /// Per layer `[slots]` of keys and values.
+    pub(crate) cache: Vec<Buffer>,
+}
+
+/// Where the row tile of eight starts to pay: below, most of it would be empty.
+const TILE_FROM_ROWS: usize = 4;
+
+/// The variant for `rows` rows of one matrix.
+pub(crate) fn tile_for(rows: usize) -> Variant {
+    Variant { tile8: rows >= TILE_FROM_ROWS, ..Variant::default() }
+}
+
+impl Decoder {
+    pub(crate) fn new(
+        gpu: Gpu,
+        spec: ModelSpec,
+        weights: ModelWeights,
+        cache_slots: usize,
+    ) -> Result<Self, EngineError> {
+        let scratch = Scratch::new(&gpu, &spec)?;
+        let bytes = (cache_slots * spec.attention.cache4() * 16) as u64;
+        let cache = (0..spec.layers).map(|_| gpu.buffer("KV cache", bytes, Usage::Storage));
+        let cache = cache.collect::<Result<_, _>>()?;
+        Ok(Self { gpu, spec, weights, scratch, cache })
+    }
+
+    /// Makes sure that a step of `rows` rows and `pairs` pairs fits. Call before a step: contents are lost.
+    pub(crate) fn reserve(&mut self, rows: usize, pairs: usize) -> Result<(), EngineError> {
+        self.scratch.reserve(&self.gpu, &self.spec, rows, pairs).map(|_| ())
+    }
+
+    pub(crate) fn record(&self) -> Recording<'_> {
+        Recording::new(&self.gpu)
+    }
+
+    /// Workgroups along `width4` columns of vec4s.
+    fn columns(&self, width4: usize) -> u32 {
+        (width4 as u32).div_ceil(self.gpu.workgroup())
+    }
+
+    fn layer(&self, layer: usize) -> &LayerWeights {
+        &self.weights.layers[layer]
+    }
+
+    /// Stands for a binding that a launch does not read.
+    fn absent(&self) -> &Buffer {
+        &self.weights.final_norm.weight
+    }
+
+    /// `x = wte[token] * scale (+ wpe[position])`, rows `0..rows`.
+    pub(crate) fn embed(&self, r: &mut Recording<'_>, rows: usize) {
+        let (s, w) = (&self.scratch, &self.weights);
+        let p = params::Embed {
+            rows: rows as u32,
+            width4: self.spec.h4() as u32,
+            has_positions: u32::from(w.position_embedding.is_some()),
+            scale: self.spec.embedding_scale,
+        };
+        let groups = [self.columns(self.spec.h4()), rows as u32, 1];
+        let positions = w.position_embedding.as_ref().unwrap_or(self.absent());
+        let buffers = [&s.tokens, &w.token_embedding, positions, s.x()];
+        r.launch(Kernel::Embed, Variant::default(), &p, &buffers, groups);
+    }
+
+    /// The norm before the FFN, of rows `first..first + rows`: those that are here, or those that arrived.
+    pub(crate) fn norm_ffn(&self, r: &mut Recording<'_>, layer: usize, first: usize, rows: usize) {
+        self.norm(r, &self.layer(layer).norm_2, self.scratch.x(), first, rows);
+    }
+
+    /// The router's choice for rows `0..rows`, whose norm is there.
+    pub(crate) fn route(&self, r: &mut Recording<'_>, layer: usize, rows: usize) {
+        let (LayerFfn::Moe { router, bias, .. }, Some(index)) =
+            (&self.layer(layer).ffn, self.spec.moe_index(layer))
+        else {
+            return;
+        };
+        let (s, spec, of) = (&self.scratch, &self.spec, &self.spec.router);
+        let (groups, groups_kept, group_best) = of.groups.unwrap_or((1, 1, 1));
+        let (kind, threshold) = match of.score {
+            crate::model::Score::Softmax => (score::SOFTMAX, 0.0),
+            crate::model::Score::SoftmaxOfChosen => (score::SOFTMAX_OF_CHOSEN, 0.0),
+            crate::model::Score::Sigmoid => (score::SIGMOID, 0.0),
+            crate::model::Score::Sparsemixer(threshold) => (score::SPARSEMIXER, threshold),
+        };
+        let p = params::Router {
+            rows: rows as u32,
+            h4: spec.h4() as u32,
+            experts: spec.experts as u32,
+            top_k: spec.top_k as u32,
+            score: kind,
+            renormalise: u32::from(of.renormalise),
+            has_bias: u32::from(of.bias),
+            has_correction: u32::from(of.correction),
+            groups: groups as u32,
+            groups_kept: groups_kept as u32,
+            group_best: group_best as u32,
+            scale: of.scale,
+            threshold,
+        };
+        let bias = bias.as_ref().unwrap_or(self.absent());
+        let buffers = [&s.normed, router, bias, &s.chosen[index], &s.weights[index]];
+        r.launch(Kernel::Router, Variant::default(), &p, &buffers, [rows as u32, 1, 1]);
+    }
+
+    /// The residual stream after a MoE layer: each row's residual plus its partials, in router order.
+    pub(crate) fn combine(&self, r: &mut Recording<'_>, rows: usize) {
+        let s = &self.scratch;
+        self.gather(r, &s.source, (&s.slots, self.spec.partials()), rows);
+        s.swap();
+    }
+
+    /// The residual stream after a dense layer.
+    pub(crate) fn combine_dense(&self, r: &mut Recording<'_>, rows: usize) {
+        let s = &self.scratch;
+        self.gather(r, &s.source, (&s.dense_slots, 1), rows);
+        s.swap();
+    }
+
+    /// Final norm, head and greedy choice of the `rows` rows that `head_rows` names.
+    pub(crate) fn head(&self, r: &mut Recording<'_>, rows: usize) {
+        let (s, spec) = (&self.scratch, &self.spec);
+        self.gather(r, &s.head_rows, (&s.slots, 0), rows);
+        s.swap();
+        self.norm(r, &self.weights.final_norm, s.x(), 0, rows);
+        let product = Product { scale: spec.logit_scale, ..Product::of(&self.weights.head) };
+        self.linear(r, product, (&s.normed, spec.h4()), (&s.logits, spec.v4()), rows);
+        let p = params::Argmax { vocab: spec.vocab_size as u32, stride: 4 * spec.v4() as u32 };
+        r.launch(Kernel::Argmax, Variant::default(), &p, &[&s.logits, &s.sampled], [rows as u32, 1, 1]);
+    }
+
+    fn norm(&self, r: &mut Recording<'_>, norm: &Norm, x: &Buffer, first: usize, rows: usize) {
+        let p = params::Norm {
+            rows: rows as u32,
+            width: self.spec.hidden as u32,
+            width4: self.spec.h4() as u32,
+            first_row: first as u32,
+            centred: u32::from(self.spec.norm.centred),
+            eps: self.spec.norm.eps,
+        };
+        let bias = norm.bias.as_ref().unwrap_or(self.absent());
+        let buffers = [x, &norm.weight, bias, &self.scratch.normed];
+        r.launch(Kernel::Norm, Variant::default(), &p, &buffers, [rows as u32, 1, 1]);
+    }
+
+    /// The product of whole rows.
+    fn linear(
+        &self,
+        r: &mut Recording<'_>,
+        product: Product<'_>,
+        (x, k4): (&Buffer, usize),
+        (y, n4): (&Buffer, usize),
+        rows: usize,
+    ) {
+        self.linear_parts(
+            r,
+            product,
+            (x, k4, k4, 0),
+            (y, n4, Part { stride4: n4, offset4: 0, head4: 0 }),
+            1,
+            rows,
+        );
+    }
+
+    /// The product of parts of rows, head by head: `x` is (buffer, K, stride, from head to head) in vec4s, `y`
+    /// (buffer, N, where it goes).
+    fn linear_parts(
+        &self,
+        r: &mut Recording<'_>,
+        product: Product<'_>,
+        (x, k4, x_stride4, x_head4): (&Buffer, usize, usize, usize),
+        (y, n4, part): (&Buffer, usize, Part),
+        heads: usize,
+        rows: usize,
+    ) {
+        let variant = tile_for(rows);
+        let p = params::Linear {
+            rows: rows as u32,
+            k4: k4 as u32,
+            n4: n4 as u32,
+            x_stride4: x_stride4 as u32,
+            x_head4: x_head4 as u32,
+            y_stride4: part.stride4 as u32,
+            y_offset4: part.offset4 as u32,
+            y_head4: part.head4 as u32,
+            has_bias: u32::from(product.bias.is_some()),
+            has_residual: u32::from(product.residual.is_some()),
+            scale: product.scale,
+        };
+        let absent = self.absent();
+        let (bias, residual) = (product.bias.unwrap_or(absent), product.residual.unwrap_or(absent));
+        let groups = [self.columns(n4), rows.div_ceil(variant.tile_rows()) as u32, heads as u32];
+        r.launch(Kernel::Linear, variant, &p, &[x, product.weight, bias, residual, y], groups);
+    }
+
+    fn gather(
+        &self,
+        r: &mut Recording<'_>,
+        source: &Buffer,
+        (slots, partials): (&Buffer, usize),
+        rows: usize,
+    ) {
+        let s = &self.scratch;
+        let h4 = self.spec.h4();
+        let p = params::Combine { rows: rows as u32, h4: h4 as u32, top_k: partials as u32 };
+        let buffers = [s.x(), source, slots, &s.partials, s.x_next()];
+        r.launch(Kernel::Combine, Variant::default(), &p, &buffers, [self.columns(h4), rows as u32, 1]);
+    }
+}
+
+/// A matrix with what is done to its product.
+#[derive(Clone, Copy)]
+struct Product<'a> {
+    weight: &'a Buffer,
+    bias: Option<&'a Buffer>,
+    residual: Option<&'a Buffer>,
+    scale: f32,
+}
+
+impl<'a> Product<'a> {
+    fn of(dense: &'a Dense) -> Self {
+        Self { weight: &dense.weight, bias: dense.bias.as_ref(), residual: None, scale: 1.0 }
+    }
+}
+
+/// Where a product goes within rows, in vec4s.
+#[derive(Clone, Copy)]
+struct Part {
+    stride4: usize,
+    offset4: usize,
+    head4: usize,
+}

@@ -1,0 +1,181 @@
+//! Every kernel against its twin on the CPU, on the devices of this machine.
+
+mod dense;
+mod moe;
+
+use crate::EngineError;
+use crate::gpu::{Buffer, Gpu, Recording, devices};
+use bytemuck::Pod;
+use exflow_shaders::params::Tile;
+use exflow_shaders::{Kernel, Variant};
+use serde::Serialize;
+use std::cell::RefCell;
+
+/// One kernel at one shape on one adapter.
+#[derive(Debug, Clone, Serialize)]
+pub struct KernelCheck {
+    /// The adapter's name.
+    pub adapter: String,
+    /// The kernel's name.
+    pub kernel: String,
+    /// Variant and shape.
+    pub case: String,
+    /// The largest difference from the twin, relative to the largest value (0 or 1 for integers).
+    pub max_error: f64,
+    /// What may differ.
+    pub tolerance: f64,
+    /// Whether it does not.
+    pub passed: bool,
+}
+
+/// Runs every variant of every kernel at several shapes, compares it with its twin and the variants
+/// that sum in tiles with the plain one bit by bit, on the adapters that `adapter` names (all: `None`) and
+/// tells `sink` of each; returns whether all passed.
+pub fn selftest(adapter: Option<&str>, sink: &mut dyn FnMut(&KernelCheck)) -> Result<bool, EngineError> {
+    let wanted: Vec<String> = match adapter {
+        Some(name) => vec![name.to_owned()],
+        None => devices().iter().map(|d| d.index.to_string()).collect(),
+    };
+    if wanted.is_empty() {
+        Gpu::open(None, 0)?; // says what to install
+    }
+    let mut all = true;
+    for name in wanted {
+        let bench = Bench { gpu: Gpu::open(Some(&name), 0)?, last: RefCell::default() };
+        for kernel in Kernel::ALL {
+            for rows in [1, 7, 64, 65] {
+                let mut bits = None;
+                for variant in kernel.variants() {
+                    let mut check = bench.check(kernel, variant, rows)?;
+                    let got = bench.last.take();
+                    if !variant.tile8 {
+                        bits = Some(got);
+                    } else if kernel.sums_in_tiles() && bits.as_ref() != Some(&got) {
+                        (check.max_error, check.passed) = (f64::INFINITY, false);
+                        check.case += ": bits differ from the plain variant's";
+                    }
+                    all &= check.passed;
+                    sink(&check);
+                }
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// f32 sums of a few hundred terms, in another order or with another rounding of `exp`.
+const TOLERANCE: f64 = 2e-5;
+
+struct Bench {
+    gpu: Gpu,
+    /// What the last launch wrote, byte for byte.
+    last: RefCell<Vec<u8>>,
+}
+
+/// A fixed stream of values in -1..1 (a linear congruential generator; quality is no matter here).
+struct Values(u64);
+
+impl Values {
+    fn next(&mut self) -> u32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as u32
+    }
+
+    fn floats(&mut self, count: usize) -> Vec<f32> {
+        (0..count).map(|_| self.next() as f32 / (1u64 << 30) as f32 - 1.0).collect()
+    }
+
+    fn below(&mut self, limit: usize, count: usize) -> Vec<u32> {
+        (0..count).map(|_| self.next() % limit as u32).collect()
+    }
+}
+
+/// Odd widths: 9 vec4s of 34 columns, 5 experts, 3 heads of 12.
+const H4: usize = 9;
+const WIDTH: usize = 34;
+const N4: usize = 11;
+const EXPERTS: usize = 5;
+const HEADS: usize = 3;
+const D4: usize = 3;
+const H: usize = 4 * H4;
+const N: usize = 4 * N4;
+const KV: usize = HEADS * 4 * D4;
+
+impl Bench {
+    fn check(&self, kernel: Kernel, variant: Variant, rows: usize) -> Result<KernelCheck, EngineError> {
+        let mut values = Values(kernel as u64 * 1000 + rows as u64);
+        let max_error = match kernel {
+            Kernel::Embed => self.embed(rows, &mut values)?,
+            Kernel::Norm => self.norm(rows, &mut values)?,
+            Kernel::PartNorm => self.part_norm(rows, &mut values)?,
+            Kernel::Rope => self.rope(rows, &mut values)?,
+            Kernel::SharedGate => self.shared_gate(rows, &mut values)?,
+            Kernel::Linear => self.linear(variant, rows, &mut values)?,
+            Kernel::KvAppend => self.kv_append(rows, &mut values)?,
+            Kernel::Attention => self.attention(variant, rows, &mut values)?,
+            Kernel::Router => self.router(rows, &mut values)?,
+            Kernel::ExpertPermute => self.expert_permute(variant, rows, &mut values)?,
+            Kernel::ExpertUp => self.expert_up(variant, rows, &mut values)?,
+            Kernel::ExpertDown => self.expert_down(variant, rows, &mut values)?,
+            Kernel::Combine => self.combine(rows, &mut values)?,
+            Kernel::Argmax => self.argmax(rows, &mut values)?,
+        };
+        let mut variant_text = String::new();
+        if kernel == Kernel::ExpertUp {
+            variant_text += &format!(", {:?}", variant.activation);
+        }
+        if variant.wide {
+            variant_text += ", wide";
+        }
+        if variant.tile8 {
+            variant_text += ", tile of 8";
+        }
+        Ok(KernelCheck {
+            adapter: self.gpu.name().to_owned(),
+            kernel: kernel.name().to_owned(),
+            case: format!("{rows} rows{variant_text}"),
+            max_error,
+            tolerance: TOLERANCE,
+            passed: max_error <= TOLERANCE,
+        })
+    }
+
+    fn up<T: Pod>(&self, data: &[T]) -> Result<Buffer, EngineError> {
+        self.gpu.buffer_of("selftest", data)
+    }
+
+    /// Runs one launch and returns `count` elements of its last buffer.
+    fn run<P: Pod, T: Pod>(
+        &self,
+        kernel: Kernel,
+        variant: Variant,
+        params: &P,
+        buffers: &[&Buffer],
+        groups: [u32; 3],
+        count: usize,
+    ) -> Result<Vec<T>, EngineError> {
+        let mut r = Recording::new(&self.gpu);
+        r.launch(kernel, variant, params, buffers, groups);
+        if let Some(last) = buffers.last() {
+            r.read::<T>(last, 0, count);
+        }
+        self.last.replace(r.submit()?.fetch()?.pop().unwrap_or_default());
+        Ok(bytemuck::pod_collect_to_vec(&self.last.borrow()))
+    }
+
+    fn columns(&self, width4: usize) -> u32 {
+        (width4 as u32).div_ceil(self.gpu.workgroup())
+    }
+}
+
+fn tiles_zero(rows: usize) -> Vec<Tile> {
+    vec![Tile::default(); rows * 2]
+}
+
+/// The largest difference relative to the largest expected value; infinite where a value is no number.
+fn error(expected: &[f32], got: &[f32]) -> f64 {
+    let largest = expected.iter().fold(1e-6f32, |m, v| m.max(v.abs()));
+    let worst = expected.iter().zip(got).map(|(e, g)| f64::from((e - g).abs() / largest));
+    let worst = worst.fold(0.0, |m: f64, d| if d.is_nan() { f64::INFINITY } else { m.max(d) });
+    if expected.len() == got.len() { worst } else { f64::INFINITY }
+}

@@ -1,0 +1,189 @@
+//! Kernels of a MoE layer: router, lists of pairs, experts, combine.
+
+use super::{Bench, EXPERTS, H, H4, N, N4, Values, error, tiles_zero};
+use crate::EngineError;
+use crate::gpu::{Buffer, Recording};
+use exflow_shaders::params::{self, Pair, Tile, score};
+use exflow_shaders::{Kernel, NO_SLOT, Variant, reference};
+
+impl Bench {
+    pub(super) fn router(&self, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
+        let experts = 12;
+        let (x, w, bias) = (v.floats(rows * H), v.floats(experts * H), v.floats(2 * experts));
+        let plain = params::Router {
+            rows: rows as u32,
+            h4: H4 as u32,
+            experts: experts as u32,
+            top_k: 3,
+            score: score::SOFTMAX,
+            renormalise: 1,
+            has_bias: 0,
+            has_correction: 0,
+            groups: 1,
+            groups_kept: 1,
+            group_best: 1,
+            scale: 1.0,
+            threshold: 0.0,
+        };
+        let cases = [
+            plain,
+            params::Router { renormalise: 0, groups: 4, groups_kept: 2, scale: 16.0, ..plain },
+            params::Router { score: score::SOFTMAX_OF_CHOSEN, has_bias: 1, renormalise: 0, ..plain },
+            params::Router {
+                score: score::SIGMOID,
+                has_correction: 1,
+                groups: 4,
+                groups_kept: 3,
+                group_best: 2,
+                scale: 2.5,
+                ..plain
+            },
+            params::Router { score: score::SPARSEMIXER, top_k: 2, renormalise: 0, threshold: 0.2, ..plain },
+        ];
+        let mut worst = 0f64;
+        for p in cases {
+            let count = rows * p.top_k as usize;
+            let (mut chosen, mut weights) = (vec![0u32; count], vec![0.0; count]);
+            reference::router(&p, &x, &w, &bias, &mut chosen, &mut weights);
+            let (ids, out) = (self.up(&vec![0u32; count])?, self.up(&vec![0f32; count])?);
+            let buffers = [&self.up(&x)?, &self.up(&w)?, &self.up(&bias)?, &ids, &out];
+            let groups = [rows as u32, 1, 1];
+            let got = self.run::<_, f32>(Kernel::Router, Variant::default(), &p, &buffers, groups, count)?;
+            worst = worst.max(error(&weights, &got)).max(self.differs(&ids, &chosen)?);
+        }
+        Ok(worst)
+    }
+
+    pub(super) fn shared_gate(&self, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
+        let (x, w) = (v.floats(rows * H), v.floats(H));
+        let pair = |i: usize| Pair { row: (i % rows) as u32, slot: i as u32, weight: 1.0, expert: 0 };
+        let mut expected: Vec<Pair> = (0..rows + 3).map(pair).collect();
+        let buffer = self.up(&expected)?;
+        let p = params::SharedGate { h4: H4 as u32, first: 3, count: rows as u32 };
+        reference::shared_gate(&p, &x, &w, &mut expected);
+        let groups = [self.columns(rows), 1, 1];
+        let buffers = [&self.up(&x)?, &self.up(&w)?, &buffer];
+        let got: Vec<Pair> =
+            self.run(Kernel::SharedGate, Variant::default(), &p, &buffers, groups, rows + 3)?;
+        let weights = |pairs: &[Pair]| pairs.iter().map(|pair| pair.weight).collect::<Vec<_>>();
+        let moved = got.iter().zip(&expected).any(|(a, b)| (a.row, a.slot) != (b.row, b.slot));
+        Ok(error(&weights(&expected), &weights(&got)).max(f64::from(u8::from(moved))))
+    }
+
+    pub(super) fn expert_up(
+        &self,
+        variant: Variant,
+        rows: usize,
+        v: &mut Values,
+    ) -> Result<f64, EngineError> {
+        let (pairs, tiles) = self.lists(variant, rows, v);
+        let matrices = variant.activation.matrices();
+        // Sums beyond 7, so that clamps act.
+        let x: Vec<f32> = v.floats(rows * H).iter().map(|x| 3.0 * x).collect();
+        let (w1, b1) = (v.floats(EXPERTS * matrices * N * H), v.floats(EXPERTS * matrices * N));
+        let mut worst = 0f64;
+        for has_bias in [0, 1] {
+            let p = params::ExpertUp { h4: H4 as u32, i4: N4 as u32, first_tile: 0, has_bias };
+            let mut expected = vec![0.0; rows * N];
+            reference::expert_up(&p, variant.activation, &pairs, &tiles, &x, &w1, &b1, &mut expected);
+            let out = self.up(&vec![0f32; rows * N])?;
+            let lists = (self.up(&pairs)?, self.up(&tiles)?);
+            let buffers = [&lists.0, &lists.1, &self.up(&x)?, &self.up(&w1)?, &self.up(&b1)?, &out];
+            let groups = [self.columns(N4), tiles.len() as u32, 1];
+            let got = self.run(Kernel::ExpertUp, variant, &p, &buffers, groups, rows * N)?;
+            worst = worst.max(error(&expected, &got));
+        }
+        Ok(worst)
+    }
+
+    pub(super) fn expert_down(
+        &self,
+        variant: Variant,
+        rows: usize,
+        v: &mut Values,
+    ) -> Result<f64, EngineError> {
+        let (pairs, tiles) = self.lists(variant, rows, v);
+        let (a, w2, b2) = (v.floats(rows * N), v.floats(EXPERTS * H * N), v.floats(EXPERTS * H));
+        let mut worst = 0f64;
+        for (has_bias, scale) in [(0, 0.22), (1, 1.0)] {
+            let p = params::ExpertDown { i4: N4 as u32, h4: H4 as u32, first_tile: 0, has_bias, scale };
+            let mut expected = vec![0.0; rows * H];
+            reference::expert_down(&p, &pairs, &tiles, &a, &w2, &b2, &mut expected);
+            let out = self.up(&vec![0f32; rows * H])?;
+            let lists = (self.up(&pairs)?, self.up(&tiles)?);
+            let buffers = [&lists.0, &lists.1, &self.up(&a)?, &self.up(&w2)?, &self.up(&b2)?, &out];
+            let groups = [self.columns(H4), tiles.len() as u32, 1];
+            let got = self.run(Kernel::ExpertDown, variant, &p, &buffers, groups, rows * H)?;
+            worst = worst.max(error(&expected, &got));
+        }
+        Ok(worst)
+    }
+
+    pub(super) fn expert_permute(
+        &self,
+        variant: Variant,
+        rows: usize,
+        v: &mut Values,
+    ) -> Result<f64, EngineError> {
+        let (chosen, weights) = (v.below(EXPERTS, rows * 2), v.floats(rows * 2));
+        let (pairs, experts) = (2 * rows as u32, EXPERTS as u32);
+        let p = params::ExpertPermute { pairs, top_k: 2, experts, up_groups: 4, down_groups: 6 };
+        let mut list = vec![Pair::default(); rows * 2];
+        let mut tiles = vec![Tile::default(); rows * 2];
+        let mut launches = [0; 6];
+        let tile_rows = variant.tile_rows();
+        let count =
+            reference::expert_permute(&p, tile_rows, &chosen, &weights, &mut list, &mut tiles, &mut launches);
+        let (list_out, tiles_out) = (self.up(&vec![Pair::default(); rows * 2])?, self.up(&tiles_zero(rows))?);
+        let out = self.up(&[0u32; 6])?;
+        let buffers = [&self.up(&chosen)?, &self.up(&weights)?, &list_out, &tiles_out, &out];
+        let got = self.run::<_, u32>(Kernel::ExpertPermute, variant, &p, &buffers, [1, 1, 1], 6)?;
+        let wrong = f64::from(u8::from(got != launches));
+        let wrong = wrong.max(self.differs(&list_out, bytemuck::cast_slice(&list))?);
+        Ok(wrong.max(self.differs(&tiles_out, bytemuck::cast_slice(&tiles[..count]))?))
+    }
+
+    /// 1 where the buffer does not start with `expected`, else 0.
+    pub(super) fn differs(&self, buffer: &Buffer, expected: &[u32]) -> Result<f64, EngineError> {
+        let mut r = Recording::new(&self.gpu);
+        r.read::<u32>(buffer, 0, expected.len());
+        let got: Vec<u32> =
+            r.submit()?.fetch()?.pop().map(|b| bytemuck::pod_collect_to_vec(&b)).unwrap_or_default();
+        Ok(if got == expected { 0.0 } else { 1.0 })
+    }
+
+    /// Pairs of `rows` rows over the experts, sorted and cut, with reversed slots.
+    pub(super) fn lists(&self, variant: Variant, rows: usize, v: &mut Values) -> (Vec<Pair>, Vec<Tile>) {
+        let mut experts = v.below(EXPERTS, rows);
+        experts.sort_unstable();
+        let pair = |(i, &expert): (usize, &u32)| Pair {
+            row: i as u32,
+            slot: (rows - 1 - i) as u32,
+            weight: 0.25 + i as f32 / 100.0,
+            expert,
+        };
+        let pairs: Vec<Pair> = experts.iter().enumerate().map(pair).collect();
+        let mut tiles = Vec::new();
+        let mut first = 0;
+        for group in pairs.chunk_by(|a, b| a.expert == b.expert) {
+            for part in group.chunks(variant.tile_rows()) {
+                tiles.push(Tile { expert: part[0].expert, first, count: part.len() as u32, pad: 0 });
+                first += part.len() as u32;
+            }
+        }
+        (pairs, tiles)
+    }
+
+    pub(super) fn combine(&self, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
+        let (x, partials) = (v.floats(rows * H), v.floats(2 * rows * H));
+        let (source, mut slots) = (v.below(rows, rows), v.below(2 * rows, 2 * rows));
+        slots[0] = NO_SLOT;
+        let p = params::Combine { rows: rows as u32, h4: H4 as u32, top_k: 2 };
+        let mut expected = vec![0.0; rows * H];
+        reference::combine(&p, &x, &source, &slots, &partials, &mut expected);
+        let out = self.up(&vec![0f32; rows * H])?;
+        let buffers = [&self.up(&x)?, &self.up(&source)?, &self.up(&slots)?, &self.up(&partials)?, &out];
+        let groups = [self.columns(H4), rows as u32, 1];
+        Ok(error(&expected, &self.run(Kernel::Combine, Variant::default(), &p, &buffers, groups, rows * H)?))
+    }
+}

@@ -1,0 +1,172 @@
+//! Experts, shared experts and dense FFNs: one form on the device for all that stand on disk.
+
+use super::formats;
+use super::layers::{Dense, Loader};
+use super::names::ExpertForm;
+use super::rows::Rows;
+use crate::EngineError;
+use crate::gpu::Buffer;
+use crate::model::FfnSpec;
+use exflow_placement::ExpertId;
+
+/// The matrices of one or more experts: `up` `[experts, matrices, I, H]`, `down` `[experts, H, I]`, biases likewise.
+pub(crate) struct Ffn {
+    pub(crate) spec: FfnSpec,
+    pub(crate) up: Dense,
+    pub(crate) down: Dense,
+}
+
+/// The experts of one layer that this rank holds, in ascending order of their ids.
+pub(crate) struct Experts {
+    /// Local number of each logical expert, by its id.
+    pub(crate) local: Vec<Option<u32>>,
+    pub(crate) ffn: Ffn,
+}
+
+/// One expert, on its way to the device; gate rows above up rows.
+struct Expert {
+    up: Rows,
+    up_bias: Vec<f32>,
+    down: Rows,
+    down_bias: Vec<f32>,
+}
+
+impl Loader<'_> {
+    pub(super) fn experts(&mut self, layer: usize, held: &[ExpertId]) -> Result<Experts, EngineError> {
+        let mut local = vec![None; self.spec.experts];
+        for (index, expert) in held.iter().enumerate() {
+            local[expert.index()] = Some(index as u32);
+        }
+        let label = self.names.of_layer(layer, self.names.moe);
+        let experts = held.iter().map(|e| self.expert(layer, e.index()));
+        let experts = experts.collect::<Result<Vec<_>, _>>()?;
+        Ok(Experts { local, ffn: self.assemble(&label, self.spec.expert, experts)? })
+    }
+
+    /// A dense layer's FFN or a shared expert, under `part`.
+    pub(super) fn ffn(&mut self, layer: usize, part: &str, spec: FfnSpec) -> Result<Ffn, EngineError> {
+        let under = self.names.of_layer(layer, part);
+        let names = ["gate_proj", "up_proj", "down_proj"].map(|name| format!("{under}.{name}.weight"));
+        let expert = self.three(&names, spec)?;
+        self.assemble(&under, spec, vec![expert])
+    }
+
+    fn expert(&mut self, layer: usize, expert: usize) -> Result<Expert, EngineError> {
+        let (spec, hidden) = (self.spec.expert, self.spec.hidden);
+        let (inner, count) = (spec.intermediate, self.spec.experts);
+        let under = self.names.of_layer(layer, self.names.moe);
+        let none = Vec::new();
+        match self.names.experts {
+            ExpertForm::Stacked => Ok(Expert {
+                up: self.slice(&format!("{under}.w1"), &[count, inner, hidden], expert)?,
+                up_bias: self.slice(&format!("{under}.b1"), &[count, inner], expert)?.values,
+                down: self.slice(&format!("{under}.w2"), &[count, hidden, inner], expert)?,
+                down_bias: self.slice(&format!("{under}.b2"), &[count, hidden], expert)?.values,
+            }),
+            ExpertForm::Granite => Ok(Expert {
+                up: self.slice(
+                    &format!("{under}.input_linear.weight"),
+                    &[count, 2 * inner, hidden],
+                    expert,
+                )?,
+                down: self.slice(
+                    &format!("{under}.output_linear.weight"),
+                    &[count, hidden, inner],
+                    expert,
+                )?,
+                up_bias: none.clone(),
+                down_bias: none,
+            }),
+            ExpertForm::Each => {
+                let fused = format!("{under}.experts.gate_up_proj");
+                if self.store.has(&fused) {
+                    let down = format!("{under}.experts.down_proj");
+                    return Ok(Expert {
+                        up: self.slice(&fused, &[count, 2 * inner, hidden], expert)?,
+                        down: self.slice(&down, &[count, hidden, inner], expert)?,
+                        up_bias: none.clone(),
+                        down_bias: none,
+                    });
+                }
+                let names = self.names.ffn.map(|name| format!("{under}.experts.{expert}.{name}.weight"));
+                self.three(&names, spec)
+            }
+            ExpertForm::GptOss => self.gpt_oss(&format!("{under}.experts"), expert),
+        }
+    }
+
+    fn three(&mut self, [gate, up, down]: &[String; 3], spec: FfnSpec) -> Result<Expert, EngineError> {
+        let (hidden, inner) = (self.spec.hidden, spec.intermediate);
+        let (gate, up) = (self.whole(gate, inner, hidden)?, self.whole(up, inner, hidden)?);
+        let down = self.whole(down, hidden, inner)?;
+        Ok(Expert { up: gate.above(up), down, up_bias: Vec::new(), down_bias: Vec::new() })
+    }
+
+    fn gpt_oss(&mut self, under: &str, expert: usize) -> Result<Expert, EngineError> {
+        let (hidden, inner, count) = (self.spec.hidden, self.spec.expert.intermediate, self.spec.experts);
+        let blocks = self.store.has(&format!("{under}.gate_up_proj_blocks"));
+        let (mixed, down) = if blocks {
+            (
+                self.mxfp4(&format!("{under}.gate_up_proj"), [count, 2 * inner, hidden], expert)?,
+                self.mxfp4(&format!("{under}.down_proj"), [count, hidden, inner], expert)?,
+            )
+        } else {
+            (
+                self.slice(&format!("{under}.gate_up_proj"), &[count, hidden, 2 * inner], expert)?
+                    .transposed(),
+                self.slice(&format!("{under}.down_proj"), &[count, inner, hidden], expert)?.transposed(),
+            )
+        };
+        let bias = self.slice(&format!("{under}.gate_up_proj_bias"), &[count, 2 * inner], expert)?.cut(1);
+        let apart = || (0..2 * inner).step_by(2).chain((1..2 * inner).step_by(2));
+        Ok(Expert {
+            up: mixed.take(apart()),
+            up_bias: bias.take(apart()).values,
+            down,
+            down_bias: self.slice(&format!("{under}.down_proj_bias"), &[count, hidden], expert)?.values,
+        })
+    }
+
+    /// One expert's matrix out of `{name}_blocks` `[E, N, K/32, 16]` and `{name}_scales` `[E, N, K/32]`.
+    fn mxfp4(&mut self, name: &str, [count, n, k]: [usize; 3], expert: usize) -> Result<Rows, EngineError> {
+        if k % 32 != 0 {
+            let path = format!("{name}_blocks");
+            return Err(EngineError::Internal(format!("{path}: rows of {k} are no blocks of 32")));
+        }
+        let size = n * k / 32;
+        let blocks = self.store.read_bytes(
+            &format!("{name}_blocks"),
+            &[count, n, k / 32, 16],
+            expert * size * 16..(expert + 1) * size * 16,
+        )?;
+        let scales = self.store.read_bytes(
+            &format!("{name}_scales"),
+            &[count, n, k / 32],
+            expert * size..(expert + 1) * size,
+        )?;
+        (self.read)((n * k) as u64);
+        Ok(Rows { values: formats::mxfp4(blocks, scales), columns: k })
+    }
+
+    fn assemble(&mut self, label: &str, spec: FfnSpec, experts: Vec<Expert>) -> Result<Ffn, EngineError> {
+        let (h, i, inner) = (4 * self.spec.h4(), 4 * spec.i4(), spec.intermediate);
+        let (mut up, mut up_bias, mut down, mut down_bias) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let hidden = self.spec.hidden;
+        for expert in experts {
+            up.extend(expert.up.widen(h).lengthen(inner, i).values);
+            down.extend(expert.down.widen(i).lengthen(hidden, h).values);
+            if spec.bias {
+                up_bias.extend(Rows { values: expert.up_bias, columns: inner }.widen(i).values);
+                down_bias.extend(Rows { values: expert.down_bias, columns: hidden }.widen(h).values);
+            }
+        }
+        let bias = |values: Vec<f32>| -> Result<Option<Buffer>, EngineError> {
+            if spec.bias { self.gpu.buffer_of(label, &values).map(Some) } else { Ok(None) }
+        };
+        Ok(Ffn {
+            spec,
+            up: Dense { weight: self.gpu.buffer_of(label, &up)?, bias: bias(up_bias)? },
+            down: Dense { weight: self.gpu.buffer_of(label, &down)?, bias: bias(down_bias)? },
+        })
+    }
+}
