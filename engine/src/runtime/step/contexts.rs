@@ -70,7 +70,8 @@ impl Stepper<'_> {
                 next
             });
             if let Some(rope) = &self.decoder.spec.attention.rope {
-                let length = sequence.start.prompt.len().max(row.position as usize + 1);
+                let known = sequence.start.prompt.len() + sequence.start.forced.len();
+                let length = known.max(row.position as usize + 1);
                 turns.extend(rope.turns(row.position, length));
             }
             queries.push(Query { position: row.position, table_row });

@@ -1,0 +1,130 @@
+//! Models of every family, made and run by transformers (tests/parity/make_fixtures.py), through the engine: logits,
+//! chosen experts and greedy tokens, on one rank and on several, under both strategies.
+
+mod common;
+
+use common::{Setup, generate, request, root};
+use exflow::engine::{Cluster, Feed, LogitsDump, Strategy};
+use exflow_placement::npy::{self, Array};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// What transformers' and the engine's float32 arithmetic may differ by.
+const LOGITS: f64 = 2e-4;
+/// Choices are compared where they are no closer than this.
+const MARGIN: f64 = 1e-3;
+/// Router weights, all of them within 0..3.
+const WEIGHTS: f64 = 2e-4;
+
+struct Expected(BTreeMap<String, Array>);
+
+impl Expected {
+    fn read(folder: &Path) -> Self {
+        let path = folder.join("expected.npz");
+        Self(npy::read_npz(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
+    }
+
+    fn values(&self, name: &str) -> &[f64] {
+        &self.0.get(name).unwrap_or_else(|| panic!("{name} is not in expected.npz")).data
+    }
+
+    fn ids(&self, name: &str) -> Vec<u32> {
+        self.values(name).iter().map(|&id| id as u32).collect()
+    }
+
+    fn moe_layers(&self) -> Vec<usize> {
+        let number = |name: &String| name.strip_prefix("experts.").and_then(|l| l.parse().ok());
+        let mut layers: Vec<usize> = self.0.keys().filter_map(number).collect();
+        layers.sort_unstable();
+        layers
+    }
+}
+
+fn fixtures() -> Vec<PathBuf> {
+    let folder = root().join("tests/parity/fixtures");
+    let mut found: Vec<PathBuf> =
+        std::fs::read_dir(folder).expect("fixtures").map(|entry| entry.expect("an entry").path()).collect();
+    found.sort();
+    found
+}
+
+/// Logits, experts and router weights of every position.
+fn compare(name: &str, dump: &LogitsDump, expected: &Expected) -> f64 {
+    let truth = expected.values("logits");
+    assert_eq!(dump.logits.len(), truth.len(), "{name}: shape of the logits");
+    let worst = dump.logits.iter().zip(truth).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
+    let layers: Vec<usize> = dump.layers.iter().map(|l| l.layer).collect();
+    assert_eq!(layers, expected.moe_layers(), "{name}: which layers are MoE layers");
+    let mut compared = 0;
+    for routing in &dump.layers {
+        let (l, k) = (routing.layer, routing.k);
+        let (experts, weights) =
+            (expected.values(&format!("experts.{l}")), expected.values(&format!("router_weights.{l}")));
+        for (t, &margin) in expected.values(&format!("margins.{l}")).iter().enumerate() {
+            if margin < MARGIN {
+                continue;
+            }
+            compared += 1;
+            for i in t * k..(t + 1) * k {
+                assert_eq!(f64::from(routing.experts[i]), experts[i], "{name}: layer {l}, token {t}");
+                let off = (f64::from(routing.weights[i]) - weights[i]).abs();
+                assert!(off < WEIGHTS, "{name}: layer {l}, token {t}: router weight off by {off}");
+            }
+        }
+    }
+    assert!(compared * 10 > 9 * dump.tokens * layers.len(), "{name}: routers that decide clearly");
+    worst
+}
+
+fn continues(name: &str, cluster: &mut Cluster, expected: &Expected) {
+    let (prompt, greedy) = (expected.ids("prompt"), expected.ids("greedy"));
+    let mut wanted = request(&prompt, greedy.len());
+    wanted.ignore_eos = true;
+    let run = generate(cluster, &[wanted]);
+    let clear = expected.values("greedy_margins").iter().position(|&m| m < MARGIN).unwrap_or(greedy.len());
+    assert!(clear > 12, "{name}: only {clear} tokens are decided clearly");
+    assert_eq!(run.sequences[0].output_ids[..clear], greedy[..clear], "{name}: greedy tokens");
+}
+
+#[test]
+fn every_family_says_what_transformers_says() {
+    let fixtures = fixtures();
+    assert!(fixtures.len() >= 20, "only {} fixtures", fixtures.len());
+    let mut failed = Vec::new();
+    for folder in fixtures {
+        let name = folder.file_name().expect("a name").to_string_lossy().into_owned();
+        let expected = Expected::read(&folder);
+        let mut cluster = Setup::one_rank(&folder).start();
+        let prompt = expected.ids("prompt");
+        for feed in [Feed::Prefill, Feed::Decode] {
+            let dump = cluster.logits(&prompt, feed).unwrap_or_else(|e| panic!("{name}: {e}"));
+            let worst = compare(&name, &dump, &expected);
+            println!("{name}, {feed:?}: logits within {worst:.1e}");
+            if worst > LOGITS {
+                failed.push(format!("{name}, {feed:?}: {worst:.1e}"));
+            }
+        }
+        continues(&name, &mut cluster, &expected);
+    }
+    assert!(failed.is_empty(), "{failed:#?}");
+}
+
+#[test]
+fn every_family_says_the_same_on_two_and_four_ranks() {
+    for (index, folder) in fixtures().into_iter().enumerate() {
+        let name = folder.file_name().expect("a name").to_string_lossy().into_owned();
+        let expected = Expected::read(&folder);
+        let prompt = expected.ids("prompt");
+        let alone = Setup::one_rank(&folder).start().logits(&prompt, Feed::Decode).expect("logits");
+        // Each family under each strategy, and on 2 and on 4 ranks, in turn.
+        let ranks = [2, 4];
+        for (i, strategy) in [Strategy::Vanilla, Strategy::Coherent].into_iter().enumerate() {
+            let ranks = ranks[(i + index) % 2];
+            let mut cluster = Setup::new(&folder, ranks, strategy).start();
+            let dump = cluster.logits(&prompt, Feed::Decode).unwrap_or_else(|e| panic!("{name}: {e}"));
+            let bits = |d: &LogitsDump| d.logits.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+            assert!(bits(&dump) == bits(&alone), "{name}: {strategy:?} on {ranks} ranks");
+            continues(&name, &mut cluster, &expected);
+        }
+    }
+}
