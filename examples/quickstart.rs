@@ -91,7 +91,7 @@ fn requests(cluster: &Cluster) -> Result<Vec<Request>, StudyError> {
     let codec = cluster.text()?;
     let request = |prompt: &&str| {
         let prompt_ids = codec.encode(prompt)?;
-        Ok(Request { prompt_ids, max_tokens: TOKENS, ignore_eos: false, temperature: 0.0, seed: 0 })
+        Ok(Request { prompt_ids, max_tokens: TOKENS, ignore_eos: false, ..Request::default() })
     };
     PROMPTS.iter().map(request).collect()
 }

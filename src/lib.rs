@@ -15,7 +15,7 @@
 //! options.ranks = 4;
 //! let mut cluster = Cluster::start(options, &NoProgress)?;
 //! let prompt_ids = cluster.text()?.encode("In the beginning")?;
-//! let request = Request { prompt_ids, max_tokens: 40, ignore_eos: false, temperature: 0.0, seed: 0 };
+//! let request = Request { prompt_ids, max_tokens: 40, ignore_eos: false, ..Request::default() };
 //! let run = cluster.generate(&[request], &mut |event| eprint!("{}", event.text))?;
 //! assert!(run.sequences[0].output_ids.len() <= 40);
 //! # Ok(())

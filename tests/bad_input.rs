@@ -119,6 +119,113 @@ fn the_sound_folder_is_accepted() {
     assert!(result["stats"].is_object());
 }
 
+/// The folder of a fixture of tests/parity, copied, with `edit` applied.
+fn fixture(name: &str, edit: impl FnOnce(&Path)) -> tempfile::TempDir {
+    let from = common::root().join("tests/parity/fixtures").join(name);
+    let folder = tempfile::tempdir().expect("a folder");
+    for entry in fs::read_dir(from).expect("the fixture") {
+        let entry = entry.expect("an entry");
+        fs::copy(entry.path(), folder.path().join(entry.file_name())).expect("copy");
+    }
+    edit(folder.path());
+    folder
+}
+
+fn edit_json(path: &Path, edit: impl FnOnce(&mut Value)) {
+    let mut value = serde_json::from_slice(&fs::read(path).expect("reads")).expect("JSON");
+    edit(&mut value);
+    fs::write(path, value.to_string()).expect("writes");
+}
+
+#[test]
+fn shards_that_lead_astray() {
+    const INDEX: &str = "model.safetensors.index.json";
+    let with_shard = |file: &str| {
+        fixture("mixtral_sharded_bf16", |folder| {
+            edit_json(&folder.join(INDEX), |index| {
+                index["weight_map"]["model.norm.weight"] = json!(file);
+            });
+        })
+    };
+    for file in ["../other.safetensors", "/etc/passwd", "a/b.safetensors", "..", ""] {
+        let folder = with_shard(file);
+        refused(
+            file,
+            &generate(folder.path(), &["--prompt-ids", "3"]),
+            &[INDEX, "not a file of this folder"],
+        );
+    }
+    let folder = with_shard("model-00099-of-00099.safetensors");
+    refused(
+        "absent",
+        &generate(folder.path(), &["--prompt-ids", "3"]),
+        &["model-00099-of-00099.safetensors"],
+    );
+    let folder = with_shard("model-00001-of-00008.safetensors");
+    let output = generate(folder.path(), &["--prompt-ids", "3"]);
+    refused("a tensor elsewhere", &output, &[INDEX, "model.norm.weight"]);
+    for broken in ["", "[]", "{\"weight_map\":{}}", "{\"weight_map\":{\"a\":7}}"] {
+        let folder = fixture("mixtral_sharded_bf16", |folder| {
+            fs::write(folder.join(INDEX), broken).expect("writes");
+        });
+        refused(broken, &generate(folder.path(), &["--prompt-ids", "3"]), &[INDEX]);
+    }
+}
+
+#[test]
+fn configurations_of_published_families_that_cannot_be() {
+    for (name, key, value) in [
+        ("mixtral", "num_experts_per_tok", json!(0)),
+        ("mixtral", "num_experts_per_tok", json!(-1)),
+        ("mixtral", "num_experts_per_tok", json!(6)),
+        ("mixtral", "num_attention_heads", json!(0)),
+        ("mixtral", "num_key_value_heads", json!(3)),
+        ("mixtral", "hidden_act", json!("relu")),
+        ("mixtral", "rms_norm_eps", json!("x")),
+        ("olmoe", "clip_qkv", json!(3.0)),
+        ("qwen3_moe", "head_dim", json!(7)),
+        ("qwen3_moe", "mlp_only_layers", json!("all")),
+        ("qwen3_moe", "mlp_only_layers", json!([0, 1, 2])),
+        ("phimoe", "num_experts_per_tok", json!(3)),
+        ("gpt_oss", "swiglu_limit", json!(9.0)),
+        ("gpt_oss", "layer_types", json!(["full_attention"])),
+        ("deepseek_v3", "kv_lora_rank", json!(4096)),
+        ("deepseek_v3", "n_group", json!(3)),
+        ("deepseek_v3", "topk_group", json!(0)),
+    ] {
+        let folder =
+            fixture(name, |folder| edit_json(&folder.join("config.json"), |c| c[key] = value.clone()));
+        // A name that the engine reports by another spelling of the key is all the same to the reader.
+        let named = if key == "mlp_only_layers" && value.is_array() { "num_hidden_layers" } else { key };
+        let what = format!("{name}: {key} = {value}");
+        refused(&what, &generate(folder.path(), &["--prompt-ids", "3"]), &["config.json", named]);
+    }
+    for (kind, names) in
+        [("spiral", "rope_type"), ("longrope", "short_factor"), ("llama3", "low_freq_factor")]
+    {
+        let folder = fixture("mixtral", |folder| {
+            edit_json(&folder.join("config.json"), |c| {
+                c["rope_parameters"] = json!({"rope_type": kind, "rope_theta": 1e4, "factor": 2.0});
+            });
+        });
+        refused(kind, &generate(folder.path(), &["--prompt-ids", "3"]), &["config.json", names]);
+    }
+    // A config that does not belong to the weights.
+    for (name, key, value, tensor) in [
+        ("mixtral", "num_local_experts", json!(7), "block_sparse_moe"),
+        ("qwen2_moe", "shared_expert_intermediate_size", json!(20), "shared_expert"),
+        ("deepseek_v2", "qk_rope_head_dim", json!(8), "self_attn"),
+        ("gpt_oss_mxfp4", "intermediate_size", json!(64), "_blocks"),
+    ] {
+        let folder =
+            fixture(name, |folder| edit_json(&folder.join("config.json"), |c| c[key] = value.clone()));
+        refused(key, &generate(folder.path(), &["--prompt-ids", "3"]), &["safetensors", tensor]);
+    }
+    let folder = Tiny { positions: 64, ..tiny() }.write();
+    let long = generate(folder.path(), &["--prompt-ids", &["3"; 40].join(","), "-c", "16"]);
+    refused("more than the cache", &long, &["--ctx-size", "KV cache"]);
+}
+
 #[test]
 fn files_that_are_missing() {
     let nowhere = tiny().write().path().join("nowhere");

@@ -288,18 +288,6 @@ fn top_2_over_quic_every_split_gives_the_same_bits() {
 }
 
 #[test]
-fn a_temperature_is_refused_while_tokens_are_chosen_greedily() {
-    let shape = Tiny { layers: 1, ..Tiny::default() };
-    let folder = shape.write();
-    let mut cluster = Setup::one_rank(folder.path()).start();
-    for temperature in [0.9, -1.0, f32::NAN, f32::INFINITY] {
-        let drawn = Request { temperature, ..request(&[1, 2], 3) };
-        let error = cluster.generate(&[drawn], &mut |_| {}).expect_err("no other text than asked for");
-        assert!(error.is_input() && error.to_string().contains("temperature"), "{error}");
-    }
-}
-
-#[test]
 fn a_profile_holds_the_routes_of_every_token() {
     for top_k in [1, 2] {
         let shape = Tiny { seed: 311, top_k, ..Tiny::default() };

@@ -136,6 +136,13 @@ impl Cluster {
     /// Sends `ids` to the model as a prompt.
     pub(crate) fn submit(&mut self, run: Run) -> Result<u32, EngineError> {
         self.check_prompt(&run.prompt)?;
+        let needed =
+            crate::runtime::positions_needed(run.prompt.len(), run.max_tokens, self.spec.max_positions);
+        let held = cache_blocks(&self.options, &self.spec) * crate::runtime::BLOCK;
+        if needed > held {
+            let what = format!("prompt and output need {needed} positions, the KV cache holds {held}");
+            return Err(EngineError::usage(what, "ask for fewer tokens, or set --ctx-size"));
+        }
         let id = self.next_id;
         self.next_id += 1;
         let admission = Admission {
@@ -144,6 +151,7 @@ impl Cluster {
             prompt: run.prompt,
             max_tokens: u32::try_from(run.max_tokens).unwrap_or(u32::MAX),
             ignore_eos: run.ignore_eos,
+            sampling: run.sampling,
             forced: run.forced,
             capture_routes: run.capture_routes,
             capture_logits: run.capture_logits,
@@ -265,7 +273,12 @@ impl Shared<'_> {
             self.progress.update(&stage, done, total, "elements");
         };
         let weights = ModelWeights::load(&self.spec, &self.store, &gpu, &experts, &mut read)?;
-        Decoder::new(gpu, self.spec.clone(), weights, cache_blocks(&self.spec) * crate::runtime::BLOCK)
+        Decoder::new(
+            gpu,
+            self.spec.clone(),
+            weights,
+            cache_blocks(&self.options, &self.spec) * crate::runtime::BLOCK,
+        )
     }
 
     fn spawn(
@@ -280,7 +293,7 @@ impl Shared<'_> {
             table: self.table.clone(),
             strategy: self.options.strategy,
             combine: self.options.combine,
-            cache_blocks: cache_blocks(&self.spec),
+            cache_blocks: cache_blocks(&self.options, &self.spec),
         };
         let failures = events.clone();
         let run = move || {
@@ -296,9 +309,9 @@ impl Shared<'_> {
     }
 }
 
-fn cache_blocks(spec: &ModelSpec) -> usize {
-    let positions = (CACHE_CONTEXTS * spec.max_positions).min(CACHE_POSITIONS).max(spec.max_positions);
-    positions.div_ceil(crate::runtime::BLOCK)
+fn cache_blocks(options: &ClusterOptions, spec: &ModelSpec) -> usize {
+    let positions = (CACHE_CONTEXTS * spec.max_positions).min(CACHE_POSITIONS);
+    options.cache_positions.unwrap_or(positions).div_ceil(crate::runtime::BLOCK).max(1)
 }
 
 fn check_ranks(options: &ClusterOptions, spec: &ModelSpec) -> Result<(), EngineError> {

@@ -1,6 +1,7 @@
 //! Requests in, tokens and figures out.
 
-use crate::runtime::{Event, FinishReason};
+use crate::runtime::{Command, Event, FinishReason};
+use crate::sampling::Sampling;
 use crate::stats::{self, RunStats};
 use crate::text::TextStream;
 use crate::{Cluster, EngineError};
@@ -17,10 +18,10 @@ pub struct Request {
     pub max_tokens: usize,
     /// Whether to go on past the model's end of text.
     pub ignore_eos: bool,
-    /// 0: the likeliest token each time, the only choice as yet.
-    pub temperature: f32,
-    /// Unused at temperature 0.
-    pub seed: u64,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+    /// Texts that end the output; they are not part of it.
+    pub stop: Vec<String>,
 }
 
 /// A token as it appears.
@@ -66,6 +67,7 @@ pub(crate) struct Run {
     pub(crate) prompt: Vec<u32>,
     pub(crate) max_tokens: usize,
     pub(crate) ignore_eos: bool,
+    pub(crate) sampling: Sampling,
     pub(crate) forced: Vec<u32>,
     pub(crate) capture_routes: bool,
     pub(crate) capture_logits: bool,
@@ -74,6 +76,9 @@ pub(crate) struct Run {
 struct Open {
     output: Vec<u32>,
     stream: TextStream,
+    /// Everything that became readable.
+    read: String,
+    /// What of it was shown.
     text: String,
     first: Option<f64>,
     last: f64,
@@ -94,6 +99,7 @@ pub(crate) fn run(
             prompt: request.prompt_ids.clone(),
             max_tokens: request.max_tokens,
             ignore_eos: request.ignore_eos,
+            sampling: request.sampling.clone(),
             ..Run::default()
         };
         index_of.insert(cluster.submit(run)?, index);
@@ -102,8 +108,15 @@ pub(crate) fn run(
     while open.iter().any(|o| o.finish.is_none()) {
         let Event::Token { sequence, token, finish, .. } = cluster.event()? else { continue };
         let Some(&index) = index_of.get(&sequence) else { continue };
+        if open[index].finish.is_some() {
+            continue; // it ran over its stop text
+        }
         let now = started.elapsed().as_secs_f64();
-        let text = open[index].push(cluster, token, finish, now)?;
+        let text = open[index].push(cluster, &requests[index].stop, token, finish, now)?;
+        if finish.is_none() && open[index].finish.is_some() {
+            cluster.command(Command::Cancel(sequence))?;
+        }
+        let finish = open[index].finish;
         sink(&TokenEvent { sequence: index, token, text, finish });
     }
     let seconds = started.elapsed().as_secs_f64();
@@ -127,9 +140,12 @@ fn check(cluster: &Cluster, requests: &[Request]) -> Result<(), EngineError> {
         if request.max_tokens == 0 {
             return Err(EngineError::usage("0 tokens were asked for", "ask for at least 1"));
         }
-        if request.temperature != 0.0 {
-            let what = format!("temperature {}", request.temperature);
-            return Err(EngineError::usage(what, "use 0: this version chooses greedily"));
+        request.sampling.check().map_err(|(what, remedy)| EngineError::usage(what, remedy))?;
+        if !request.stop.is_empty() {
+            cluster.text()?;
+            if request.stop.iter().any(String::is_empty) {
+                return Err(EngineError::usage("an empty stop text", "give at least one character"));
+            }
         }
     }
     Ok(())
@@ -137,14 +153,15 @@ fn check(cluster: &Cluster, requests: &[Request]) -> Result<(), EngineError> {
 
 impl Open {
     fn new() -> Self {
-        let (output, text) = (Vec::new(), String::new());
-        Self { output, stream: TextStream::default(), text, first: None, last: 0.0, finish: None }
+        let (output, read, text) = (Vec::new(), String::new(), String::new());
+        Self { output, stream: TextStream::default(), read, text, first: None, last: 0.0, finish: None }
     }
 
     /// Takes in a token; returns the text that became readable.
     fn push(
         &mut self,
         cluster: &Cluster,
+        stop: &[String],
         token: u32,
         finish: Option<FinishReason>,
         now: f64,
@@ -164,7 +181,29 @@ impl Open {
                 fresh += &self.stream.finish(codec)?;
             }
         }
+        self.read += &fresh;
+        Ok(self.show(stop))
+    }
+
+    /// Shows what cannot be the beginning of a stop text any more; ends the sequence where one is whole.
+    fn show(&mut self, stop: &[String]) -> String {
+        let found = stop.iter().filter_map(|s| self.read[self.text.len()..].find(s.as_str())).min();
+        let shown = self.text.len();
+        let end = match found {
+            Some(at) => {
+                self.finish = Some(FinishReason::Stop);
+                shown + at
+            }
+            None if self.finish.is_some() => self.read.len(),
+            None => {
+                let held = |s: &String| {
+                    (1..s.len()).rev().find(|&n| s.is_char_boundary(n) && self.read.ends_with(&s[..n]))
+                };
+                self.read.len() - stop.iter().filter_map(held).max().unwrap_or(0)
+            }
+        };
+        let fresh = self.read[shown..end.max(shown)].to_owned();
         self.text += &fresh;
-        Ok(fresh)
+        fresh
     }
 }

@@ -7,6 +7,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test may panic"))]
 
+mod chat;
 mod cluster;
 mod error;
 mod generate;
@@ -15,11 +16,13 @@ mod logits;
 mod model;
 mod options;
 mod runtime;
+mod sampling;
 mod selftest;
 mod stats;
 mod text;
 mod weights;
 
+pub use chat::{ChatTemplate, Message};
 pub use cluster::Cluster;
 pub use error::EngineError;
 pub use exflow_placement::{Affinity, PlacementTable, Rank, RoutingTrace, Strategy};
@@ -29,6 +32,7 @@ pub use logits::{LayerRouting, LogitsDump};
 pub use model::{ModelSpec, spec};
 pub use options::{ClusterOptions, Combine, Feed, NoProgress, PlacementSource, Progress, TransportKind};
 pub use runtime::FinishReason;
+pub use sampling::Sampling;
 pub use selftest::{KernelCheck, selftest};
 pub use stats::{BytesByClass, RunStats};
 pub use text::{TextCodec, TextStream};

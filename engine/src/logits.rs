@@ -49,6 +49,7 @@ pub(crate) fn run(cluster: &mut Cluster, ids: &[u32], feed: Feed) -> Result<Logi
         forced: ids[split..].to_vec(),
         capture_routes: true,
         capture_logits: true,
+        ..Run::default()
     };
     let sequence = cluster.submit(run)?;
     let captured = collect(cluster, &[sequence], &mut |_| {})?;

@@ -118,6 +118,9 @@ pub struct ClusterOptions {
     pub placement: PlacementSource,
     /// Part of an adapter's name, or its index in [`devices`](crate::devices); `None`: the best one.
     pub adapter: Option<String>,
+    /// Positions that the KV cache of every rank holds, for all sequences together; `None`: 16 contexts, but at
+    /// most 16,384 positions.
+    pub cache_positions: Option<usize>,
 }
 
 impl ClusterOptions {
@@ -131,6 +134,7 @@ impl ClusterOptions {
             combine: Combine::Exact,
             placement: PlacementSource::RoundRobin,
             adapter: None,
+            cache_positions: None,
         }
     }
 }

@@ -28,8 +28,14 @@ impl TextCodec {
         Ok(Self { path, tokenizer })
     }
 
-    /// The token ids of `text`, without special tokens around it.
+    /// The token ids of `text`, with the special tokens that the tokenizer puts around it (a first token, as a rule).
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, EngineError> {
+        let encoding = self.tokenizer.encode(text, true).map_err(|e| self.failed(e))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The token ids of a text that holds its special tokens itself, as a chat template writes it.
+    pub fn encode_whole(&self, text: &str) -> Result<Vec<u32>, EngineError> {
         let encoding = self.tokenizer.encode(text, false).map_err(|e| self.failed(e))?;
         Ok(encoding.get_ids().to_vec())
     }

@@ -132,7 +132,7 @@ fn requests(cluster: &Cluster, prompts: &[String], max_tokens: usize) -> Result<
         .iter()
         .map(|prompt| {
             let prompt_ids = codec.encode(prompt)?;
-            Ok(Request { prompt_ids, max_tokens, ignore_eos: true, temperature: 0.0, seed: 0 })
+            Ok(Request { prompt_ids, max_tokens, ignore_eos: true, ..Request::default() })
         })
         .collect()
 }

@@ -30,6 +30,9 @@ pub(crate) struct RankFlags {
     /// Adapter: part of its name, or its number in `exflow devices` [default: the best one]
     #[arg(long, value_name = "NAME|N")]
     pub(crate) adapter: Option<String>,
+    /// Positions of KV cache on every rank, for all sequences together [default: 16 contexts, at most 16384]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) ctx_size: Option<u32>,
 }
 
 impl RankFlags {
@@ -42,6 +45,7 @@ impl RankFlags {
         options.combine = self.combine.into();
         options.placement = self.placement.clone();
         options.adapter = self.adapter.clone();
+        options.cache_positions = self.ctx_size.map(|n| n as usize);
         options
     }
 

@@ -3,7 +3,7 @@
 use super::failure::Failure;
 use super::flags::{self, RankFlags};
 use super::output::{self, Format};
-use exflow::engine::{Cluster, Completion, Generation, Request, TokenEvent};
+use exflow::engine::{ChatTemplate, Cluster, Completion, Generation, Message, Request, Sampling, TokenEvent};
 use exflow::progress::Bars;
 use exflow::stream::TextStream;
 use serde_json::{Value, json};
@@ -25,9 +25,30 @@ pub(crate) struct Args {
     /// Temperature; 0 takes the likeliest token
     #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
     temp: f32,
-    /// Seed of the sampling, where the temperature is above 0
+    /// Draws only among the K likeliest tokens; 0: all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    top_k: usize,
+    /// Draws only among the likeliest tokens that together have this probability
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    top_p: f32,
+    /// Draws only among tokens at least this likely, as a share of the likeliest one's probability
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    min_p: f32,
+    /// Makes tokens that are there already less likely, above 1
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    repeat_penalty: f32,
+    /// Seed of the sampling, where the temperature is above 0; each further prompt takes the next one
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
+    /// Takes each -p as what a user says in a chat, put into the model's chat template
+    #[arg(long, requires = "prompt")]
+    chat: bool,
+    /// What the system says before a chat
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    system: Option<String>,
+    /// Ends a text where one of these appears; it is not shown
+    #[arg(long, value_name = "TEXT", num_args = 1..)]
+    stop: Vec<String>,
     /// Goes on after the model's end-of-text token
     #[arg(long)]
     ignore_eos: bool,
@@ -53,7 +74,11 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let given =
         args.prompts.prompt_ids.iter().map(|ids| flags::token_ids(ids)).collect::<Result<Vec<_>, _>>()?;
     let mut cluster = Cluster::start(args.ranks.options(), &Bars::terminal_only())?;
-    let prompts = if given.is_empty() { encode(&cluster, &args.prompts.prompt)? } else { given };
+    let prompts = match (given.is_empty(), args.chat) {
+        (false, _) => given,
+        (true, false) => encode(&cluster, &args.prompts.prompt)?,
+        (true, true) => encode_chats(&cluster, args)?,
+    };
     let requests: Vec<Request> =
         prompts.into_iter().enumerate().map(|(i, ids)| request(args, i, ids)).collect();
     let run = match args.format {
@@ -84,13 +109,31 @@ fn encode(cluster: &Cluster, texts: &[String]) -> Result<Vec<Vec<u32>>, Failure>
     texts.iter().map(|text| codec.encode(text).map_err(Failure::from)).collect()
 }
 
+/// Each prompt as a chat of its own.
+fn encode_chats(cluster: &Cluster, args: &Args) -> Result<Vec<Vec<u32>>, Failure> {
+    let (template, codec) = (ChatTemplate::open(&args.ranks.model)?, cluster.text()?);
+    let ids = |text: &String| {
+        let system = args.system.iter().map(|s| Message::new("system", s));
+        let messages: Vec<Message> = system.chain([Message::new("user", text)]).collect();
+        Ok(codec.encode_whole(&template.render(&messages)?)?)
+    };
+    args.prompts.prompt.iter().map(ids).collect()
+}
+
 fn request(args: &Args, index: usize, prompt_ids: Vec<u32>) -> Request {
     Request {
         prompt_ids,
         max_tokens: args.max_tokens,
         ignore_eos: args.ignore_eos,
-        temperature: args.temp,
-        seed: args.seed.wrapping_add(index as u64),
+        sampling: Sampling {
+            temperature: args.temp,
+            top_k: args.top_k,
+            top_p: args.top_p,
+            min_p: args.min_p,
+            repetition_penalty: args.repeat_penalty,
+            seed: args.seed.wrapping_add(index as u64),
+        },
+        stop: args.stop.clone(),
     }
 }
 

@@ -140,5 +140,5 @@ fn nudged(ids: &[u32], spec: &ModelSpec, dice: &mut Rng) -> Request {
     if !spec.eos.contains(&drawn) {
         prompt_ids.push(drawn);
     }
-    Request { prompt_ids, max_tokens: NUDGE_EVERY - 1, ignore_eos: true, temperature: 0.0, seed: 0 }
+    Request { prompt_ids, max_tokens: NUDGE_EVERY - 1, ignore_eos: true, ..Request::default() }
 }

@@ -64,7 +64,7 @@ impl<'a> Setup<'a> {
 
 /// A greedy request that runs to its token limit.
 pub(crate) fn request(prompt: &[u32], max_tokens: usize) -> Request {
-    Request { prompt_ids: prompt.to_vec(), max_tokens, ignore_eos: true, temperature: 0.0, seed: 0 }
+    Request { prompt_ids: prompt.to_vec(), max_tokens, ignore_eos: true, ..Request::default() }
 }
 
 /// Runs requests together and checks what holds of every run: the events spell the completions.

@@ -9,6 +9,6 @@ mod step;
 mod worker;
 
 pub use sequence::FinishReason;
-pub(crate) use sequence::{Admission, BLOCK};
+pub(crate) use sequence::{Admission, BLOCK, positions_needed};
 pub(crate) use stats::{RankStats, class_bytes, row_exchanges};
 pub(crate) use worker::{Captured, Command, Event, Worker, WorkerOptions};

@@ -1,6 +1,7 @@
 //! Sequences and their cache blocks. Every rank applies the same admissions and the same sampled ids in the
 //! same order, so that all hold the same state without asking each other.
 
+use crate::sampling::Sampling;
 use exflow_placement::Rank;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -18,6 +19,7 @@ pub(crate) struct Admission {
     pub(crate) prompt: Vec<u32>,
     pub(crate) max_tokens: u32,
     pub(crate) ignore_eos: bool,
+    pub(crate) sampling: Sampling,
     /// Tokens to go on with in place of those sampled (teacher forcing).
     pub(crate) forced: Vec<u32>,
     /// Whether routes are handed to the driver.
@@ -124,12 +126,17 @@ impl Sequences {
             false if tokens > self.context => Some(FinishReason::Length),
             false => None,
         };
-        if finish.is_some()
-            && let Some(gone) = self.running.remove(&id)
-        {
-            self.free.extend(gone.blocks.into_iter().rev());
+        if finish.is_some() {
+            self.cancel(id);
         }
         Some((token, finish))
+    }
+
+    /// Ends a sequence that nobody waits for any more; its blocks are free then.
+    pub(crate) fn cancel(&mut self, id: u32) {
+        if let Some(gone) = self.running.remove(&id) {
+            self.free.extend(gone.blocks.into_iter().rev());
+        }
     }
 
     /// The sequences whose prompts come next, up to `limit` tokens but at least one.
@@ -156,6 +163,7 @@ mod tests {
             prompt: vec![1; prompt],
             max_tokens,
             ignore_eos: false,
+            sampling: Sampling::default(),
             forced: Vec::new(),
             capture_routes: false,
             capture_logits: false,

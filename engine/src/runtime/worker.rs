@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 pub(crate) enum Command {
     /// Run a sequence; its home is set at admission.
     Submit(Admission),
+    /// End a sequence that nobody waits for any more.
+    Cancel(u32),
     /// Have every rank report its counts, and start counting anew.
     Report,
     /// End every rank.
@@ -49,6 +51,7 @@ pub(crate) enum Captured {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 enum Directive {
     Admit(Admission),
+    Cancel(u32),
     Report,
     Stop,
 }
@@ -207,6 +210,7 @@ impl Worker {
         let mut directives = Vec::new();
         let mut take = |command, waiting: &mut VecDeque<Admission>| match command {
             Command::Submit(admission) => waiting.push_back(admission),
+            Command::Cancel(sequence) => directives.push(Directive::Cancel(sequence)),
             Command::Report => directives.push(Directive::Report),
             Command::Stop => directives.push(Directive::Stop),
         };
@@ -299,6 +303,10 @@ impl Worker {
                 if !self.sequences.admit(admission) {
                     return Err(EngineError::Internal(format!("no cache blocks left for sequence {id}")));
                 }
+            }
+            Directive::Cancel(sequence) => {
+                self.sequences.cancel(sequence);
+                self.coherence.forget(sequence);
             }
             Directive::Report => self.report(),
             Directive::Stop => self.stopping = true,

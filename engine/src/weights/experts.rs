@@ -129,7 +129,7 @@ impl Loader<'_> {
 
     /// One expert's matrix out of `{name}_blocks` `[E, N, K/32, 16]` and `{name}_scales` `[E, N, K/32]`.
     fn mxfp4(&mut self, name: &str, [count, n, k]: [usize; 3], expert: usize) -> Result<Rows, EngineError> {
-        if k % 32 != 0 {
+        if !k.is_multiple_of(32) {
             let path = format!("{name}_blocks");
             return Err(EngineError::Internal(format!("{path}: rows of {k} are no blocks of 32")));
         }

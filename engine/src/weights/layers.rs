@@ -31,6 +31,7 @@ pub(crate) struct LayerWeights {
 }
 
 /// What stands behind a layer's attention.
+#[allow(clippy::large_enum_variant, reason = "there is one per layer")]
 pub(crate) enum LayerFfn {
     Moe {
         /// `[E, H]`.

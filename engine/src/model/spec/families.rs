@@ -47,7 +47,7 @@ fn gpt_moe(keys: &Keys) -> Result<ModelSpec, EngineError> {
     let hidden = keys.count(&["n_embd"], 1 << 16)?;
     let (experts, top_k) = experts(keys, &["num_experts"], &["top_k"], None)?;
     let heads = keys.count(&["n_head"], 1 << 12)?;
-    if hidden % heads != 0 || hidden / heads > MAX_HEAD_SIZE {
+    if !hidden.is_multiple_of(heads) || hidden / heads > MAX_HEAD_SIZE {
         let what =
             format!("{heads} heads do not divide n_embd {hidden} into heads of at most {MAX_HEAD_SIZE}");
         return Err(keys.bad("n_head", what, "set it to a divisor of n_embd"));
@@ -117,7 +117,11 @@ fn grouped_query(keys: &Keys, family: &str) -> Result<ModelSpec, EngineError> {
         "granitemoe" | "gpt_oss" => Score::SoftmaxOfChosen,
         "phimoe" => {
             if top_k != 2 {
-                return Err(keys.bad("num_experts_per_tok", format!("{top_k}"), "sparsemixer takes 2"));
+                return Err(keys.bad(
+                    "num_experts_per_tok",
+                    format!("{top_k}"),
+                    "set it to 2, all that sparsemixer is defined for",
+                ));
             }
             let jitter = keys.number(&["router_jitter_noise"], 0.0, 1.0)?.unwrap_or(0.01);
             Score::Sparsemixer(2.0 * jitter as f32)
@@ -151,7 +155,7 @@ fn qwen_layers(keys: &Keys, family: &str, spec: &mut ModelSpec) -> Result<(), En
             list.ok_or_else(wrong)?
         }
     };
-    spec.moe_layers.retain(|&l| (l + 1) % step == 0 && !dense.contains(&(l as u64)));
+    spec.moe_layers.retain(|&l| (l + 1).is_multiple_of(step) && !dense.contains(&(l as u64)));
     if spec.moe_layers.len() < spec.layers {
         let intermediate = keys.count(&["intermediate_size"], MAX_WIDTH)?;
         spec.dense = Some(FfnSpec { intermediate, ..spec.expert });
@@ -182,7 +186,7 @@ fn deepseek(keys: &Keys, family: &str) -> Result<ModelSpec, EngineError> {
     };
     if latent.kv_rank > MAX_HEAD_SIZE {
         let what = format!("{} is more than {MAX_HEAD_SIZE}", latent.kv_rank);
-        return Err(keys.bad("kv_lora_rank", what, "this model is not supported"));
+        return Err(keys.bad("kv_lora_rank", what, "use a model with a smaller one"));
     }
     let mut turns = rope::read(keys, latent.rope, 10_000.0, base.context)?;
     turns.interleaved = !third || keys.flag("rope_interleave")?.unwrap_or(true);
@@ -210,7 +214,7 @@ fn deepseek(keys: &Keys, family: &str) -> Result<ModelSpec, EngineError> {
 
     let first = keys.whole("first_k_dense_replace", 4096, if third { 3 } else { 0 })?;
     let step = keys.count_or(&["moe_layer_freq"], 4096, 1)?;
-    spec.moe_layers.retain(|&l| l >= first && l % step == 0);
+    spec.moe_layers.retain(|&l| l >= first && l.is_multiple_of(step));
     if spec.moe_layers.len() < spec.layers {
         let intermediate = keys.count(&["intermediate_size"], MAX_WIDTH)?;
         spec.dense = Some(FfnSpec { intermediate, ..expert });
@@ -254,7 +258,7 @@ fn groups(
     }
     let count = keys.count_or(&["n_group"], MAX_GROUPS, if third { 8 } else { 1 })?;
     let kept = keys.count_or(&["topk_group"], count, if third { 4.min(count) } else { 1 })?;
-    if experts % count != 0 {
+    if !experts.is_multiple_of(count) {
         let what = format!("{count} groups do not divide {experts} experts");
         return Err(keys.bad("n_group", what, "use the config.json that belongs to the model"));
     }
@@ -352,13 +356,15 @@ fn attention(keys: &Keys, base: &Base, family: &str) -> Result<AttentionSpec, En
         None if matches!(family, "mixtral" | "phimoe") => 8.min(heads),
         None => heads,
     };
-    if heads % kv_heads != 0 {
+    if !heads.is_multiple_of(kv_heads) {
         let what = format!("{kv_heads} key heads do not divide {heads} heads");
         return Err(keys.bad("num_key_value_heads", what, "set it to a divisor of num_attention_heads"));
     }
     let head_dim = match keys.count_if_there(&["head_dim"], MAX_HEAD_SIZE)? {
         Some(head_dim) => head_dim,
-        None if base.hidden % heads == 0 && base.hidden / heads <= MAX_HEAD_SIZE => base.hidden / heads,
+        None if base.hidden.is_multiple_of(heads) && base.hidden / heads <= MAX_HEAD_SIZE => {
+            base.hidden / heads
+        }
         None => {
             let what = format!("{heads} heads do not divide hidden_size {}", base.hidden);
             return Err(keys.bad("num_attention_heads", what, "set it to a divisor, or give head_dim"));
@@ -432,13 +438,15 @@ fn windows(
         return Ok(kinds.iter().map(|&kind| (kind == "sliding_attention").then_some(window)).collect());
     }
     let most = if family == "qwen2_moe" { keys.whole("max_window_layers", 4096, 28)? } else { layers };
-    Ok((0..layers).map(|l| (!alternating || (l % 2 == 0 && l < most)).then_some(window)).collect())
+    Ok((0..layers).map(|l| (!alternating || (l.is_multiple_of(2) && l < most)).then_some(window)).collect())
 }
 
 fn silu(keys: &Keys) -> Result<(), EngineError> {
     match keys.text("hidden_act") {
         None | Some("silu" | "swish") => Ok(()),
-        Some(other) => Err(keys.bad("hidden_act", format!("{other:?} is not supported"), "silu is")),
+        Some(other) => {
+            Err(keys.bad("hidden_act", format!("{other:?} is not supported"), "use a model that has silu"))
+        }
     }
 }
 
@@ -446,7 +454,7 @@ fn silu(keys: &Keys) -> Result<(), EngineError> {
 fn only(keys: &Keys, name: &str, value: f64) -> Result<(), EngineError> {
     match keys.number(&[name], -1e9, 1e9)? {
         Some(x) if (x - value).abs() > 1e-9 => {
-            Err(keys.bad(name, format!("{x} is not supported"), format!("{value} is")))
+            Err(keys.bad(name, format!("{x} is not supported"), format!("use a model that has {value}")))
         }
         _ => Ok(()),
     }

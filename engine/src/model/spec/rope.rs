@@ -152,7 +152,7 @@ pub(super) fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
 /// Reads `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (as published) for heads of which
 /// `dim` columns turn.
 pub(super) fn read(keys: &Keys, dim: usize, theta: f64, context: usize) -> Result<RopeSpec, EngineError> {
-    if dim % 2 != 0 {
+    if !dim.is_multiple_of(2) {
         return Err(keys.bad("head_dim", format!("{dim} columns cannot turn in pairs"), "use an even size"));
     }
     let (map, under) = match keys.object("rope_parameters")? {

@@ -129,7 +129,7 @@ impl Stepper<'_> {
         }
         decoder.head(&mut r, heads.len());
         r.read::<u32>(&decoder.scratch.sampled, 0, heads.len());
-        let logits = self.captures_logits(&rows)?;
+        let logits = self.reads_logits(&rows)?;
         if logits {
             r.read::<f32>(&decoder.scratch.logits, 0, heads.len() * 4 * decoder.spec.v4());
         }

@@ -11,7 +11,7 @@ impl Stepper<'_> {
         if heads.is_empty() {
             return Ok(Outcome::default());
         }
-        let wants_logits = self.captures_logits(rows)?;
+        let wants_logits = self.reads_logits(rows)?;
         let decoder = &*self.decoder;
         let mut r = decoder.record();
         decoder.head(&mut r, heads.len());
@@ -52,6 +52,15 @@ impl Stepper<'_> {
             let row = rows[t as usize];
             let sequence = self.sequence(row.sequence)?;
             if row.position as usize + 1 >= sequence.start.prompt.len() {
+                let (start, position) = (&sequence.start, row.position + 1);
+                let token = match start.sampling.is_plain() {
+                    true => token,
+                    false => {
+                        let row = &logits[i * stride..][..self.spec().vocab_size];
+                        let before = start.prompt.iter().chain(&sequence.output).copied();
+                        start.sampling.choose(row, before, position)
+                    }
+                };
                 outcome.sampled.push((row.sequence, token));
             }
             if sequence.start.capture_logits {
@@ -68,10 +77,13 @@ impl Stepper<'_> {
             .any(|row| self.sequences.running.get(&row.sequence).is_some_and(|s| s.start.capture_routes)))
     }
 
-    pub(super) fn captures_logits(&self, rows: &[Row]) -> Result<bool, EngineError> {
-        Ok(rows
-            .iter()
-            .any(|row| self.sequences.running.get(&row.sequence).is_some_and(|s| s.start.capture_logits)))
+    pub(super) fn reads_logits(&self, rows: &[Row]) -> Result<bool, EngineError> {
+        Ok(rows.iter().any(|row| {
+            self.sequences
+                .running
+                .get(&row.sequence)
+                .is_some_and(|s| s.start.capture_logits || !s.start.sampling.is_plain())
+        }))
     }
 
     pub(super) fn capture_routes(

@@ -1,0 +1,87 @@
+//! Drawn tokens: what a request asks for, the same text in any world, texts that stop where they are told to.
+
+mod common;
+
+use common::tiny::Tiny;
+use common::{Setup, generate, request, root, tokens};
+use exflow::engine::{FinishReason, Request, Sampling, Strategy};
+
+fn drawn(prompt: &[u32], seed: u64) -> Request {
+    let sampling =
+        Sampling { temperature: 1.3, top_k: 40, top_p: 0.95, min_p: 0.01, repetition_penalty: 1.1, seed };
+    Request { sampling, ..request(prompt, 12) }
+}
+
+#[test]
+fn drawn_texts_are_the_same_on_one_and_on_four_ranks() {
+    let shape = Tiny { seed: 71, top_k: 2, ..Tiny::default() };
+    let folder = shape.write();
+    let prompts: Vec<_> = [5, 17, 2].iter().map(|n| shape.prompt(*n, *n as u64)).collect();
+    let requests: Vec<Request> = prompts.iter().zip(0..).map(|(p, seed)| drawn(p, seed)).collect();
+    let alone = tokens(&generate(&mut Setup::one_rank(folder.path()).start(), &requests));
+    for strategy in [Strategy::Vanilla, Strategy::Coherent] {
+        let mut cluster = Setup::new(folder.path(), 4, strategy).start();
+        assert_eq!(tokens(&generate(&mut cluster, &requests)), alone, "{strategy:?}");
+    }
+    // One by one, and with another seed.
+    let mut cluster = Setup::one_rank(folder.path()).start();
+    assert_eq!(tokens(&generate(&mut cluster, &requests[1..2])), alone[1..2]);
+    let other = tokens(&generate(&mut cluster, &[drawn(&prompts[0], 9)]));
+    assert_ne!(other[0], alone[0]);
+    let greedy = tokens(&generate(&mut cluster, &[request(&prompts[0], 12)]));
+    assert_ne!(greedy[0], alone[0]);
+}
+
+#[test]
+fn what_cannot_be_drawn_by_is_refused() {
+    let folder = Tiny { layers: 1, ..Tiny::default() }.write();
+    let mut cluster = Setup::one_rank(folder.path()).start();
+    let plain = Sampling::default();
+    for (sampling, names) in [
+        (Sampling { temperature: -1.0, ..plain.clone() }, "temperature"),
+        (Sampling { temperature: f32::NAN, ..plain.clone() }, "temperature"),
+        (Sampling { temperature: f32::INFINITY, ..plain.clone() }, "temperature"),
+        (Sampling { top_p: 0.0, ..plain.clone() }, "top-p"),
+        (Sampling { top_p: 1.5, ..plain.clone() }, "top-p"),
+        (Sampling { min_p: f32::NAN, ..plain.clone() }, "min-p"),
+        (Sampling { repetition_penalty: 0.0, ..plain }, "repetition penalty"),
+    ] {
+        let wrong = Request { sampling, ..request(&[1, 2], 3) };
+        let error = cluster.generate(&[wrong], &mut |_| {}).expect_err(names);
+        assert!(error.is_input() && error.to_string().contains(names), "{error}");
+    }
+}
+
+#[test]
+fn a_text_ends_before_its_stop_text() {
+    let model = root().join("examples/models/gpt-moe-16e");
+    for ranks in [1, 2] {
+        let mut cluster = Setup::new(&model, ranks, Strategy::Coherent).start();
+        let prompt = cluster.text().expect("a tokenizer").encode("In the beginning").expect("ids");
+        let whole = generate(&mut cluster, &[request(&prompt, 40)]);
+        let text = whole.sequences[0].text.clone();
+        // A stop text that begins and ends within tokens.
+        let from = text.char_indices().nth(9).expect("a text").0;
+        let stop: String = text[from..].chars().take(7).collect();
+        let first = text.find(&stop).expect("it is there");
+
+        let stopped = Request { stop: vec!["\u{1}never".into(), stop.clone()], ..request(&prompt, 40) };
+        let mut shown = String::new();
+        let requests = [stopped, request(&prompt, 40)];
+        let run = cluster.generate(&requests, &mut |event| {
+            if event.sequence == 0 {
+                shown += &event.text;
+            }
+        });
+        let run = run.expect("a run");
+        assert_eq!(run.sequences[0].text, text[..first], "up to {stop:?}");
+        assert_eq!(shown, run.sequences[0].text, "what ran over is never shown");
+        assert_eq!(run.sequences[0].finish_reason, FinishReason::Stop);
+        assert!(run.sequences[0].output_ids.len() < 40);
+        assert_eq!(run.sequences[1].text, text, "the other sequence goes on");
+        assert_eq!(tokens(&generate(&mut cluster, &[request(&prompt, 40)])), tokens(&whole));
+
+        let empty = Request { stop: vec![String::new()], ..request(&prompt, 4) };
+        assert!(cluster.generate(&[empty], &mut |_| {}).expect_err("refused").is_input());
+    }
+}
