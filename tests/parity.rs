@@ -99,7 +99,6 @@ fn every_family_says_what_transformers_says() {
         for feed in [Feed::Prefill, Feed::Decode] {
             let dump = cluster.logits(&prompt, feed).unwrap_or_else(|e| panic!("{name}: {e}"));
             let worst = compare(&name, &dump, &expected);
-            println!("{name}, {feed:?}: logits within {worst:.1e}");
             if worst > LOGITS {
                 failed.push(format!("{name}, {feed:?}: {worst:.1e}"));
             }
