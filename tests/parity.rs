@@ -4,7 +4,7 @@
 mod common;
 
 use common::{Setup, generate, request, root};
-use exflow::engine::{Cluster, Feed, LogitsDump, Strategy};
+use exflow::engine::{Cluster, ClusterOptions, Dtype, Feed, LogitsDump, NoProgress, Strategy};
 use exflow_placement::npy::{self, Array};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -125,5 +125,32 @@ fn every_family_says_the_same_on_two_and_four_ranks() {
             assert!(bits(&dump) == bits(&alone), "{name}: {strategy:?} on {ranks} ranks");
             continues(&name, &mut cluster, &expected);
         }
+    }
+}
+
+#[test]
+fn weights_of_f16_are_held_in_f16_without_a_difference() {
+    common::prepare();
+    let fixtures = root().join("tests/parity/fixtures");
+    let dump = |name: &str, dtype: Dtype, ranks: usize| {
+        let mut options = ClusterOptions::new(fixtures.join(name));
+        (options.dtype, options.ranks) = (dtype, ranks);
+        let mut cluster = Cluster::start(options, &NoProgress).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let prompt = Expected::read(&fixtures.join(name)).ids("prompt");
+        let dump = cluster.logits(&prompt, Feed::Decode).expect("logits").logits;
+        dump.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+    };
+    // Published in f16: rounding to f16 changes nothing, in either kernel, on any number of ranks.
+    let f32_bits = dump("olmoe_gqa_f16", Dtype::F32, 1);
+    for ranks in [1, 3] {
+        assert!(dump("olmoe_gqa_f16", Dtype::F16, ranks) == f32_bits, "{ranks} ranks");
+    }
+    // Published in f32: it does, a little, the same on any number of ranks.
+    for name in ["deepseek_v3", "gpt_oss", "qwen2_moe"] {
+        let (whole, half) = (dump(name, Dtype::F32, 1), dump(name, Dtype::F16, 1));
+        let pairs = whole.iter().zip(&half).map(|(a, b)| (f32::from_bits(*a) - f32::from_bits(*b)).abs());
+        let worst = pairs.fold(0.0, f32::max);
+        assert!(worst > 0.0 && worst < 0.1, "{name}: off by {worst}");
+        assert!(dump(name, Dtype::F16, 2) == half, "{name}: 2 ranks");
     }
 }

@@ -272,7 +272,8 @@ impl Shared<'_> {
             done += elements;
             self.progress.update(&stage, done, total, "elements");
         };
-        let weights = ModelWeights::load(&self.spec, &self.store, &gpu, &experts, &mut read)?;
+        let weights =
+            ModelWeights::load(&self.spec, &self.store, &gpu, &experts, self.options.dtype, &mut read)?;
         Decoder::new(
             gpu,
             self.spec.clone(),

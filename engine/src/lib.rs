@@ -30,7 +30,9 @@ pub use generate::{Completion, Generation, Request, TokenEvent};
 pub use gpu::{DeviceReport, devices, prepare_process};
 pub use logits::{LayerRouting, LogitsDump};
 pub use model::{ModelSpec, spec};
-pub use options::{ClusterOptions, Combine, Feed, NoProgress, PlacementSource, Progress, TransportKind};
+pub use options::{
+    ClusterOptions, Combine, Dtype, Feed, NoProgress, PlacementSource, Progress, TransportKind,
+};
 pub use runtime::FinishReason;
 pub use sampling::Sampling;
 pub use selftest::{KernelCheck, selftest};

@@ -101,6 +101,16 @@ words! {
     }
 }
 
+words! {
+    /// How matrices lie on the device; norms, biases, routers and embeddings are f32 always, and so is arithmetic.
+    Dtype, "type of weights" {
+        /// 4 bytes a weight.
+        F32 = "f32",
+        /// 2 bytes a weight: the same numbers where the model is published in f16, rounded to them elsewhere.
+        F16 = "f16"
+    }
+}
+
 /// What to run and how.
 #[derive(Debug, Clone)]
 pub struct ClusterOptions {
@@ -118,6 +128,8 @@ pub struct ClusterOptions {
     pub placement: PlacementSource,
     /// Part of an adapter's name, or its index in [`devices`](crate::devices); `None`: the best one.
     pub adapter: Option<String>,
+    /// How matrices lie on the device.
+    pub dtype: Dtype,
     /// Positions that the KV cache of every rank holds, for all sequences together; `None`: 16 contexts, but at
     /// most 16,384 positions.
     pub cache_positions: Option<usize>,
@@ -134,6 +146,7 @@ impl ClusterOptions {
             combine: Combine::Exact,
             placement: PlacementSource::RoundRobin,
             adapter: None,
+            dtype: Dtype::F32,
             cache_positions: None,
         }
     }

@@ -45,7 +45,9 @@ pub fn module(kernel: Kernel, variant: Variant) -> Result<Module, ComposeError> 
     let wgsl = compose(kernel, variant)?;
     let invalid = |reason: String| ComposeError::Invalid { kernel: kernel.name(), reason };
     let ir = naga::front::wgsl::parse_str(&wgsl).map_err(|e| invalid(e.emit_to_string(&wgsl)))?;
-    naga::valid::Validator::new(naga::valid::ValidationFlags::all(), naga::valid::Capabilities::empty())
+    // f16 in pairs, as WGSL itself has it (`unpack2x16float`): no device lacks it that wgpu runs on.
+    let capabilities = naga::valid::Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+    naga::valid::Validator::new(naga::valid::ValidationFlags::all(), capabilities)
         .validate(&ir)
         .map_err(|e| invalid(e.emit_to_string(&wgsl)))?;
     let (bindings, params_size) = reflect::interface(&ir).map_err(invalid)?;
@@ -73,9 +75,10 @@ fn compose(kernel: Kernel, variant: Variant) -> Result<String, ComposeError> {
     Ok(compiled.syntax.to_string())
 }
 
-fn flags(variant: Variant) -> [(&'static str, bool); 4] {
+fn flags(variant: Variant) -> [(&'static str, bool); 5] {
     [
         ("tile8", variant.tile8),
+        ("half", variant.half),
         ("wide", variant.wide),
         ("swiglu", variant.activation == Activation::SwiGlu),
         ("clamped_glu", variant.activation == Activation::ClampedGlu),

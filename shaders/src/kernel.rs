@@ -41,6 +41,8 @@ pub struct Variant {
     pub tile8: bool,
     /// What stands between an expert's matrices (`expert_up` only; others ignore it).
     pub activation: Activation,
+    /// Weights lie in f16 (kernels of matrices only; others ignore it).
+    pub half: bool,
     /// Values of up to 512 columns a head instead of 256 (`attention` only; others ignore it).
     pub wide: bool,
 }
@@ -75,6 +77,7 @@ impl Variant {
         Self {
             tile8: self.tile8 && kernel.is_tiled(),
             activation: if kernel == Kernel::ExpertUp { self.activation } else { Activation::default() },
+            half: self.half && kernel.has_weights(),
             wide: self.wide && kernel == Kernel::Attention,
         }
     }
@@ -124,9 +127,14 @@ impl Kernel {
         matches!(self, Kernel::Linear | Kernel::ExpertPermute | Kernel::ExpertUp | Kernel::ExpertDown)
     }
 
+    /// Whether the kernel reads a matrix that may lie in f16.
+    pub fn has_weights(self) -> bool {
+        self.is_tiled() && self != Kernel::ExpertPermute
+    }
+
     /// Whether the tiled variant forms the same sums as the plain one, bit for bit.
     pub fn sums_in_tiles(self) -> bool {
-        self.is_tiled() && self != Kernel::ExpertPermute
+        self.has_weights()
     }
 
     /// The variants that differ for this kernel; those that differ in `tile8` alone follow each other.
@@ -138,6 +146,9 @@ impl Kernel {
         }
         if self == Kernel::Attention {
             variants.push(Variant { wide: true, ..Variant::default() });
+        }
+        if self.has_weights() {
+            variants = variants.into_iter().flat_map(|v| [v, Variant { half: true, ..v }]).collect();
         }
         if self.is_tiled() {
             variants = variants.into_iter().flat_map(|v| [v, Variant { tile8: true, ..v }]).collect();
@@ -182,7 +193,8 @@ impl Kernel {
 }
 
 /// Texts that kernels import, by name under `shared/`.
-pub(crate) const SHARED: [(&str, &str); 3] = [
+pub(crate) const SHARED: [(&str, &str); 4] = [
+    ("weight", include_str!("../wgsl/shared/weight.wgsl")),
     ("tile", include_str!("../wgsl/shared/tile.wgsl")),
     ("activation", include_str!("../wgsl/shared/activation.wgsl")),
     ("pair", include_str!("../wgsl/shared/pair.wgsl")),

@@ -2,6 +2,7 @@
 // x and y may be parts of wider rows. With several heads (workgroups along z) each has its own w, and its own
 // stretch of x and y.
 import package::shared::tile::{TILE_ROWS, accumulate};
+import package::shared::weight::{Weights, widen};
 
 struct Params {
     rows: u32,          // T
@@ -18,7 +19,7 @@ struct Params {
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;        // [T, x_stride/4]
-@group(0) @binding(2) var<storage, read> w: array<vec4<f32>>;        // [heads, N, K/4]
+@group(0) @binding(2) var<storage, read> w: array<Weights>;          // [heads, N, K/4]
 @group(0) @binding(3) var<storage, read> bias: array<vec4<f32>>;     // [heads, N/4], any buffer without a bias
 @group(0) @binding(4) var<storage, read> residual: array<vec4<f32>>; // as y, any buffer without a residual
 @group(0) @binding(5) var<storage, read_write> y: array<vec4<f32>>;  // [T, y_stride/4]
@@ -38,10 +39,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let x_base = head * p.x_head4;
     let w_base = (head * p.n4 + column) * 4u * p.k4;
     for (var k = 0u; k < p.k4; k++) {
-        let w0 = w[w_base + k];
-        let w1 = w[w_base + p.k4 + k];
-        let w2 = w[w_base + 2u * p.k4 + k];
-        let w3 = w[w_base + 3u * p.k4 + k];
+        let w0 = widen(w[w_base + k]);
+        let w1 = widen(w[w_base + p.k4 + k]);
+        let w2 = widen(w[w_base + 2u * p.k4 + k]);
+        let w3 = widen(w[w_base + 3u * p.k4 + k]);
         for (var r = 0u; r < TILE_ROWS; r++) {
             acc[r] = accumulate(acc[r], x[min(first + r, last) * p.x_stride4 + x_base + k], w0, w1, w2, w3);
         }

@@ -3,7 +3,7 @@
 use super::failure::Failure;
 use super::output;
 use clap::ValueEnum;
-use exflow::engine::{ClusterOptions, Combine, PlacementSource, Strategy, TransportKind};
+use exflow::engine::{ClusterOptions, Combine, Dtype, PlacementSource, Strategy, TransportKind};
 use std::path::{Path, PathBuf};
 
 /// Which model, on how many ranks, joined and placed how.
@@ -30,6 +30,9 @@ pub(crate) struct RankFlags {
     /// Adapter: part of its name, or its number in `exflow devices` [default: the best one]
     #[arg(long, value_name = "NAME|N")]
     pub(crate) adapter: Option<String>,
+    /// How matrices lie on the device: f32, or f16 in half the memory
+    #[arg(long, value_enum, default_value = "f32")]
+    pub(crate) dtype: DtypeFlag,
     /// Positions of KV cache on every rank, for all sequences together [default: 16 contexts, at most 16384]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) ctx_size: Option<u32>,
@@ -45,6 +48,7 @@ impl RankFlags {
         options.combine = self.combine.into();
         options.placement = self.placement.clone();
         options.adapter = self.adapter.clone();
+        options.dtype = self.dtype.into();
         options.cache_positions = self.ctx_size.map(|n| n as usize);
         options
     }
@@ -92,6 +96,21 @@ impl From<StrategyFlag> for Strategy {
         match flag {
             StrategyFlag::Vanilla => Self::Vanilla,
             StrategyFlag::Coherent => Self::Coherent,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DtypeFlag {
+    F32,
+    F16,
+}
+
+impl From<DtypeFlag> for Dtype {
+    fn from(flag: DtypeFlag) -> Self {
+        match flag {
+            DtypeFlag::F32 => Self::F32,
+            DtypeFlag::F16 => Self::F16,
         }
     }
 }

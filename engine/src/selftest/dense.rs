@@ -89,7 +89,8 @@ impl Bench {
         for heads in [1, 2] {
             let (x_stride4, y_offset4) = if heads == 1 { (H4, 0) } else { (2 * H4 + 1, 3) };
             let y_stride4 = heads * N4 + y_offset4;
-            let (x, w) = (v.floats(rows * 4 * x_stride4), v.floats(heads * N * H));
+            let x = v.floats(rows * 4 * x_stride4);
+            let (weights, w) = self.matrix(variant, v.floats(heads * N * H))?;
             let (bias, residual) = (v.floats(heads * N), v.floats(rows * 4 * y_stride4));
             let p = params::Linear {
                 rows: rows as u32,
@@ -107,7 +108,7 @@ impl Bench {
             let mut expected = vec![0.0; rows * 4 * y_stride4];
             reference::linear(&p, heads, &x, &w, &bias, &residual, &mut expected);
             let out = self.up(&vec![0f32; expected.len()])?;
-            let buffers = [&self.up(&x)?, &self.up(&w)?, &self.up(&bias)?, &self.up(&residual)?, &out];
+            let buffers = [&self.up(&x)?, &weights, &self.up(&bias)?, &self.up(&residual)?, &out];
             let groups = [self.columns(N4), rows.div_ceil(variant.tile_rows()) as u32, heads as u32];
             let got = self.run(Kernel::Linear, variant, &p, &buffers, groups, expected.len())?;
             worst = worst.max(error(&expected, &got));

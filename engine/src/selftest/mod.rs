@@ -124,6 +124,9 @@ impl Bench {
         if kernel == Kernel::ExpertUp {
             variant_text += &format!(", {:?}", variant.activation);
         }
+        if variant.half {
+            variant_text += ", f16 weights";
+        }
         if variant.wide {
             variant_text += ", wide";
         }
@@ -142,6 +145,16 @@ impl Bench {
 
     fn up<T: Pod>(&self, data: &[T]) -> Result<Buffer, EngineError> {
         self.gpu.buffer_of("selftest", data)
+    }
+
+    /// A matrix as the variant reads it, and the numbers that it stands for.
+    fn matrix(&self, variant: Variant, values: Vec<f32>) -> Result<(Buffer, Vec<f32>), EngineError> {
+        if !variant.half {
+            return Ok((self.up(&values)?, values));
+        }
+        let halves: Vec<half::f16> = values.into_iter().map(half::f16::from_f32).collect();
+        let rounded = halves.iter().map(|v| v.to_f32()).collect();
+        Ok((self.up(&halves)?, rounded))
     }
 
     /// Runs one launch and returns `count` elements of its last buffer.

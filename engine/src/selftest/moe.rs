@@ -80,7 +80,8 @@ impl Bench {
         let matrices = variant.activation.matrices();
         // Sums beyond 7, so that clamps act.
         let x: Vec<f32> = v.floats(rows * H).iter().map(|x| 3.0 * x).collect();
-        let (w1, b1) = (v.floats(EXPERTS * matrices * N * H), v.floats(EXPERTS * matrices * N));
+        let (weights, w1) = self.matrix(variant, v.floats(EXPERTS * matrices * N * H))?;
+        let b1 = v.floats(EXPERTS * matrices * N);
         let mut worst = 0f64;
         for has_bias in [0, 1] {
             let p = params::ExpertUp { h4: H4 as u32, i4: N4 as u32, first_tile: 0, has_bias };
@@ -88,7 +89,7 @@ impl Bench {
             reference::expert_up(&p, variant.activation, &pairs, &tiles, &x, &w1, &b1, &mut expected);
             let out = self.up(&vec![0f32; rows * N])?;
             let lists = (self.up(&pairs)?, self.up(&tiles)?);
-            let buffers = [&lists.0, &lists.1, &self.up(&x)?, &self.up(&w1)?, &self.up(&b1)?, &out];
+            let buffers = [&lists.0, &lists.1, &self.up(&x)?, &weights, &self.up(&b1)?, &out];
             let groups = [self.columns(N4), tiles.len() as u32, 1];
             let got = self.run(Kernel::ExpertUp, variant, &p, &buffers, groups, rows * N)?;
             worst = worst.max(error(&expected, &got));
@@ -103,7 +104,8 @@ impl Bench {
         v: &mut Values,
     ) -> Result<f64, EngineError> {
         let (pairs, tiles) = self.lists(variant, rows, v);
-        let (a, w2, b2) = (v.floats(rows * N), v.floats(EXPERTS * H * N), v.floats(EXPERTS * H));
+        let (a, b2) = (v.floats(rows * N), v.floats(EXPERTS * H));
+        let (weights, w2) = self.matrix(variant, v.floats(EXPERTS * H * N))?;
         let mut worst = 0f64;
         for (has_bias, scale) in [(0, 0.22), (1, 1.0)] {
             let p = params::ExpertDown { i4: N4 as u32, h4: H4 as u32, first_tile: 0, has_bias, scale };
@@ -111,7 +113,7 @@ impl Bench {
             reference::expert_down(&p, &pairs, &tiles, &a, &w2, &b2, &mut expected);
             let out = self.up(&vec![0f32; rows * H])?;
             let lists = (self.up(&pairs)?, self.up(&tiles)?);
-            let buffers = [&lists.0, &lists.1, &self.up(&a)?, &self.up(&w2)?, &self.up(&b2)?, &out];
+            let buffers = [&lists.0, &lists.1, &self.up(&a)?, &weights, &self.up(&b2)?, &out];
             let groups = [self.columns(H4), tiles.len() as u32, 1];
             let got = self.run(Kernel::ExpertDown, variant, &p, &buffers, groups, rows * H)?;
             worst = worst.max(error(&expected, &got));

@@ -1,6 +1,6 @@
 //! Projections of attention: heads padded one by one, queries, keys and values in one matrix; latents absorbed.
 
-use super::layers::{Dense, Loader};
+use super::layers::{Dense, Loader, Matrix};
 use super::rows::Rows;
 use crate::EngineError;
 use crate::gpu::Buffer;
@@ -28,9 +28,9 @@ pub(crate) struct LatentWeights {
     /// `[kv_rank]`.
     pub(crate) norm: Buffer,
     /// Per head `[latent + rope, nope + rope]`: queries against the latent instead of the key made from it.
-    pub(crate) absorb: Buffer,
+    pub(crate) absorb: Matrix,
     /// Per head `[value, latent]`.
-    pub(crate) values: Buffer,
+    pub(crate) values: Matrix,
 }
 
 impl Loader<'_> {
@@ -65,7 +65,7 @@ impl Loader<'_> {
             }
         }
         let label = name(self, "attention");
-        let weight = self.upload(&label, &rows.map(|r| r.values).unwrap_or_default())?;
+        let weight = self.upload_matrix(&label, &rows.map(|r| r.values).unwrap_or_default())?;
         let bias = if biased { Some(self.upload(&label, &bias)?) } else { None };
         let qkv = Dense { weight, bias };
 
@@ -109,7 +109,7 @@ impl Loader<'_> {
             }
             false => None,
         };
-        Ok(Dense { weight: self.upload(name, &rows.values)?, bias })
+        Ok(Dense { weight: self.upload_matrix(name, &rows.values)?, bias })
     }
 
     fn latent_attention(&mut self, layer: usize, spec: LatentSpec) -> Result<AttentionWeights, EngineError> {
@@ -137,7 +137,7 @@ impl Loader<'_> {
             let turned = q.take(turning.iter().map(|i| h * head + spec.nope + i));
             rows = rows.above(still).above(turned.lengthen(spec.rope, pad(spec.rope)));
         }
-        let q = Dense { weight: self.upload(&q_name, &rows.values)?, bias: None };
+        let q = Dense { weight: self.upload_matrix(&q_name, &rows.values)?, bias: None };
 
         // What the cache holds: the latent, then the rotary key.
         let order = |rows: Rows| {
@@ -164,7 +164,8 @@ impl Loader<'_> {
             }
             values.extend(kv.take(h * both + spec.nope..(h + 1) * both).padded().values);
         }
-        let (absorb, values) = (self.upload("absorbed keys", &absorb)?, self.upload("values", &values)?);
+        let (absorb, values) =
+            (self.upload_matrix("absorbed keys", &absorb)?, self.upload_matrix("values", &values)?);
         let out_name = name(self, "o_proj");
         let out = self.projection(&out_name, (heads, spec.value, pad(spec.value)), spec.bias)?;
         let latent = Some(LatentWeights { q_low, q, norm, absorb, values });
@@ -181,7 +182,7 @@ impl Loader<'_> {
     ) -> Result<Dense, EngineError> {
         let hidden = self.spec.hidden;
         let weight = self.whole(&format!("{name}.weight"), rows, hidden)?.widen(4 * self.spec.h4());
-        let weight = self.upload(name, &order(weight).values)?;
+        let weight = self.upload_matrix(name, &order(weight).values)?;
         let bias = match biased {
             true => {
                 let column = self.vector(&format!("{name}.bias"), rows)?.cut(1);

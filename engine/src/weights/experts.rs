@@ -165,8 +165,8 @@ impl Loader<'_> {
         };
         Ok(Ffn {
             spec,
-            up: Dense { weight: self.gpu.buffer_of(label, &up)?, bias: bias(up_bias)? },
-            down: Dense { weight: self.gpu.buffer_of(label, &down)?, bias: bias(down_bias)? },
+            up: Dense { weight: self.upload_matrix(label, &up)?, bias: bias(up_bias)? },
+            down: Dense { weight: self.upload_matrix(label, &down)?, bias: bias(down_bias)? },
         })
     }
 }

@@ -8,7 +8,9 @@ use super::rows::Rows;
 use crate::EngineError;
 use crate::gpu::{Buffer, Gpu};
 use crate::model::ModelSpec;
+use crate::options::Dtype;
 use exflow_placement::ExpertId;
+use half::f16;
 
 /// A norm's weight, and bias where it has one, `[H]` each.
 pub(crate) struct Norm {
@@ -16,9 +18,16 @@ pub(crate) struct Norm {
     pub(crate) bias: Option<Buffer>,
 }
 
+/// A matrix on the device, in f32 or f16.
+#[derive(Clone)]
+pub(crate) struct Matrix {
+    pub(crate) buffer: Buffer,
+    pub(crate) half: bool,
+}
+
 /// A matrix `[N, K]`, with a bias `[N]` where it has one.
 pub(crate) struct Dense {
-    pub(crate) weight: Buffer,
+    pub(crate) weight: Matrix,
     pub(crate) bias: Option<Buffer>,
 }
 
@@ -61,6 +70,8 @@ pub(super) struct Loader<'a> {
     pub(super) names: Names,
     pub(super) store: &'a Store,
     pub(super) gpu: &'a Gpu,
+    /// Whether matrices are held in f16.
+    pub(super) half: bool,
     pub(super) read: &'a mut dyn FnMut(u64),
 }
 
@@ -72,9 +83,11 @@ impl ModelWeights {
         store: &Store,
         gpu: &Gpu,
         experts: &[Vec<ExpertId>],
+        dtype: Dtype,
         read: &mut dyn FnMut(u64),
     ) -> Result<Self, EngineError> {
-        let mut loader = Loader { spec, names: Names::of(spec), store, gpu, read };
+        let half = dtype == Dtype::F16;
+        let mut loader = Loader { spec, names: Names::of(spec), store, gpu, half, read };
         let (vocab, hidden) = (spec.vocab_size, spec.hidden);
         let token_embedding = loader.matrix(loader.names.embedding, vocab, hidden)?;
         let position_embedding = match spec.learned_positions {
@@ -88,8 +101,11 @@ impl ModelWeights {
         let layers = (0..spec.layers).map(layer).collect::<Result<_, _>>()?;
         let final_norm = loader.norm(loader.names.final_norm)?;
         let weight = match spec.tied_head {
-            true => token_embedding.clone(),
-            false => loader.matrix("lm_head.weight", vocab, hidden)?,
+            true => Matrix { buffer: token_embedding.clone(), half: false },
+            false => {
+                let rows = loader.whole("lm_head.weight", vocab, hidden)?.padded();
+                loader.upload_matrix("lm_head.weight", &rows.values)?
+            }
         };
         let bias = match spec.head_bias {
             true => {
@@ -192,6 +208,19 @@ impl Loader<'_> {
         let values = self.store.read(name, shape, range)?;
         (self.read)(values.len() as u64);
         Ok(Rows { values, columns })
+    }
+
+    /// A matrix in the type that matrices are held in.
+    pub(super) fn upload_matrix(&self, name: &str, values: &[f32]) -> Result<Matrix, EngineError> {
+        if !self.half {
+            return Ok(Matrix { buffer: self.upload(name, values)?, half: false });
+        }
+        let halves: Vec<f16> = values.iter().map(|&v| f16::from_f32(v)).collect();
+        if let Some(at) = halves.iter().position(|v| !v.is_finite()) {
+            let what = format!("{name}: weight {} is beyond what f16 holds", values[at]);
+            return Err(EngineError::usage(what, "use --dtype f32"));
+        }
+        Ok(Matrix { buffer: self.gpu.buffer_of(name, &halves)?, half: true })
     }
 
     pub(super) fn upload(&self, name: &str, values: &[f32]) -> Result<Buffer, EngineError> {

@@ -10,5 +10,5 @@ mod store;
 
 pub(crate) use attention::{AttentionWeights, LatentWeights};
 pub(crate) use experts::Ffn;
-pub(crate) use layers::{Dense, LayerFfn, LayerWeights, ModelWeights, Norm};
+pub(crate) use layers::{Dense, LayerFfn, LayerWeights, Matrix, ModelWeights, Norm};
 pub(crate) use store::Store;

@@ -43,7 +43,9 @@ impl Decoder {
             return;
         };
         let pairs = rows * spec.top_k;
-        let variant = Variant { activation: spec.expert.activation, ..tile_for(pairs / spec.experts) };
+        let of = &experts.ffn;
+        let (activation, half) = (of.spec.activation, of.up.weight.half);
+        let variant = Variant { activation, half, ..tile_for(pairs / spec.experts) };
         let p = params::ExpertPermute {
             pairs: pairs as u32,
             top_k: spec.top_k as u32,
@@ -79,7 +81,7 @@ impl Decoder {
             let buffers = [&self.scratch.normed, gate, &self.scratch.pairs_list];
             r.launch(Kernel::SharedGate, Variant::default(), &p, &buffers, groups);
         }
-        let variant = Variant { activation: ffn.spec.activation, ..batch.variant };
+        let variant = Variant { activation: ffn.spec.activation, half: ffn.up.weight.half, ..batch.variant };
         let (up, down) = self.ffn_params(ffn, batch.first_tile);
         let tiles = batch.tiles as u32;
         let groups = [self.columns(ffn.spec.i4()), tiles, 1];
@@ -101,12 +103,12 @@ impl Decoder {
     fn up_buffers<'a>(&'a self, ffn: &'a Ffn) -> [&'a Buffer; 6] {
         let s = &self.scratch;
         let bias = ffn.up.bias.as_ref().unwrap_or(self.absent());
-        [&s.pairs_list, &s.tiles, &s.normed, &ffn.up.weight, bias, &s.inner]
+        [&s.pairs_list, &s.tiles, &s.normed, &ffn.up.weight.buffer, bias, &s.inner]
     }
 
     fn down_buffers<'a>(&'a self, ffn: &'a Ffn) -> [&'a Buffer; 6] {
         let s = &self.scratch;
         let bias = ffn.down.bias.as_ref().unwrap_or(self.absent());
-        [&s.pairs_list, &s.tiles, &s.inner, &ffn.down.weight, bias, &s.partials]
+        [&s.pairs_list, &s.tiles, &s.inner, &ffn.down.weight.buffer, bias, &s.partials]
     }
 }

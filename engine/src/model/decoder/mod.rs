@@ -10,7 +10,7 @@ use crate::EngineError;
 use crate::gpu::{Buffer, Gpu, Recording, Usage};
 use crate::model::ModelSpec;
 use crate::model::scratch::Scratch;
-use crate::weights::{Dense, LayerFfn, LayerWeights, ModelWeights, Norm};
+use crate::weights::{Dense, LayerFfn, LayerWeights, Matrix, ModelWeights, Norm};
 use exflow_shaders::params::score;
 use exflow_shaders::{Kernel, Variant, params};
 
@@ -194,7 +194,7 @@ impl Decoder {
         heads: usize,
         rows: usize,
     ) {
-        let variant = tile_for(rows);
+        let variant = Variant { half: product.weight.half, ..tile_for(rows) };
         let p = params::Linear {
             rows: rows as u32,
             k4: k4 as u32,
@@ -211,7 +211,7 @@ impl Decoder {
         let absent = self.absent();
         let (bias, residual) = (product.bias.unwrap_or(absent), product.residual.unwrap_or(absent));
         let groups = [self.columns(n4), rows.div_ceil(variant.tile_rows()) as u32, heads as u32];
-        r.launch(Kernel::Linear, variant, &p, &[x, product.weight, bias, residual, y], groups);
+        r.launch(Kernel::Linear, variant, &p, &[x, &product.weight.buffer, bias, residual, y], groups);
     }
 
     fn gather(
@@ -232,7 +232,7 @@ impl Decoder {
 /// A matrix with what is done to its product.
 #[derive(Clone, Copy)]
 struct Product<'a> {
-    weight: &'a Buffer,
+    weight: &'a Matrix,
     bias: Option<&'a Buffer>,
     residual: Option<&'a Buffer>,
     scale: f32,
