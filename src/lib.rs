@@ -33,6 +33,7 @@ pub use exflow_transport as transport;
 pub use engine::{Cluster, ClusterOptions, Request};
 pub use placement::PlacementTable;
 
+pub mod fidelity;
 pub mod progress;
 pub mod report;
 pub mod stream;

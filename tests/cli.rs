@@ -2,6 +2,7 @@
 
 mod common;
 
+use common::root;
 use common::tiny::{Folder, Tiny};
 use serde_json::Value;
 use std::fs;
@@ -9,7 +10,7 @@ use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-const VERBS: [&str; 7] = ["devices", "generate", "logits", "profile", "place", "bench", "selftest"];
+const VERBS: [&str; 8] = ["devices", "eval", "generate", "logits", "profile", "place", "bench", "selftest"];
 
 fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_exflow"));
@@ -113,6 +114,28 @@ fn generate_in_both_formats() {
     let (out, err) = succeeded(&base);
     assert!(out.lines().all(|line| line.starts_with("[0]") || line.starts_with("[1]")), "{out}");
     assert!(err.contains("tokens/s"), "{err}");
+}
+
+#[test]
+fn eval_in_both_formats() {
+    let model = utf8(&root().join("examples/models/gpt-moe-16e")).to_owned();
+    let folder = tempfile::tempdir().expect("a folder");
+    let readme = fs::read_to_string(root().join("README.md")).expect("reads");
+    fs::write(folder.path().join("text"), readme.chars().take(1200).collect::<String>()).expect("writes");
+    let text = utf8(&folder.path().join("text")).to_owned();
+    let base = ["eval", "-m", &model, "--text", &text, "--dtype", "f16", "--window", "64"];
+    let (out, _) = succeeded(&[&base[..], &["--against", "f32", "--format", "json"]].concat());
+    let value: Value = serde_json::from_str(&out).expect("one JSON document");
+    let number = |of: &str, key: &str| value[of][key].as_f64().unwrap_or_else(|| panic!("{of}.{key}"));
+    // Text of another kind than it was trained on, but English: far from chance, which is 1,000.
+    assert!((5.0..300.0).contains(&number("prediction", "perplexity")));
+    assert!(number("prediction", "tokens") > 200.0);
+    // bf16 on disk: rounding to f16 changes a little.
+    assert!(
+        (0.0..1e-4).contains(&number("divergence", "mean_kl")) && number("divergence", "same_top") > 0.98
+    );
+    let (out, _) = succeeded(&base);
+    assert!(out.starts_with("perplexity ") && !out.contains("divergence"), "{out}");
 }
 
 #[test]

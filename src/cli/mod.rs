@@ -2,6 +2,7 @@
 
 mod bench;
 mod devices;
+mod eval;
 mod failure;
 mod flags;
 mod generate;
@@ -33,6 +34,7 @@ enum Verb {
     Devices(devices::Args),
     Generate(generate::Args),
     Logits(logits::Args),
+    Eval(eval::Args),
     Profile(profile::Args),
     Place(place::Args),
     Bench(bench::Args),
@@ -45,6 +47,7 @@ impl Verb {
         match self {
             Self::Generate(args) => args.ranks.ep_size,
             Self::Logits(args) => args.ranks.ep_size,
+            Self::Eval(args) => args.ranks.ep_size,
             Self::Profile(args) => args.ranks.ep_size,
             Self::Bench(args) => args.ep_size,
             Self::Devices(_) | Self::Place(_) | Self::Selftest(_) => 1,
@@ -56,6 +59,7 @@ impl Verb {
             Self::Devices(args) => devices::run(args),
             Self::Generate(args) => generate::run(args),
             Self::Logits(args) => logits::run(args),
+            Self::Eval(args) => eval::run(args),
             Self::Profile(args) => profile::run(args),
             Self::Place(args) => place::run(args),
             Self::Bench(args) => bench::run(args),
