@@ -11,7 +11,7 @@ pub(crate) const KV_CHUNK: usize = 256;
 /// Working buffers of one rank. Rows are padded to whole vec4s.
 pub(crate) struct Scratch {
     rows: usize,
-    pairs: usize,
+    heads: usize,
     /// `[T]` (token id, position).
     pub(crate) tokens: Buffer,
     /// Two buffers `[rows, H]` of the residual stream, read and written in turn.
@@ -53,38 +53,38 @@ pub(crate) struct Scratch {
     pub(crate) queries: Buffer,
     /// `[sequences, blocks]`.
     pub(crate) block_table: Buffer,
-    /// `[T]` rows that the head is asked for.
+    /// `[heads]` rows that the head is asked for.
     pub(crate) head_rows: Buffer,
     /// `[KV_CHUNK]` of what the cache holds of a token: keys and values made elsewhere.
     pub(crate) kv_arrived: Buffer,
     /// `[KV_CHUNK]` where they go.
     pub(crate) kv_arrived_slots: Buffer,
-    /// `[T, V]`.
+    /// `[heads, V]`.
     pub(crate) logits: Buffer,
-    /// `[T]`.
+    /// `[heads]`.
     pub(crate) sampled: Buffer,
 }
 
 impl Scratch {
     /// Buffers for a few rows.
     pub(crate) fn new(gpu: &Gpu, spec: &ModelSpec) -> Result<Self, EngineError> {
-        Self::sized(gpu, spec, 16, 16 * spec.top_k)
+        Self::sized(gpu, spec, 16, 16)
     }
 
-    /// Makes sure that `rows` rows and `pairs` (token, expert) pairs fit. What the buffers held is lost where
-    /// they have to grow.
+    /// Makes sure that `rows` rows fit, and the head's logits for `heads` of them. What the buffers held is lost
+    /// where they have to grow.
     pub(crate) fn reserve(
         &mut self,
         gpu: &Gpu,
         spec: &ModelSpec,
         rows: usize,
-        pairs: usize,
+        heads: usize,
     ) -> Result<bool, EngineError> {
-        if rows <= self.rows && pairs <= self.pairs {
+        if rows <= self.rows && heads <= self.heads {
             return Ok(false);
         }
         let grown = |have: usize, need: usize| if need <= have { have } else { need.next_power_of_two() };
-        *self = Self::sized(gpu, spec, grown(self.rows, rows), grown(self.pairs, pairs))?;
+        *self = Self::sized(gpu, spec, grown(self.rows, rows), grown(self.heads, heads))?;
         Ok(true)
     }
 
@@ -103,7 +103,8 @@ impl Scratch {
         self.current.set(1 - self.current.get());
     }
 
-    fn sized(gpu: &Gpu, spec: &ModelSpec, rows: usize, pairs: usize) -> Result<Self, EngineError> {
+    fn sized(gpu: &Gpu, spec: &ModelSpec, rows: usize, heads: usize) -> Result<Self, EngineError> {
+        let pairs = rows * spec.top_k;
         let storage = |label: &str, words: usize| gpu.buffer(label, 4 * words as u64, Usage::Storage);
         let (h, attention) = (4 * spec.h4(), &spec.attention);
         let per_layer = |label: &str| {
@@ -119,7 +120,7 @@ impl Scratch {
         };
         Ok(Self {
             rows,
-            pairs,
+            heads,
             tokens: storage("tokens", 2 * rows)?,
             residual: [storage("residual", rows * h)?, storage("next residual", rows * h)?],
             current: Cell::new(0),
@@ -144,11 +145,11 @@ impl Scratch {
                 "block table",
                 rows * spec.max_positions.div_ceil(exflow_shaders::KV_BLOCK),
             )?,
-            head_rows: storage("rows for the head", rows)?,
+            head_rows: storage("rows for the head", heads)?,
             kv_arrived: storage("arrived keys and values", KV_CHUNK * 4 * attention.cache4())?,
             kv_arrived_slots: storage("arrived cache slots", KV_CHUNK)?,
-            logits: storage("logits", rows * 4 * spec.v4())?,
-            sampled: storage("sampled tokens", rows)?,
+            logits: storage("logits", heads * 4 * spec.v4())?,
+            sampled: storage("sampled tokens", heads)?,
         })
     }
 }

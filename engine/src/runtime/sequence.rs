@@ -139,6 +139,13 @@ impl Sequences {
         }
     }
 
+    /// The most rows that a step may ask the head for, on all ranks together: one of each sequence, or each
+    /// position of a prompt where logits are captured.
+    pub(crate) fn heads(&self, decode: bool) -> usize {
+        let of = |s: &Sequence| if !decode && s.start.capture_logits { s.start.prompt.len() } else { 1 };
+        self.running.values().filter(|s| s.prefilled == decode).map(of).sum()
+    }
+
     /// The sequences whose prompts come next, up to `limit` tokens but at least one.
     pub(crate) fn to_prefill(&self, limit: usize) -> Vec<u32> {
         let mut tokens = 0;

@@ -46,9 +46,10 @@ impl Decoder {
         Ok(Self { gpu, spec, weights, scratch, cache })
     }
 
-    /// Makes sure that a step of `rows` rows and `pairs` pairs fits. Call before a step: contents are lost.
-    pub(crate) fn reserve(&mut self, rows: usize, pairs: usize) -> Result<(), EngineError> {
-        self.scratch.reserve(&self.gpu, &self.spec, rows, pairs).map(|_| ())
+    /// Makes sure that a step of `rows` rows fits, `heads` of which the head is asked for. Call before a step:
+    /// contents are lost.
+    pub(crate) fn reserve(&mut self, rows: usize, heads: usize) -> Result<(), EngineError> {
+        self.scratch.reserve(&self.gpu, &self.spec, rows, heads).map(|_| ())
     }
 
     pub(crate) fn record(&self) -> Recording<'_> {

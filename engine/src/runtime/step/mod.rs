@@ -91,8 +91,7 @@ impl Stepper<'_> {
 
     /// Runs one step over all layers and samples.
     pub(crate) fn run(&mut self, batch: &Batch) -> Result<Outcome, EngineError> {
-        let top_k = self.spec().top_k;
-        self.decoder.reserve(batch.total, batch.total * top_k)?;
+        self.decoder.reserve(batch.total, self.sequences.heads(batch.decode).min(batch.total))?;
         let rows: Vec<Row> = batch.tokens.iter().map(|(row, _)| *row).collect();
         let ids: Vec<[u32; 2]> = batch.tokens.iter().map(|(row, id)| [*id, row.position]).collect();
         self.decoder.gpu.write(&self.decoder.scratch.tokens, 0, &ids);
