@@ -107,9 +107,16 @@ proptest! {
         let options = SolveOptions {
             time_limit: Duration::from_secs(20),
             max_rounds: Some(300),
+            exact: false,
             ..SolveOptions::default()
         };
         let optimum = instance.optimum();
+        let exact = solve(&affinity, &topology, &SolveOptions { exact: true, ..options.clone() }, &mut |_| ());
+        if let Ok(table) = exact {
+            let (cost, bound) = (table.cost.unwrap(), table.lower_bound.unwrap());
+            prop_assert!((cost - optimum).abs() <= 1e-9 * optimum + 1e-6, "exact {cost}, optimum {optimum}");
+            prop_assert!(bound == cost && table.gap == Some(0.0), "exact {cost}, bound {bound}");
+        }
         let Ok(table) = solve(&affinity, &topology, &options, &mut |progress| {
             assert!(progress.lower_bound <= optimum * (1.0 + 1e-9) + 1e-6, "{progress:?} over {optimum}");
         }) else {

@@ -2,6 +2,7 @@
 
 mod assign;
 mod baseline;
+mod exact;
 mod greedy;
 mod options;
 mod pair;
@@ -108,6 +109,13 @@ fn search_and_prove(
     baselines.iter().for_each(|(_, holders)| search.offer(holders));
     let mut rounds = 0;
     search.start();
+    let exact = options.exact.then(|| solve_exactly(problem, options, &mut search, &stop)).flatten();
+    let proven = exact.unwrap_or(0.0);
+    if search.best().1 <= proven {
+        let (cost, lower_bound) = (search.best().1, proven);
+        progress(SolveProgress { elapsed: elapsed(), cost, lower_bound, rounds });
+        return (proven, search.best().0.to_vec(), cost);
+    }
     let mut prover = Prover::new(problem, search.best().0);
     let mut proving = Duration::ZERO;
     while !done(options, rounds, elapsed()) {
@@ -122,14 +130,31 @@ fn search_and_prove(
             search.step(&stop);
         }
         rounds += 1;
-        let (cost, lower_bound) = (search.best().1, prover.bound());
+        let (cost, lower_bound) = (search.best().1, prover.bound().max(proven));
         progress(SolveProgress { elapsed: elapsed(), cost, lower_bound, rounds });
         if cost <= lower_bound {
             break;
         }
     }
     let (holders, cost) = search.best();
-    (prover.bound(), holders.to_vec(), cost)
+    (prover.bound().max(proven), holders.to_vec(), cost)
+}
+
+/// Exact dynamic programming where it takes a part of the time: what it proves, and `search` is offered what it finds.
+fn solve_exactly(
+    problem: &Problem,
+    options: &SolveOptions,
+    search: &mut Search<'_>,
+    stop: &dyn Fn() -> bool,
+) -> Option<f64> {
+    // A ring is searched under the best placement known: a better one saves more than it takes to find.
+    for round in 0..12 {
+        if round < 4 { search.start() } else { search.step(stop) }
+    }
+    let seconds = 0.4 * options.time_limit.as_secs_f64();
+    let exact = exact::solve(problem, search.best().0, seconds, stop)?;
+    exact.holders.iter().for_each(|holders| search.offer(holders));
+    Some(exact.bound)
 }
 
 /// `1 - bound / cost`, between 0 and 1.

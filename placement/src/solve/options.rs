@@ -28,6 +28,8 @@ pub struct SolveOptions {
     pub balance: Balance,
     /// Sizes, for ranks that name their memory.
     pub memory: Memory,
+    /// Whether to solve exactly where there are few states; else search and bound alone.
+    pub exact: bool,
     /// Stop after this many rounds of the search: for results that do not depend on the clock.
     pub max_rounds: Option<u64>,
     /// Where time comes from.
@@ -44,6 +46,7 @@ impl Default for SolveOptions {
             weights: Weights::default(),
             balance: Balance::default(),
             memory: Memory::default(),
+            exact: true,
             max_rounds: None,
             clock: Arc::new(StdClock::start()),
         }
