@@ -151,7 +151,7 @@ fn solve_exactly(
     for round in 0..12 {
         if round < 4 { search.start() } else { search.step(stop) }
     }
-    let seconds = 0.4 * options.time_limit.as_secs_f64();
+    let seconds = 0.9 * options.time_limit.as_secs_f64();
     let exact = exact::solve(problem, search.best().0, seconds, stop)?;
     exact.holders.iter().for_each(|holders| search.offer(holders));
     Some(exact.bound)

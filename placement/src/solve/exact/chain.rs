@@ -10,10 +10,21 @@ pub(crate) struct Chain<'p> {
     states: States,
     /// `[L][orbits]`: least cost from a state of this layer to the end, its own included.
     ahead: Vec<Vec<f64>>,
+    /// `[L][orbits]`: least cost from any beginning to a state of this layer, its own not included; only for a ring.
+    past: Vec<Vec<f64>>,
     /// `[L][orbits]`: what a layer costs by itself.
     own: Vec<Vec<f64>>,
     /// The edge from the last layer to the first.
     wrap: Option<&'p Edge>,
+}
+
+/// Which end of an edge is known.
+#[derive(Clone, Copy)]
+enum Direction {
+    /// The later layer.
+    Back,
+    /// The earlier layer.
+    Forth,
 }
 
 /// A state on the way along a ring: how it was reached, and for what.
@@ -29,14 +40,22 @@ impl<'p> Chain<'p> {
         let layers = problem.layers;
         let own = (0..layers).map(|layer| own_costs(problem, &states, layer)).collect();
         let wrap = problem.edges.iter().find(|edge| edge.from > edge.to);
-        let mut chain = Self { problem, states, ahead: vec![Vec::new(); layers], own, wrap };
+        let (ahead, past) = (vec![Vec::new(); layers], Vec::new());
+        let mut chain = Self { problem, states, ahead, past, own, wrap };
         let end = vec![0.0; chain.states.orbits()];
         for layer in (0..layers).rev() {
             let edge = if layer + 1 < layers { chain.edge(layer) } else { chain.wrap };
             let next = chain.ahead.get(layer + 1).unwrap_or(&end);
-            let mut costs = chain.behind(edge, next, stop)?;
-            costs.iter_mut().zip(&chain.own[layer]).for_each(|(cost, own)| *cost += own);
-            chain.ahead[layer] = costs;
+            let step = chain.least(edge, next, Direction::Back, stop)?;
+            chain.ahead[layer] = sum(&step, &chain.own[layer]);
+        }
+        if wrap.is_some() {
+            chain.past.push(end);
+            for layer in 0..layers - 1 {
+                let here = sum(&chain.past[layer], &chain.own[layer]);
+                let next = chain.least(chain.edge(layer), &here, Direction::Forth, stop)?;
+                chain.past.push(next);
+            }
         }
         Some(chain)
     }
@@ -49,20 +68,30 @@ impl<'p> Chain<'p> {
             .find(|edge| edge.to == layer + 1)
     }
 
-    /// Per orbit of the earlier layer: the least of edge plus `next` over all states of the later one.
-    fn behind(&self, edge: Option<&Edge>, next: &[f64], stop: &dyn Fn() -> bool) -> Option<Vec<f64>> {
-        let least = next.iter().copied().fold(f64::INFINITY, f64::min);
-        let Some(edge) = edge else { return Some(vec![least; next.len()]) };
+    /// Per orbit at one end of an edge: the least of the edge's cost plus `beyond` over all states at the other end.
+    fn least(
+        &self,
+        edge: Option<&Edge>,
+        beyond: &[f64],
+        direction: Direction,
+        stop: &dyn Fn() -> bool,
+    ) -> Option<Vec<f64>> {
+        let least = beyond.iter().copied().fold(f64::INFINITY, f64::min);
+        let Some(edge) = edge else { return Some(vec![least; beyond.len()]) };
         let mut costs = vec![f64::INFINITY; self.states.len()];
-        for (orbit, &next) in next.iter().enumerate() {
+        for (orbit, &beyond) in beyond.iter().enumerate().filter(|(_, beyond)| beyond.is_finite()) {
             if stop() {
                 return None;
             }
-            // Renaming both ends changes nothing: one state for each orbit of the later layer is enough.
-            let table = self.table_before(edge, self.states.representative(orbit));
-            self.states.weigh(&table, |state, cost| costs[state] = costs[state].min(cost + next));
+            // Renaming both ends changes nothing: one state for each orbit of the far end is enough.
+            let state = self.states.representative(orbit);
+            let table = match direction {
+                Direction::Back => self.table_before(edge, state),
+                Direction::Forth => self.table_after(edge, state),
+            };
+            self.states.weigh(&table, |state, cost| costs[state] = costs[state].min(cost + beyond));
         }
-        let mut folded = vec![f64::INFINITY; next.len()];
+        let mut folded = vec![f64::INFINITY; beyond.len()];
         for (state, cost) in costs.into_iter().enumerate() {
             let best = &mut folded[self.states.orbit(state)];
             *best = best.min(cost);
@@ -159,9 +188,10 @@ impl<'p> Chain<'p> {
         stop: &dyn Fn() -> bool,
     ) -> Option<Option<Vec<u16>>> {
         let limit = below * (1.0 - 1e-12);
+        let ahead = self.back_from(wrap, first, limit, stop)?;
         let mut ways = vec![vec![Reached { state: first, cost: 0.0, from: 0 }]];
         for layer in 0..self.problem.layers - 1 {
-            let next = self.step(layer, ways.last()?, limit, stop)?;
+            let next = self.step(layer, ways.last()?, &ahead[layer + 1], limit, stop)?;
             if next.is_empty() {
                 return Some(None);
             }
@@ -187,11 +217,39 @@ impl<'p> Chain<'p> {
         Some(Some(self.holders(&way)))
     }
 
+    /// As `ahead`, the wrap's far end in the orbit of `first`; infinite where no ring below `limit` passes.
+    fn back_from(
+        &self,
+        wrap: &Edge,
+        first: usize,
+        limit: f64,
+        stop: &dyn Fn() -> bool,
+    ) -> Option<Vec<Vec<f64>>> {
+        let mut end = vec![f64::INFINITY; self.states.orbits()];
+        end[self.states.orbit(first)] = 0.0;
+        let mut ahead = vec![end];
+        for layer in (0..self.problem.layers).rev() {
+            let edge = if layer + 1 < self.problem.layers { self.edge(layer) } else { Some(wrap) };
+            let step = self.least(edge, ahead.last()?, Direction::Back, stop)?;
+            let mut costs = sum(&step, &self.own[layer]);
+            let closed = |(cost, past): (&mut f64, &f64)| {
+                if *cost + past >= limit {
+                    *cost = f64::INFINITY;
+                }
+            };
+            costs.iter_mut().zip(&self.past[layer]).for_each(closed);
+            ahead.push(costs);
+        }
+        ahead.reverse();
+        Some(ahead)
+    }
+
     /// The states of the next layer from which a ring below `limit` may still be closed.
     fn step(
         &self,
         layer: usize,
         here: &[Reached],
+        ahead: &[f64],
         limit: f64,
         stop: &dyn Fn() -> bool,
     ) -> Option<Vec<Reached>> {
@@ -212,10 +270,13 @@ impl<'p> Chain<'p> {
                 None => (0..self.states.len()).for_each(|next| take(next, 0.0)),
             }
         }
-        let ahead = &self.ahead[layer + 1];
         let open = (0..cost.len()).filter(|&state| cost[state] + ahead[self.states.orbit(state)] < limit);
         Some(open.map(|state| Reached { state, cost: cost[state], from: from[state] }).collect())
     }
+}
+
+fn sum(a: &[f64], b: &[f64]) -> Vec<f64> {
+    a.iter().zip(b).map(|(a, b)| a + b).collect()
 }
 
 /// Per orbit: pairs inside the layer, and load.

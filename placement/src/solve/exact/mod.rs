@@ -25,8 +25,8 @@ pub(crate) struct Exact {
     pub(crate) holders: Option<Vec<u16>>,
 }
 
-/// Pairs of states that are weighed in a second, about (measured: 2 to 3 times as many).
-const PAIRS_A_SECOND: f64 = 3e8;
+/// Pairs of states that are weighed in a second, about (measured on a desktop core).
+const PAIRS_A_SECOND: f64 = 6e8;
 
 /// Solves the problem exactly if that takes less than `seconds`, about; `known` `[L, E]` is a good placement. None where
 /// there are too many states or `stop` said so before anything was proven.
