@@ -21,6 +21,8 @@ use tokio::time::timeout;
 
 /// How long a closing endpoint waits for its peers' connections to drain.
 const CLOSING: Duration = Duration::from_millis(200);
+/// A closing rank whose last frames go on flowing waits for so many times [`QuicOptions::linger`] at most.
+const LONGEST_DRAIN: u32 = 10;
 
 /// What a link is like, as measured by its connection.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
@@ -45,7 +47,7 @@ pub struct LinkReport {
 
 /// One rank of a world that talks over QUIC.
 ///
-/// Dropping it ends its connections: what was handed over is delivered first (for at most
+/// Dropping it ends its connections: what was handed over is delivered first (see
 /// [`QuicOptions::linger`]), unless a peer has failed, then the others learn of it at once and are told why.
 #[derive(Debug)]
 pub struct QuicCommunicator {
@@ -112,7 +114,7 @@ impl QuicCommunicator {
             bulk_numbers: vec![0; world_size],
             commands,
             closed,
-            close_within: options.linger + 5 * CLOSING,
+            close_within: LONGEST_DRAIN * options.linger + 5 * CLOSING,
             _runtime: runtime,
         }
     }
@@ -276,13 +278,25 @@ impl Pump {
         let (code, words) = match reason {
             Some(reason) => (CLOSE_FAILED, reason),
             None => {
-                let drained = async { while self.writers.join_next().await.is_some() {} };
-                let _ = timeout(self.linger, drained).await;
+                drain(&mut self.writers, &connections, self.linger).await;
                 (CLOSE_LEFT, String::new())
             }
         };
         connections.iter().for_each(|connection| super::wire::close(connection, code, &words));
         self.endpoint.close(code.into(), words.as_bytes());
         let _ = timeout(CLOSING, self.endpoint.wait_idle()).await;
+    }
+}
+
+/// Waits until the peers have acknowledged everything; gives up when `linger` passes and nothing more could be sent,
+/// and in any case after [`LONGEST_DRAIN`] times that.
+async fn drain(writers: &mut JoinSet<()>, connections: &[Connection], linger: Duration) {
+    let sent = || connections.iter().map(|connection| connection.stats().frame_tx.stream).sum::<u64>();
+    for _ in 0..LONGEST_DRAIN {
+        let before = sent();
+        let drained = async { while writers.join_next().await.is_some() {} };
+        if timeout(linger, drained).await.is_ok() || sent() == before {
+            return;
+        }
     }
 }

@@ -53,7 +53,8 @@ pub struct QuicOptions {
     pub join_timeout: Duration,
     /// How long a connected peer may take to say hello.
     pub hello_timeout: Duration,
-    /// How long a closing rank waits for its last frames to be acknowledged.
+    /// How long a closing rank waits for its last frames to be acknowledged while nothing more of them can be sent;
+    /// ten times that where they go on flowing.
     pub linger: Duration,
     /// Rounds that a rank may have open at once.
     pub max_open_rounds: usize,
