@@ -82,14 +82,17 @@ pub enum CapacityError {
 }
 
 /// Bounds on the experts of each rank, `[R]` each.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Capacity {
     /// Least experts of each layer.
     pub least: Vec<usize>,
     /// Most experts of each layer.
     pub most: Vec<usize>,
-    /// Most experts over all layers; `None` where `most` says it all.
+    /// What a rank's memory holds over all layers, in experts; `None` where `most` says it all.
     pub total: Option<Vec<usize>>,
+    /// What a layer takes of `total` besides its experts on every rank that holds any of them (attention weights and
+    /// K/V), in experts.
+    pub domain: f64,
     /// Slots of each layer that the rank has in all, spare ones for copies included.
     pub slots: Vec<usize>,
 }
@@ -117,7 +120,7 @@ impl Capacity {
             return Err(CapacityError::TooFewSlots { slots: room, experts });
         }
         let slots = if topology.ranks.iter().all(|rank| rank.slots.is_none()) { most.clone() } else { slots };
-        Ok(Self { least, most, total: None, slots })
+        Ok(Self { least: tightened(least, &most, experts), most, total: None, domain: 0.0, slots })
     }
 
     fn over_all(
@@ -142,13 +145,36 @@ impl Capacity {
             return Err(CapacityError::TooLittleMemory { slots: room, experts: layers * experts });
         }
         let most = total.iter().map(|&n| n.min(experts)).collect::<Vec<_>>();
-        Ok(Self { least: vec![0; ranks], slots: most.clone(), most, total: Some(total) })
+        let domain =
+            if memory.expert_bytes > 0.0 { memory.domain_bytes() / memory.expert_bytes } else { 0.0 };
+        Ok(Self { least: vec![0; ranks], slots: most.clone(), most, total: Some(total), domain })
     }
 
     /// Whether every layer has room for exactly the experts that it holds.
     pub fn is_exact(&self) -> bool {
         self.least == self.most
     }
+
+    /// `[R]` what the layers' `counts` (`[R]` each) take of every rank's `total`, in experts.
+    pub(crate) fn used<'c>(&self, ranks: usize, counts: impl Iterator<Item = &'c [usize]>) -> Vec<f64> {
+        let mut used = vec![0.0; ranks];
+        for layer in counts {
+            used.iter_mut().zip(layer).for_each(|(used, &n)| *used += self.taken(n));
+        }
+        used
+    }
+
+    /// What `experts` of one layer take, the layer's own bytes included.
+    pub(crate) fn taken(&self, experts: usize) -> f64 {
+        if experts == 0 { 0.0 } else { experts as f64 + self.domain }
+    }
+}
+
+/// What a rank must hold because all others together cannot.
+fn tightened(least: Vec<usize>, most: &[usize], experts: usize) -> Vec<usize> {
+    let all: usize = most.iter().map(|&n| n.min(experts)).sum();
+    let must = |rank: usize| experts.saturating_sub(all - most[rank].min(experts));
+    least.into_iter().enumerate().map(|(rank, least)| least.max(must(rank))).collect()
 }
 
 /// Slots per layer as written, or from memory; `None` where the topology says nothing.

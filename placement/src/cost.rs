@@ -161,11 +161,50 @@ impl Problem {
             least: summed(&self.capacity.least),
             most: summed(&self.capacity.most),
             total: None,
+            domain: 0.0,
             slots: summed(&self.capacity.slots),
         };
         let (edges, leaving, entering) = (self.edges.clone(), self.leaving.clone(), self.entering.clone());
         let (host, load) = ((0..hosts).collect(), LoadTerm::default());
         Some(Self { ranks: hosts, edges, leaving, entering, dist, host, capacity, load, ..*self })
+    }
+
+    /// `[R]` least and most experts of a layer on each rank, all other layers as in `[L, E]` holders.
+    pub(crate) fn bounds(&self, holders: &[u16], layer: usize) -> (Vec<usize>, Vec<usize>) {
+        let capacity = &self.capacity;
+        let Some(total) = &capacity.total else {
+            return (capacity.least.clone(), capacity.most.clone());
+        };
+        let counts: Vec<Vec<usize>> = self.counts(holders);
+        let others = counts.iter().enumerate().filter(|(at, _)| *at != layer).map(|(_, n)| n.as_slice());
+        let used = capacity.used(self.ranks, others);
+        let room = |(&total, used): (&usize, &f64)| {
+            ((total as f64 - used - capacity.domain + 1e-9).max(0.0) as usize).min(self.experts)
+        };
+        (capacity.least.clone(), total.iter().zip(&used).map(room).collect())
+    }
+
+    /// `[L][R]` experts of each layer on each rank.
+    pub(crate) fn counts(&self, holders: &[u16]) -> Vec<Vec<usize>> {
+        let count = |row: &[u16]| {
+            let mut counts = vec![0; self.ranks];
+            row.iter().for_each(|&g| counts[g as usize] += 1);
+            counts
+        };
+        holders.chunks_exact(self.experts).map(count).collect()
+    }
+
+    /// Whether `[L, E]` holders are within the capacity.
+    pub(crate) fn fits(&self, holders: &[u16]) -> bool {
+        let (capacity, counts) = (&self.capacity, self.counts(holders));
+        let within = |n: &[usize]| {
+            n.iter().zip(capacity.least.iter().zip(&capacity.most)).all(|(n, (a, b))| (a..=b).contains(&n))
+        };
+        counts.iter().all(|n| within(n))
+            && capacity.total.as_ref().is_none_or(|total| {
+                let used = capacity.used(self.ranks, counts.iter().map(Vec::as_slice));
+                used.iter().zip(total).all(|(used, &total)| *used <= total as f64 + 1e-9)
+            })
     }
 
     /// Sum of all counts times the dearest move: no cost is above it.

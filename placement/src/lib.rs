@@ -15,6 +15,7 @@ mod generate;
 mod ids;
 mod load;
 pub mod npy;
+mod replicas;
 mod rng;
 mod route;
 mod score;

@@ -2,7 +2,7 @@
 //! optimum, and the search ends within 3 % of it.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-use exflow_placement::{Affinity, Balance, SolveError, SolveOptions, Topology, solve};
+use exflow_placement::{Affinity, SolveOptions, Topology, solve};
 use proptest::prelude::*;
 use std::time::Duration;
 
@@ -145,19 +145,4 @@ fn more_threads_do_not_find_less() {
         solve(&affinity, &Topology::uniform(4), &options, &mut |_| ()).unwrap().cost.unwrap()
     };
     assert!(cost(2) <= cost(1));
-}
-
-#[test]
-fn what_is_not_searched_for_is_refused() {
-    let affinity = Affinity {
-        layers: 2,
-        experts: 2,
-        transitions: vec![1.0; 4],
-        wrap: None,
-        coactivation: None,
-        load: None,
-    };
-    let options = SolveOptions { balance: Balance::Total, ..Default::default() };
-    let refused = solve(&affinity, &Topology::uniform(2), &options, &mut |_| ()).unwrap_err();
-    assert!(matches!(refused, SolveError::BalanceTotal));
 }

@@ -26,6 +26,11 @@ pub struct SolveOptions {
     pub weights: Weights,
     /// What is spread evenly.
     pub balance: Balance,
+    /// Most tokens that a rank serves in a layer, over what round-robin's busiest rank serves there; `None`: no bound.
+    /// With [`Balance::Total`] over all layers together, and 1.15 where nothing is said.
+    pub load_bound: Option<f64>,
+    /// Whether slots that are left over take copies.
+    pub replicas: bool,
     /// Sizes, for ranks that name their memory.
     pub memory: Memory,
     /// Whether to solve exactly where there are few states; else search and bound alone.
@@ -45,6 +50,8 @@ impl Default for SolveOptions {
             threads: 1,
             weights: Weights::default(),
             balance: Balance::default(),
+            load_bound: None,
+            replicas: true,
             memory: Memory::default(),
             exact: true,
             max_rounds: None,
@@ -66,14 +73,17 @@ impl fmt::Debug for SolveOptions {
 }
 
 impl SolveOptions {
-    /// Whether every weight is a number of 0 or more.
+    /// Whether every weight is a number of 0 or more, and the load's bound can be met.
     pub(crate) fn check(&self) -> Result<(), SolveError> {
         let Weights { transitions, wrap, coactivation, load } = self.weights;
         let all =
             [("transitions", transitions), ("wrap", wrap), ("coactivation", coactivation), ("load", load)];
-        match all.iter().find(|(_, weight)| !(*weight >= 0.0 && weight.is_finite())) {
-            Some(&(term, weight)) => Err(SolveError::Weight { term, weight }),
-            None => Ok(()),
+        if let Some(&(term, weight)) = all.iter().find(|(_, w)| !(*w >= 0.0 && w.is_finite())) {
+            return Err(SolveError::Weight { term, weight });
+        }
+        match self.load_bound {
+            Some(factor) if !(factor >= 1.0 && factor.is_finite()) => Err(SolveError::LoadBound(factor)),
+            _ => Ok(()),
         }
     }
 }
@@ -107,9 +117,14 @@ pub enum SolveError {
     /// The result is not a table (more than 65536 layers, experts or ranks).
     #[error(transparent)]
     Table(#[from] TableError),
-    /// Leaving a layer off some ranks is not searched for as yet.
-    #[error("balance total: the search keeps every layer on every rank as yet; use slots or layer")]
-    BalanceTotal,
+    /// Experts of all layers, and what their layers take besides, do not fit.
+    #[error(
+        "the ranks' memory does not hold all experts with the attention weights and K/V of their layers: add ranks or memory, or shorten the context"
+    )]
+    NoRoom,
+    /// A bound below round-robin's own load.
+    #[error("load bound {0}: give a number of 1 or more, as a multiple of round-robin's busiest rank")]
+    LoadBound(f64),
     /// A weight of the objective is negative or not a number.
     #[error("objective: the weight of {term} is {weight}; it must be a number of 0 or more")]
     Weight {

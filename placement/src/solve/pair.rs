@@ -57,7 +57,12 @@ impl Stage {
     fn new(state: &State<'_>, layer: usize, [g, h]: [usize; 2], all_up_to: usize) -> Self {
         let row = state.layer(layer);
         let on = |x: &usize| row[*x] as usize == g || row[*x] as usize == h;
-        let experts: Vec<u16> = (0..row.len()).filter(on).map(|x| x as u16).collect();
+        let mut experts: Vec<u16> = (0..row.len()).filter(on).map(|x| x as u16).collect();
+        let one_side = |rank: usize| experts.iter().all(|&x| row[x as usize] as usize == rank);
+        if state.problem.capacity.total.is_some() && (one_side(g) || one_side(h)) {
+            // Numbers are kept (see `splits`), so that such a layer has nothing to choose.
+            experts.clear();
+        }
         let splits =
             if experts.len() <= 64 { splits(state, &experts, row, [g, h], all_up_to) } else { Vec::new() };
         Self { layer, experts, splits, own: Vec::new() }
@@ -169,7 +174,12 @@ fn splits(state: &State<'_>, experts: &[u16], row: &[u16], [g, h]: [usize; 2], a
     let (capacity, m) = (&state.problem.capacity, experts.len());
     let least = capacity.least[g].max(m.saturating_sub(capacity.most[h]));
     let most = capacity.most[g].min(m - capacity.least[h].min(m));
-    let fits = |split: u64| (least..=most).contains(&(split.count_ones() as usize));
+    // Where only a rank's total is bounded, each layer keeps its numbers: layers then cannot add up to too many.
+    let fixed = capacity.total.is_some().then_some(now.count_ones());
+    let fits = |split: u64| {
+        let on_g = split.count_ones();
+        fixed.map_or((least..=most).contains(&(on_g as usize)), |fixed| fixed == on_g)
+    };
     let mut all = vec![now];
     if m <= all_up_to {
         all.extend((0..1u64 << m).filter(|&split| split != now && fits(split)));

@@ -9,6 +9,9 @@ pub(crate) fn disturb(state: &mut State<'_>, rng: &mut Rng) -> (usize, usize) {
     let layers = state.problem.layers;
     let first = rng.below(layers);
     let length = (1 + rng.below(5)).min(layers);
+    if state.problem.capacity.total.is_some() && rng.below(2) == 0 {
+        return trade(state, rng);
+    }
     match rng.below(8) {
         0..4 => scramble(state, rng, first, 1 + length / 3),
         4..6 => relabel(state, rng, first, length),
@@ -28,6 +31,35 @@ fn scramble(state: &mut State<'_>, rng: &mut Rng, first: usize, length: usize) {
         rng.shuffle(&mut holders);
         experts.iter().zip(holders).for_each(|(&expert, to)| state.shift(layer, Shift { expert, to }));
     }
+}
+
+/// Two ranks trade experts of different layers, as many one way as the other: how much of which layer a rank holds is
+/// open where only its total is bounded.
+fn trade(state: &mut State<'_>, rng: &mut Rng) -> (usize, usize) {
+    let layers = state.problem.layers;
+    let (a, span) = (rng.below(layers), 1 + rng.below(3).min(layers - 1));
+    let b = (a + span) % layers;
+    let ranks = some_ranks(state.problem.ranks, 2, rng);
+    if let ([g, h], true) = (&ranks[..], a != b) {
+        let on = |state: &State<'_>, layer: usize, rank: u16| -> Vec<u16> {
+            let row = state.layer(layer);
+            (0..row.len() as u16).filter(|&x| row[x as usize] == rank).collect()
+        };
+        let (mut out, mut back) = (on(state, a, *g), on(state, b, *h));
+        rng.shuffle(&mut out);
+        rng.shuffle(&mut back);
+        let most = out.len().min(back.len());
+        let number = if rng.below(2) == 0 { most } else { most.min(1 + rng.below(4)) };
+        let mark = state.mark();
+        for (&x, &y) in out.iter().zip(&back).take(number) {
+            state.shift(a, Shift { expert: x, to: *h });
+            state.shift(b, Shift { expert: y, to: *g });
+        }
+        if !state.problem.fits(&state.holders) {
+            state.undo_to(mark);
+        }
+    }
+    (a, span + 1)
 }
 
 /// Two ranks exchange all their experts.
@@ -76,12 +108,12 @@ fn exchange_hosts(state: &mut State<'_>, rng: &mut Rng, first: usize, length: us
 
 /// Renames ranks in a run of layers, where the counts allow it.
 fn rename(state: &mut State<'_>, first: usize, length: usize, name: &dyn Fn(u16) -> u16) {
-    let capacity = &state.problem.capacity;
     for layer in run(state, first, length) {
+        let (least, most) = state.problem.bounds(&state.holders, layer);
         let counts = state.counts(layer);
         let fits = |g: usize| {
             let to = name(g as u16) as usize;
-            (capacity.least[to]..=capacity.most[to]).contains(&counts[g])
+            (least[to]..=most[to]).contains(&counts[g])
         };
         if !(0..counts.len()).all(fits) {
             continue;

@@ -3,11 +3,11 @@
 
 use crate::cost::Problem;
 use crate::rng::Rng;
-use crate::solve::greedy;
 use crate::solve::pair::{ALL_SPLITS, resplit};
 use crate::solve::perturb;
 use crate::solve::state::State;
 use crate::solve::sweep::Sweeper;
+use crate::solve::{greedy, grouped};
 
 /// Layers on each side of a perturbation in which pairs of ranks are re-split.
 const REACH: usize = 3;
@@ -27,6 +27,8 @@ pub(crate) struct Search<'p> {
     best_cost: f64,
     walk: Option<Walk<'p>>,
     starts: u64,
+    /// Starts where only a rank's total is bounded, last first.
+    grouped: Vec<Vec<u16>>,
 }
 
 /// An iterated local search under way.
@@ -42,7 +44,8 @@ impl<'p> Search<'p> {
     pub(crate) fn new(problem: &'p Problem, seed: u64, stream: u64, holders: Vec<u16>) -> Self {
         let best_cost = problem.cost(&holders);
         let (rng, sweeper) = (Rng::fork(seed, stream), Sweeper::new(problem));
-        Self { problem, rng, sweeper, best: holders, best_cost, walk: None, starts: 0 }
+        let grouped = if problem.capacity.total.is_some() { grouped::all(problem) } else { Vec::new() };
+        Self { problem, rng, sweeper, best: holders, best_cost, walk: None, starts: 0, grouped }
     }
 
     /// The cheapest placement so far, and its cost.
@@ -50,10 +53,10 @@ impl<'p> Search<'p> {
         (&self.best, self.best_cost)
     }
 
-    /// Keeps a placement if it is the cheapest.
+    /// Keeps a placement if it is the cheapest and within the capacity.
     pub(crate) fn offer(&mut self, holders: &[u16]) {
         let cost = self.problem.cost(holders);
-        if cost < self.best_cost {
+        if cost < self.best_cost && self.problem.fits(holders) {
             self.best_cost = cost;
             self.best = holders.to_vec();
         }
@@ -61,6 +64,9 @@ impl<'p> Search<'p> {
 
     /// A fresh start, improved until neither sweeps nor pairs help.
     pub(crate) fn start(&mut self) {
+        if self.problem.capacity.total.is_some() {
+            return self.grouped_start();
+        }
         let host_first = self.starts % 2 == 1;
         self.starts += 1;
         let at = self.rng.below(self.problem.layers);
@@ -72,6 +78,15 @@ impl<'p> Search<'p> {
         let mut state = State::new(self.problem, holders);
         self.sweeper.settle(&mut state);
         self.offer(&state.holders);
+    }
+
+    /// The next start where only a rank's total is bounded; nothing once all were tried.
+    fn grouped_start(&mut self) {
+        if let Some(holders) = self.grouped.pop() {
+            let mut state = State::new(self.problem, holders);
+            self.sweeper.settle(&mut state);
+            self.offer(&state.holders);
+        }
     }
 
     /// All pairs over all layers from the best placement, then a walk from there.

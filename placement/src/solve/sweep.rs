@@ -55,8 +55,8 @@ impl Sweeper {
     }
 
     fn exact(&mut self, state: &mut State<'_>, layer: usize) {
-        let capacity = &state.problem.capacity;
-        let bounds = Bounds { least: &capacity.least, most: &capacity.most };
+        let (least, most) = state.problem.bounds(&state.holders, layer);
+        let bounds = Bounds { least: &least, most: &most };
         let mut row = state.layer(layer).to_vec();
         self.moved.clear();
         self.assigner.solve(state.table(layer), &mut row, bounds, self.epsilon, &mut self.moved);
@@ -73,8 +73,8 @@ impl Sweeper {
     /// First-improvement swaps and shifts with exact differences.
     fn descend(&mut self, state: &mut State<'_>, layer: usize) {
         let experts = state.problem.experts;
-        let mut loads =
-            state.problem.load.is_active().then(|| state.problem.load.of_layer(layer, state.layer(layer)));
+        let term = &state.problem.load;
+        let mut loads = term.is_active().then(|| term.sums(layer, &state.holders, experts));
         let mut improved = true;
         while improved {
             improved = false;
@@ -95,17 +95,17 @@ impl Sweeper {
         a: usize,
         loads: &mut Option<Vec<f64>>,
     ) -> bool {
-        let capacity = &state.problem.capacity;
-        if capacity.is_exact() {
+        if state.problem.capacity.is_exact() {
             return false;
         }
         let (counts, from) = (state.counts(layer), state.layer(layer)[a]);
-        if counts[from as usize] <= capacity.least[from as usize] {
+        let (least, most) = state.problem.bounds(&state.holders, layer);
+        if counts[from as usize] <= least[from as usize] {
             return false;
         }
         for to in (0..state.problem.ranks as u16).filter(|&to| to != from) {
             let shift = Shift { expert: a as u16, to };
-            if counts[to as usize] >= state.problem.capacity.most[to as usize] {
+            if counts[to as usize] >= most[to as usize] {
                 continue;
             }
             let gain = state.shift_cost(layer, shift) + load_change(state, layer, &[(a, to)], loads);
@@ -161,11 +161,15 @@ fn apply(state: &mut State<'_>, layer: usize, moves: &[(usize, u16)], loads: &mu
     moves.iter().for_each(|&(expert, to)| state.shift(layer, Shift { expert: expert as u16, to }));
 }
 
+/// What the load terms gain or lose by `moves`: one expert's to another rank, or two experts' that change places.
 fn load_change(state: &State<'_>, layer: usize, moves: &[(usize, u16)], loads: &Option<Vec<f64>>) -> f64 {
-    loads.as_ref().map_or(0.0, |sums| {
-        let term = &state.problem.load;
-        term.layer_cost(layer, &moved_loads(state, layer, moves, sums)) - term.layer_cost(layer, sums)
-    })
+    let Some(sums) = loads else { return 0.0 };
+    let (term, experts, row) = (&state.problem.load, state.problem.experts, state.layer(layer));
+    let [g, h] = [row[moves[0].0] as usize, moves[0].1 as usize];
+    let leaving = term.load[layer * experts + moves[0].0];
+    let entering = moves.get(1).map_or(0.0, |&(b, _)| term.load[layer * experts + b]);
+    let net = leaving - entering;
+    term.change(layer, sums, [g, h], [-net * term.slowness[g], net * term.slowness[h]])
 }
 
 fn moved_loads(state: &State<'_>, layer: usize, moves: &[(usize, u16)], sums: &[f64]) -> Vec<f64> {

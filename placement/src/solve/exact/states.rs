@@ -142,8 +142,8 @@ impl Lister<'_> {
             self.found.extend_from_slice(&self.row);
             return self.found.len() <= MOST * self.row.len();
         }
-        for rank in 0..self.counts.len() {
-            if self.counts[rank] < most[rank] {
+        for (rank, &most) in most.iter().enumerate() {
+            if self.counts[rank] < most {
                 (self.row[left - 1], self.counts[rank]) = (rank as u8, self.counts[rank] + 1);
                 let whole = self.fill(left - 1);
                 self.counts[rank] -= 1;
