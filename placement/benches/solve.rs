@@ -1,10 +1,11 @@
-//! `cargo bench -p exflow-placement [-- NAME… SECONDS…]`: cost, bound and gap of each instance at each
-//! time limit, on one thread, as a table.
+//! `cargo bench -p exflow-placement [-- NAME… SECONDS…]`: cost, bound and gap of each instance at each time limit, on
+//! one thread, as a table; then what a load bound costs (`load`), and what a profile of 100·E tokens loses on tokens
+//! that it has not seen (`heldout`).
 #![allow(clippy::print_stdout, reason = "a benchmark prints its figures")]
 
 use std::time::Duration;
 
-use exflow_placement::{Affinity, Generator, SolveOptions, Topology, solve};
+use exflow_placement::{Affinity, Generator, PlacementTable, SolveOptions, Topology, score_affinity, solve};
 
 struct Instance {
     name: &'static str,
@@ -83,11 +84,103 @@ fn main() {
         "{:14} {:>7} {:>16} {:>8} {:>9} {:>9} {:>8} {:>7}",
         "instance", "limit s", "cost", "bound/c", "to best", "of rr", "rounds", "took s"
     );
-    for name in names {
-        match build(name) {
-            Some(instance) => run(&instance, &seconds),
-            None => println!("{name}: no such instance"),
+    let all = names.len() == ALL.len();
+    for &name in &names {
+        match (name, build(name)) {
+            (_, Some(instance)) => run(&instance, &seconds),
+            ("load" | "heldout", None) => {}
+            _ => println!("{name}: no such instance"),
         }
+    }
+    let limit = seconds.iter().copied().fold(0.0, f64::max);
+    if all || names.contains(&"load") {
+        load_bounds(limit);
+    }
+    if all || names.contains(&"heldout") {
+        held_out(limit);
+    }
+}
+
+const LOADED: [&str; 6] = ["24x16x8", "32x32x8", "40x64x16", "16x64x8k8", "20x32x6mixed", "58x256x32k8"];
+
+/// What it costs that no rank serves more than 1.15 times round-robin's busiest, in each layer.
+fn load_bounds(limit: f64) {
+    println!(
+        "\nload bound 1.15, {limit} s: cost over free cost; busiest rank over round-robin's, worst layer"
+    );
+    let only = std::env::var("ONLY").ok();
+    let wanted = LOADED.iter().filter(|name| only.as_deref().is_none_or(|only| only == **name));
+    for instance in wanted.filter_map(|name| build(name)) {
+        let solved = |load_bound| {
+            let time_limit = Duration::from_secs_f64(limit);
+            let options = SolveOptions { load_bound, time_limit, replicas: false, ..SolveOptions::default() };
+            solve(&instance.affinity, &instance.topology, &options, &mut |_| ()).expect("sound")
+        };
+        let (free, bounded) = (solved(None), solved(Some(1.15)));
+        let even = SolveOptions { max_rounds: Some(1), ..SolveOptions::default() };
+        let even = solve(&instance.affinity, &instance.topology, &even, &mut |_| ()).expect("sound");
+        let ratio = |table: &PlacementTable| {
+            let (mine, even) = (busiest(table, &instance), busiest_even(&even, &instance));
+            mine.iter().zip(&even).map(|(mine, even)| mine / even).fold(0.0, f64::max)
+        };
+        println!(
+            "{:14} {:.4}   free {:.3}, bounded {:.3}",
+            instance.name,
+            bounded.cost.unwrap_or(0.0) / free.cost.unwrap_or(1.0),
+            ratio(&free),
+            ratio(&bounded)
+        );
+    }
+}
+
+/// `[L]` tokens on the busiest rank, by speed.
+fn busiest(table: &PlacementTable, instance: &Instance) -> Vec<f64> {
+    let load = instance.affinity.load_or_derived();
+    let of = |(layer, row): (usize, &Vec<exflow_placement::Rank>)| {
+        let mut sums = vec![0.0; table.ranks];
+        row.iter().enumerate().for_each(|(e, g)| sums[g.index()] += load[layer * table.experts + e]);
+        sums.into_iter().fold(0.0, f64::max)
+    };
+    table.assignment.iter().enumerate().map(of).collect()
+}
+
+/// `[L]` the same of round-robin within the topology's slots.
+fn busiest_even(like: &PlacementTable, instance: &Instance) -> Vec<f64> {
+    let mut held = vec![0; like.ranks];
+    like.assignment[0].iter().for_each(|g| held[g.index()] += 1);
+    let mut row = Vec::new();
+    while row.len() < like.experts {
+        for (g, left) in held.iter_mut().enumerate() {
+            if *left > 0 {
+                *left -= 1;
+                row.push(exflow_placement::Rank::from(g));
+            }
+        }
+    }
+    let table = PlacementTable::from_assignment(vec![row; like.layers], like.ranks).expect("sound");
+    busiest(&table, instance)
+}
+
+/// Cost on unseen tokens of a table solved on 100·E others, over that of a table solved on the unseen ones.
+fn held_out(limit: f64) {
+    println!(
+        "\nprofile of 100·E tokens, {limit} s each: cost on 100,000 others over that of a table solved on those"
+    );
+    for [layers, experts, ranks] in [[24, 16, 8], [32, 32, 8], [40, 64, 16]] {
+        let spec = Generator::new(layers, experts, 1);
+        let counted = |tokens, text| {
+            Affinity::from_trace(&spec.trace(tokens, 7, text), experts).expect("a generated trace is sound")
+        };
+        let (profile, unseen) = (counted(100 * experts, 11), counted(100_000, 12));
+        let options = SolveOptions { time_limit: Duration::from_secs_f64(limit), ..SolveOptions::default() };
+        let solved = |on: &Affinity| {
+            solve(on, &Topology::uniform(ranks), &options, &mut |_| ())
+                .expect("a generated instance is sound")
+        };
+        let moves = |table: &PlacementTable| {
+            score_affinity(table, &unseen, &Topology::uniform(ranks)).crossings_per_token
+        };
+        println!("{layers}x{experts}x{ranks:<6} {:.4}", moves(&solved(&profile)) / moves(&solved(&unseen)));
     }
 }
 

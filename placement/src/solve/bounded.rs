@@ -23,46 +23,36 @@ pub(crate) fn bounds(problem: &Problem, factor: f64) -> Vec<f64> {
 }
 
 /// The cheapest placement found within the load's bounds, beginning with `holders` `[L, E]`.
-pub(crate) fn within(
-    problem: &Problem,
-    holders: Vec<u16>,
-    seed: u64,
-    share: &dyn Fn() -> f64,
-    stop: &dyn Fn() -> bool,
-) -> Vec<u16> {
+pub(crate) fn within(problem: &Problem, holders: Vec<u16>, seed: u64, stop: &dyn Fn() -> bool) -> Vec<u16> {
     let tokens: f64 = problem.load.load.iter().sum::<f64>().max(1.0);
     let mut priced = problem.clone();
     priced.load.price = 0.25 * problem.pair_cost(&holders).max(1.0) / tokens;
     let excess = |holders: &[u16]| problem.load.excess(holders, problem.experts);
-    let (mut best, mut cost) = (None, f64::INFINITY);
+    let within_bounds = |holders: &[u16]| excess(holders) <= 1e-9 * tokens;
     let mut here = holders;
-    for rise in 0..RISES {
-        let priced_problem = priced.clone();
-        let mut search = Search::new(&priced_problem, seed, 1000 + u64::from(rise), here.clone());
-        search.polish(stop);
-        // Once a price is enough the rest of the time is spent at it.
-        loop {
-            let found = search.best().0;
-            if excess(found) <= 1e-9 * tokens {
-                let found_cost = problem.cost(found);
-                if found_cost < cost {
-                    (best, cost) = (Some(found.to_vec()), found_cost);
-                }
-            } else if best.is_none() && share() < 0.8 {
-                break;
-            }
-            if stop() {
-                break;
-            }
-            search.step(stop);
-        }
+    for _ in 0..RISES {
+        let mut search = Search::new(&priced, seed, 1000, here.clone());
+        search.settle();
         here = search.best().0.to_vec();
-        if stop() || best.is_some() {
+        if within_bounds(&here) || stop() {
             break;
         }
         priced.load.price *= RISE;
     }
-    best.unwrap_or_else(|| with_round_robin(problem, here))
+    if !within_bounds(&here) {
+        here = with_round_robin(problem, here);
+    }
+    // The price is enough now: the rest of the time goes to what is cheaper at it.
+    let (mut best, mut cost) = (here.clone(), problem.cost(&here));
+    let mut search = Search::new(&priced, seed, 1000, here);
+    while !stop() {
+        search.step(stop);
+        let found = search.best().0;
+        if problem.cost(found) < cost && within_bounds(found) {
+            (best, cost) = (found.to_vec(), problem.cost(found));
+        }
+    }
+    best
 }
 
 /// Layers with a rank above its bound take round-robin's holders.

@@ -91,13 +91,12 @@ impl Run<'_> {
         let (bound, free) = self.search(baselines, start, bounded::first_part(limit));
         let (clock, begin) = (&options.clock, self.begin);
         let elapsed = || clock.elapsed().saturating_sub(begin);
-        let share = || elapsed().as_secs_f64() / limit.as_secs_f64().max(1e-9);
         let rounds = std::cell::Cell::new(0);
         let stop = || {
             rounds.set(rounds.get() + 1);
             elapsed() >= limit || options.max_rounds.is_some_and(|most| rounds.get() >= 8 * most)
         };
-        Ok((bound, bounded::within(problem, free, options.seed, &share, &stop)))
+        Ok((bound, bounded::within(problem, free, options.seed, &stop)))
     }
 
     /// A placement within the capacity.

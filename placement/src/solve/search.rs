@@ -89,6 +89,13 @@ impl<'p> Search<'p> {
         }
     }
 
+    /// Sweeps from the best placement.
+    pub(crate) fn settle(&mut self) {
+        let mut state = State::new(self.problem, self.best.clone());
+        self.sweeper.settle(&mut state);
+        self.offer(&state.holders);
+    }
+
     /// All pairs over all layers from the best placement, then a walk from there.
     pub(crate) fn polish(&mut self, stop: &dyn Fn() -> bool) {
         let mut state = State::new(self.problem, self.best.clone());
