@@ -28,6 +28,14 @@ pub enum AffinityError {
         /// The file.
         path: PathBuf,
     },
+    /// A file of counts in another program's format.
+    #[error("counts {path}: {what}")]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        what: String,
+    },
     /// An array's shape disagrees with the others.
     #[error("affinity array {array:?} has shape {shape:?}; expected {expected}")]
     Shape {

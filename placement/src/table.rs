@@ -32,6 +32,14 @@ pub enum TableError {
         /// Where and why.
         source: serde_json::Error,
     },
+    /// A file in another program's format makes no table, or a table does not go into that format.
+    #[error("placement table {path}: {what}")]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+        /// Where, why and what to do.
+        what: String,
+    },
     /// A table of another version of the format.
     #[error(
         "placement table of format version {0}; this program reads version 1: make it again with `exflow place`"
