@@ -10,7 +10,8 @@ use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-const VERBS: [&str; 8] = ["devices", "eval", "generate", "logits", "profile", "place", "bench", "selftest"];
+const VERBS: [&str; 9] =
+    ["devices", "eval", "generate", "logits", "profile", "place", "bench", "selftest", "simulate"];
 
 fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_exflow"));

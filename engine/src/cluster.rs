@@ -339,7 +339,8 @@ fn resolve_placement(options: &ClusterOptions, spec: &ModelSpec) -> Result<Place
         }
         PlacementSource::File(path) => {
             let remedy = "make one for this model and world size with `exflow place`";
-            let table = PlacementTable::load(path)
+            let shape = exflow_placement::TableShape { experts, ranks: Some(ranks) };
+            let table = PlacementTable::read(path, Some(shape))
                 .map_err(|e| EngineError::file(path, format!("no placement table: {e}"), remedy))?;
             fits(&table).map_err(|e| EngineError::file(path, e.to_string(), remedy))?;
             Ok(table)

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use crate::npy::{self, Array, NpyError};
+use crate::rng::Rng;
 use crate::trace::RoutingTrace;
 
 /// What is wrong with affinity counts.
@@ -193,6 +194,28 @@ impl Affinity {
         Ok(())
     }
 
+    /// Deals every count to two profiles at random, about `share` of each to the first: what is learnt on one can then
+    /// be scored on the other. Counts that are not whole are dealt whole, their rest by chance.
+    pub fn split(&self, share: f64, seed: u64) -> (Self, Self) {
+        let mut rng = Rng::fork(seed, 0x5b117);
+        let (mut first, mut second) = (self.clone(), self.clone());
+        (first.transitions, second.transitions) = deal(&self.transitions, share, &mut rng);
+        let mut optional =
+            |counts: &Option<Vec<f64>>| counts.as_deref().map(|counts| deal(counts, share, &mut rng)).unzip();
+        (first.wrap, second.wrap) = optional(&self.wrap);
+        (first.coactivation, second.coactivation) = optional(&self.coactivation);
+        (first.load, second.load) = optional(&self.load);
+        (first, second)
+    }
+
+    /// Tokens that the counts are of, as far as they tell: pairs grow with k², load with k.
+    pub fn tokens(&self) -> f64 {
+        let e = self.experts;
+        let load: f64 = self.load_or_derived()[..e].iter().sum();
+        let pairs: f64 = if self.layers > 1 { self.transition(0).iter().sum() } else { 0.0 };
+        if pairs > 0.0 { load * load / pairs } else { load }
+    }
+
     /// Every count times `factor`.
     pub fn scale(&mut self, factor: f64) {
         let arrays =
@@ -250,6 +273,23 @@ impl Affinity {
         affinity.check()?;
         Ok(affinity)
     }
+}
+
+/// Every count dealt in two.
+fn deal(counts: &[f64], share: f64, rng: &mut Rng) -> (Vec<f64>, Vec<f64>) {
+    counts.iter().map(|&count| deal_count(count, share, rng)).unzip()
+}
+
+/// About `share` of a count: a binomial draw, by the normal distribution where the count is large.
+fn deal_count(count: f64, share: f64, rng: &mut Rng) -> (f64, f64) {
+    let whole = count.floor() + f64::from(u8::from(rng.unit() < count.fract()));
+    let first = if whole < 64.0 {
+        (0..whole as u32).filter(|_| rng.unit() < share).count() as f64
+    } else {
+        let spread = (whole * share * (1.0 - share)).sqrt();
+        (whole * share + spread * rng.normal()).round().clamp(0.0, whole)
+    };
+    (first, whole - first)
 }
 
 fn check_ids(trace: &RoutingTrace, experts: usize) -> Result<(), AffinityError> {
@@ -363,6 +403,19 @@ mod tests {
         let path = dir.path().join("a.npz");
         sum.save_npz(&path).unwrap();
         assert_eq!(Affinity::load_npz(&path).unwrap(), sum);
+    }
+
+    #[test]
+    fn a_split_deals_every_count() {
+        let mut counts = Affinity::from_trace(&trace(), 3).unwrap();
+        counts.scale(1000.0);
+        let (first, second) = counts.split(0.8, 1);
+        let mut sum = first.clone();
+        sum.merge(&second, 1.0).unwrap();
+        assert_eq!(sum, counts);
+        let share = first.transitions.iter().sum::<f64>() / counts.transitions.iter().sum::<f64>();
+        assert!((share - 0.8).abs() < 0.02, "{share}");
+        assert_eq!((counts.tokens(), counts.split(0.8, 1)), (3000.0, (first, second)));
     }
 
     #[test]

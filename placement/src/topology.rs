@@ -199,6 +199,12 @@ impl Topology {
         }
     }
 
+    /// The same with one link between all ranks where none is known; costs stay as they are.
+    pub fn or_linked(mut self, link: Link) -> Self {
+        self.links.get_or_insert(Links { local: None, host: Some(link), network: Some(link) });
+        self
+    }
+
     /// Number of ranks R.
     pub fn len(&self) -> usize {
         self.ranks.len()

@@ -186,9 +186,10 @@ pub(crate) fn duration(text: &str) -> Result<std::time::Duration, String> {
     let factor = match &text[split..] {
         "" | "s" => 1.0,
         "ms" => 1e-3,
+        "us" => 1e-6,
         "m" | "min" => 60.0,
         "h" => 3600.0,
-        unit => return Err(format!("unknown unit {unit:?}; use ms, s, m or h")),
+        unit => return Err(format!("unknown unit {unit:?}; use us, ms, s, m or h")),
     };
     let seconds =
         text[..split].trim().parse::<f64>().map_err(|_| "give a time as in 10s".to_owned())? * factor;

@@ -11,6 +11,7 @@ mod output;
 mod place;
 mod profile;
 mod selftest;
+mod simulate;
 
 use clap::{Parser, Subcommand};
 use failure::Failure;
@@ -38,6 +39,7 @@ enum Verb {
     Profile(profile::Args),
     Place(place::Args),
     Bench(bench::Args),
+    Simulate(simulate::Args),
     Selftest(selftest::Args),
 }
 
@@ -50,7 +52,7 @@ impl Verb {
             Self::Eval(args) => args.ranks.ep_size,
             Self::Profile(args) => args.ranks.ep_size,
             Self::Bench(args) => args.ep_size,
-            Self::Devices(_) | Self::Place(_) | Self::Selftest(_) => 1,
+            Self::Devices(_) | Self::Place(_) | Self::Simulate(_) | Self::Selftest(_) => 1,
         }
     }
 
@@ -62,6 +64,7 @@ impl Verb {
             Self::Eval(args) => eval::run(args),
             Self::Profile(args) => profile::run(args),
             Self::Place(args) => place::run(args),
+            Self::Simulate(args) => simulate::run(args),
             Self::Bench(args) => bench::run(args),
             Self::Selftest(args) => selftest::run(args),
         }

@@ -9,10 +9,12 @@ mod colour;
 mod data;
 mod page;
 mod placement;
+mod replay;
 mod svg;
 mod table;
 mod traffic;
 
 pub use data::{ByteClasses, ModelFacts, PlacementFacts, ProfileFacts, ReportData, SettingFacts, StayFacts};
 pub use page::render;
+pub use replay::render_replay;
 pub use table::{byte_text, rate_text};

@@ -10,11 +10,7 @@ const HOVER: &str = include_str!("hover.js");
 
 /// The whole report as one HTML document.
 pub fn render(data: &ReportData) -> String {
-    let style = STYLE
-        .replace("/*SCALE-LIGHT*/", &colour::variables(false))
-        .replace("/*SCALE-DARK*/", &colour::variables(true));
     let json = serde_json::to_string(data).unwrap_or_else(|_| "{}".into());
-    let title = escape(&data.title);
     let body: String = [
         header(data),
         settings(data),
@@ -27,13 +23,22 @@ pub fn render(data: &ReportData) -> String {
         facts(data),
     ]
     .concat();
+    document(&data.title, &body, &json)
+}
+
+/// A document around `body`, with `json` as its data.
+pub(super) fn document(title: &str, body: &str, json: &str) -> String {
+    let style = STYLE
+        .replace("/*SCALE-LIGHT*/", &colour::variables(false))
+        .replace("/*SCALE-DARK*/", &colour::variables(true));
+    let title = escape(title);
     format!(
         "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
          <meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\
          <title>{title}</title><style>{style}</style></head>\n<body><main>{body}</main>\
          <div class=\"tip\" role=\"status\"></div>\n\
          <script type=\"application/json\" id=\"data\">{}</script>\n<script>{HOVER}</script></body></html>\n",
-        script_safe(&json)
+        script_safe(json)
     )
 }
 

@@ -8,11 +8,15 @@ mod corpus;
 mod error;
 mod figures;
 mod files;
+mod held_out;
 mod placing;
+mod replaying;
 
 pub use compare::{Comparison, Measured, Setting, compare};
 pub use corpus::{Corpus, Document, OwnText, passages};
 pub use error::StudyError;
 pub use figures::{Study, markdown_table, text_table};
 pub use files::{load_affinity, read_documents, save_affinity};
+pub use held_out::{HeldOut, held_out, keep_back};
 pub use placing::{Placed, Profiled, place, profile, solve_with_progress};
+pub use replaying::{ReplayError, Replayed, TableChoice, replay, sweep};

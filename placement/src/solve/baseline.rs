@@ -7,7 +7,16 @@ use crate::solve::greedy::random_layer;
 /// Name and `[L, E]` holders of each baseline, all within the capacity.
 pub(crate) fn all(problem: &Problem, load: &[f64], seed: u64) -> Vec<(&'static str, Vec<u16>)> {
     let mut rng = Rng::fork(seed, 0xba5e);
-    let random = (0..problem.layers).flat_map(|_| random_layer(problem, &mut rng)).collect();
+    let random_row = |_| match problem.capacity.total {
+        // Any number of a layer may be on any rank: an even one keeps to the ranks' totals.
+        Some(_) => {
+            let mut row = dealt(problem);
+            rng.shuffle(&mut row);
+            row
+        }
+        None => random_layer(problem, &mut rng),
+    };
+    let random = (0..problem.layers).flat_map(random_row).collect();
     let every = |row: Vec<u16>| row.repeat(problem.layers);
     vec![
         ("linear", every(linear(problem))),

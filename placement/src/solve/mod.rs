@@ -66,6 +66,22 @@ pub fn solve(
     Ok(table)
 }
 
+/// Placements that know nothing of affinity, by name: `linear`, `round_robin`, `random`, and `load_only`, which levels
+/// load as expert-parallel engines' balancers do.
+pub fn baselines(
+    affinity: &Affinity,
+    topology: &Topology,
+    options: &SolveOptions,
+) -> Result<Vec<(&'static str, PlacementTable)>, SolveError> {
+    let problem = problem_of(affinity, topology, options)?;
+    let all = baseline::all(&problem, &affinity.load_or_derived(), options.seed).into_iter();
+    let table = |(name, holders): (&'static str, Vec<u16>)| {
+        let rows = to_rows(&holders, problem.experts);
+        Ok((name, PlacementTable::from_assignment(rows, problem.ranks)?))
+    };
+    all.map(table).collect()
+}
+
 /// `1 - bound / cost`, between 0 and 1.
 fn gap(cost: f64, bound: f64) -> f64 {
     if cost > 0.0 { (1.0 - bound / cost).clamp(0.0, 1.0) } else { 0.0 }

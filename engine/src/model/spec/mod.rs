@@ -183,7 +183,7 @@ const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
 impl ModelSpec {
     /// Reads `folder/config.json`; the digest is left empty for the weights' reader to fill.
-    pub(crate) fn read(folder: &Path) -> Result<Self, EngineError> {
+    pub fn read(folder: &Path) -> Result<Self, EngineError> {
         let path = folder.join("config.json");
         let again = "copy or download the model anew";
         if !folder.is_dir() {
@@ -201,6 +201,11 @@ impl ModelSpec {
             return Err(EngineError::file(&path, "not a JSON object", again));
         };
         families::spec(&Keys { path: &path, map: &map, under: "" })
+    }
+
+    /// Numbers that the cache keeps of a token at one layer.
+    pub fn cached_values(&self) -> usize {
+        4 * self.attention.cache4()
     }
 
     /// How many MoE layers there are: the layers of traces, affinities and placement tables.
