@@ -119,7 +119,11 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
 fn tables(args: &Args, layers: usize, experts: usize) -> Result<(Topology, Vec<TableChoice>), Failure> {
     let known =
         args.topology.is_some().then(|| topology(args.topology.as_deref(), args.ranks)).transpose()?;
-    let wanted = known.as_ref().map(Topology::len).or(args.ranks);
+    let mut wanted = known.as_ref().map(Topology::len).or(args.ranks);
+    // A rule such as round_robin takes its number of ranks from the files beside it.
+    for name in args.placement.iter().filter(|name| !matches!(name.as_str(), "round_robin" | "linear")) {
+        wanted = Some(TableChoice::named(name, layers, experts, wanted)?.table.ranks);
+    }
     let tables = args
         .placement
         .iter()

@@ -23,7 +23,7 @@ pub enum ReplayError {
     #[error(transparent)]
     Solve(#[from] SolveError),
     /// Nobody says how many ranks there are.
-    #[error("{0} is for any number of ranks: give --ranks, --topology or a table's file first")]
+    #[error("{0} is for any number of ranks: give --ranks, --topology or a table's file beside it")]
     Ranks(String),
 }
 

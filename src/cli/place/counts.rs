@@ -74,16 +74,18 @@ impl Counts {
                 paths.len()
             )));
         }
+        if let Some(weight) = mix.iter().find(|weight| !(**weight > 0.0 && weight.is_finite())) {
+            return Err(Failure::Input(format!("--mix {weight}: give a number above 0")));
+        }
+        let mut files = paths.iter().map(|path| read_counts(path)).collect::<Result<Vec<_>, _>>()?;
+        // Weights say how much each text shall count, however long it was; the tokens of all stay as many.
+        let tokens: f64 = files.iter().map(|(affinity, _)| affinity.tokens()).sum();
+        let weights: f64 = mix.iter().sum();
+        for ((affinity, _), weight) in files.iter_mut().zip(mix) {
+            affinity.scale(weight / weights * tokens / affinity.tokens().max(1.0));
+        }
         let mut whole: Option<(Affinity, Option<String>)> = None;
-        for (at, path) in paths.iter().enumerate() {
-            let (mut affinity, digest) = read_counts(path)?;
-            if let Some(&weight) = mix.get(at) {
-                // Weights say how much each text shall count, however long it was.
-                if !(weight > 0.0 && weight.is_finite()) {
-                    return Err(Failure::Input(format!("--mix {weight}: give a number above 0")));
-                }
-                affinity.scale(weight * 1e6 / affinity.tokens().max(1.0));
-            }
+        for (path, (affinity, digest)) in paths.iter().zip(files) {
             whole = Some(match whole {
                 None => (affinity, digest),
                 Some((mut sum, known)) => {
