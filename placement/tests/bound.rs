@@ -15,14 +15,27 @@ struct Instance {
     wrap: Vec<f64>,
     /// `[R, R]`, symmetric, zero diagonal.
     cost: Vec<f64>,
+    /// `[R]` most experts of each layer.
+    slots: Vec<usize>,
 }
 
 fn instances() -> impl Strategy<Value = Instance> {
-    let shapes =
-        prop_oneof![Just((3, 4, 2)), Just((2, 6, 3)), Just((3, 4, 4)), Just((3, 6, 2)), Just((2, 2, 2))];
-    (shapes, any::<bool>()).prop_flat_map(|((layers, experts, ranks), with_wrap)| {
+    let shape = |layers, experts, slots: &[usize]| Just((layers, experts, slots.to_vec()));
+    let shapes = prop_oneof![
+        shape(3, 4, &[2, 2]),
+        shape(2, 6, &[2, 2, 2]),
+        shape(3, 4, &[1; 4]),
+        shape(3, 6, &[3, 3]),
+        shape(2, 2, &[1, 1]),
+        shape(3, 5, &[3, 2]),
+        shape(2, 6, &[3, 2, 1]),
+        shape(3, 4, &[2, 1, 1]),
+        shape(3, 5, &[4, 4]),
+        shape(2, 5, &[3, 1, 2]),
+    ];
+    (shapes, any::<bool>()).prop_flat_map(|((layers, experts, slots), with_wrap)| {
         let counts = |n| prop::collection::vec(prop_oneof![3 => 0u32..5, 1 => 0u32..200], n);
-        let square = experts * experts;
+        let (square, ranks) = (experts * experts, slots.len());
         (counts((layers - 1) * square), counts(square), prop::collection::vec(1u32..5, ranks * ranks))
             .prop_map(move |(transitions, wrap, cost)| Instance {
                 layers,
@@ -31,6 +44,7 @@ fn instances() -> impl Strategy<Value = Instance> {
                 transitions: transitions.into_iter().map(f64::from).collect(),
                 wrap: if with_wrap { wrap.into_iter().map(f64::from).collect() } else { vec![0.0; square] },
                 cost: symmetric(&cost, ranks),
+                slots: slots.clone(),
             })
     })
 }
@@ -41,7 +55,7 @@ fn symmetric(cost: &[u32], ranks: usize) -> Vec<f64> {
 }
 
 impl Instance {
-    /// Every way to give each rank E / R experts of one layer.
+    /// Every way to spread one layer's experts within the slots.
     fn rows(&self) -> Vec<Vec<usize>> {
         let mut rows = vec![vec![]];
         for _ in 0..self.experts {
@@ -51,8 +65,7 @@ impl Instance {
                     (0..self.ranks).map(move |rank| [row.clone(), vec![rank]].concat())
                 })
                 .filter(|row| {
-                    (0..self.ranks)
-                        .all(|rank| row.iter().filter(|r| **r == rank).count() <= self.experts / self.ranks)
+                    (0..self.ranks).all(|rank| row.iter().filter(|r| **r == rank).count() <= self.slots[rank])
                 })
                 .collect();
         }
@@ -89,8 +102,13 @@ impl Instance {
     }
 }
 
+/// 150, or `PROPTEST_CASES`.
+fn cases() -> u32 {
+    std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(150)
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases(), failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn the_bound_is_never_above_the_optimum_and_the_search_comes_close(instance in instances()) {
@@ -104,6 +122,7 @@ proptest! {
         };
         let mut topology = Topology::uniform(instance.ranks);
         topology.cost = instance.cost.clone();
+        topology.ranks.iter_mut().zip(&instance.slots).for_each(|(rank, &slots)| rank.slots = Some(slots));
         let options = SolveOptions {
             time_limit: Duration::from_secs(20),
             max_rounds: Some(300),

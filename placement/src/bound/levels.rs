@@ -17,6 +17,8 @@ pub(crate) struct Level {
     pub(crate) sizes: Vec<usize>,
     /// Whether every class holds exactly so many of each layer, all equally many.
     pub(crate) equal: bool,
+    /// `[k]` experts of each layer in every class, by class, where that is known exactly.
+    pub(crate) exact: Option<Vec<usize>>,
     /// `[R]`: each rank's class.
     pub(crate) class: Vec<usize>,
 }
@@ -60,10 +62,10 @@ impl Level {
             least[c] += problem.capacity.least[rank];
         }
         let full: usize = sizes.iter().sum();
-        let exact = sizes == least || full == problem.experts;
-        let equal = exact && sizes.iter().all(|&n| n == sizes[0]);
+        let exact = (sizes == least || full == problem.experts).then(|| sizes.clone());
+        let equal = exact.is_some() && sizes.iter().all(|&n| n == sizes[0]);
         sizes.sort_unstable_by(|a, b| b.cmp(a));
-        Self { weight, sizes, equal, class }
+        Self { weight, sizes, equal, exact, class }
     }
 
     /// The largest sizes that classes can have together: Σ = E, filled from the largest.

@@ -1,9 +1,9 @@
 //! Starts: a random layer is dealt at random, the others are solved one after another against the
 //! neighbours already placed.
 
+use crate::assign::{Assigner, Bounds};
 use crate::cost::Problem;
 use crate::rng::Rng;
-use crate::solve::assign::{Assigner, Bounds};
 use crate::solve::state::{State, partial_table};
 use crate::solve::sweep::Sweeper;
 

@@ -1,8 +1,8 @@
 //! Starts where only a rank's total is bounded: the ranks in groups, each group a run of layers, the experts of a layer
 //! spread over its group. One group is expert parallel, one rank a group is a layer split.
 
+use crate::assign::{Assigner, Bounds};
 use crate::cost::Problem;
-use crate::solve::assign::{Assigner, Bounds};
 use crate::solve::state::partial_table;
 
 /// A rank takes its part of all experts by speed, more only where layers would not fit: so much more.

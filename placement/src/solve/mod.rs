@@ -1,6 +1,5 @@
 //! From counts to a table: search for a cheap placement, prove how cheap any can be.
 
-mod assign;
 mod baseline;
 mod bounded;
 mod exact;

@@ -5,8 +5,9 @@
 //! states, else the present split, its single exchanges and the full exchange are: each layer's choice is
 //! then small, but all layers choose at once.
 
+use crate::assign::Shift;
 use crate::cost::Edge;
-use crate::solve::state::{Shift, State};
+use crate::solve::state::State;
 
 /// Most states of a layer; the run over L layers takes O(L · states²).
 const STATES: usize = 272;

@@ -1,8 +1,9 @@
 //! Disturbances for the iterated local search: large enough to leave a local optimum, small enough to
 //! keep most of a good placement. All respect the capacity.
 
+use crate::assign::Shift;
 use crate::rng::Rng;
-use crate::solve::state::{Shift, State};
+use crate::solve::state::State;
 
 /// Disturbs a run of layers; returns its first layer and its length.
 pub(crate) fn disturb(state: &mut State<'_>, rng: &mut Rng) -> (usize, usize) {
@@ -21,16 +22,33 @@ pub(crate) fn disturb(state: &mut State<'_>, rng: &mut Rng) -> (usize, usize) {
     (first, length)
 }
 
-/// Deals the experts of two or three ranks anew among them.
+/// Deals the experts of two or three ranks anew among them; where their numbers are open, those as well.
 fn scramble(state: &mut State<'_>, rng: &mut Rng, first: usize, length: usize) {
     let ranks = some_ranks(state.problem.ranks, 2 + rng.below(2), rng);
     for layer in run(state, first, length) {
         let row = state.layer(layer);
         let experts: Vec<u16> = (0..row.len() as u16).filter(|&x| ranks.contains(&row[x as usize])).collect();
         let mut holders: Vec<u16> = experts.iter().map(|&x| row[x as usize]).collect();
+        let capacity = &state.problem.capacity;
+        if capacity.total.is_none() && !capacity.is_exact() {
+            holders = numbers(&ranks, experts.len(), &capacity.least, &capacity.most, rng);
+        }
         rng.shuffle(&mut holders);
         experts.iter().zip(holders).for_each(|(&expert, to)| state.shift(layer, Shift { expert, to }));
     }
+}
+
+/// Each of `ranks` as often as it may hold experts, `count` in all, at random within the bounds.
+fn numbers(ranks: &[u16], count: usize, least: &[usize], most: &[usize], rng: &mut Rng) -> Vec<u16> {
+    let mut held: Vec<u16> = ranks.iter().flat_map(|&g| std::iter::repeat_n(g, least[g as usize])).collect();
+    let mut spare: Vec<u16> = ranks
+        .iter()
+        .flat_map(|&g| std::iter::repeat_n(g, most[g as usize].min(count) - least[g as usize].min(count)))
+        .collect();
+    rng.shuffle(&mut spare);
+    held.extend(spare);
+    held.truncate(count);
+    held
 }
 
 /// Two ranks trade experts of different layers, as many one way as the other: how much of which layer a rank holds is

@@ -1,13 +1,7 @@
 //! A placement under change: holders, the cost of every (layer, rank, expert), and a journal to undo.
 
+use crate::assign::Shift;
 use crate::cost::{Edge, Problem};
-
-/// One expert's change of rank.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Shift {
-    pub(crate) expert: u16,
-    pub(crate) to: u16,
-}
 
 /// A complete placement with its marginal costs.
 #[derive(Debug, Clone)]

@@ -1,8 +1,8 @@
 //! Sweeps: every layer is solved again given its neighbours, until none improves. Exactly where its
 //! cost is linear; by swaps and shifts where co-activation or load couple its experts.
 
-use crate::solve::assign::{Assigner, Bounds};
-use crate::solve::state::{Shift, State};
+use crate::assign::{Assigner, Bounds, Shift};
+use crate::solve::state::State;
 
 /// Re-solves layers of one problem.
 #[derive(Debug, Clone)]

@@ -3,7 +3,12 @@
 //! move to h; a cycle of negative sum is an improvement, and where there is none the layer is optimal.
 //! An extra node stands for free slots, so that counts may change within their bounds.
 
-use crate::solve::state::Shift;
+/// One expert's change of rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Shift {
+    pub(crate) expert: u16,
+    pub(crate) to: u16,
+}
 
 /// Scratch space for layers of one size.
 #[derive(Debug, Clone)]
