@@ -3,6 +3,7 @@
 mod coherence;
 mod experts;
 mod frames;
+mod rounds;
 mod sequence;
 mod stats;
 mod step;

@@ -1,0 +1,121 @@
+//! The loop in rounds: agree on what runs, step, gather what was sampled, again. Every exchange is one that all
+//! ranks take part in.
+
+use super::step::{Batch, Outcome, Row, Stepper};
+use super::worker::{Directive, Event, Worker};
+use crate::EngineError;
+use exflow_placement::Rank;
+use exflow_transport::{ByteClass, RoundId};
+use serde::{Deserialize, Serialize};
+use std::time::Instant;
+
+/// What every rank tells every other one at the end of a step.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Gathered {
+    sampled: Vec<(u32, u32)>,
+    directives: Vec<Directive>,
+}
+
+/// Tokens of prompts in one step, on all ranks together.
+const PREFILL_TOKENS: usize = 1024;
+
+impl Worker {
+    pub(super) fn run_rounds(mut self) -> Result<(), EngineError> {
+        self.gather(Gathered::default())?; // all have their weights
+        self.tell(Event::Ready(self.comm.rank(), self.decoder.gpu.name().to_owned()));
+        while !self.stopping {
+            let outcome = self.step()?;
+            let directives = self.decide();
+            for captured in outcome.captured {
+                self.tell(Event::Captured(captured));
+            }
+            self.gather(Gathered { sampled: outcome.sampled, directives })?;
+        }
+        Ok(())
+    }
+
+    /// Prompts first, else one token of every sequence, else nothing.
+    fn step(&mut self) -> Result<Outcome, EngineError> {
+        let me = self.comm.rank();
+        let prompts = self.sequences.to_prefill(PREFILL_TOKENS);
+        let batch = match prompts.is_empty() {
+            false => self.prompt_batch(&prompts, me),
+            true => self.decode_batch(me),
+        };
+        if batch.total == 0 {
+            return Ok(Outcome::default());
+        }
+        let (started, before) = (Instant::now(), self.comm.stats());
+        let mut stepper = Stepper {
+            decoder: &mut self.decoder,
+            comm: self.comm.as_mut(),
+            table: &self.options.table,
+            strategy: self.options.strategy,
+            combine: self.options.combine,
+            sequences: &self.sequences,
+            coherence: &mut self.coherence,
+            stats: &mut self.stats,
+            round: &mut self.round,
+        };
+        let outcome = match batch.tokens.is_empty() && self.options.table.ranks == 1 {
+            true => Outcome::default(),
+            false => stepper.run(&batch)?,
+        };
+        let wire = self.comm.stats().since(&before);
+        self.stats.add_step(batch.decode, &wire);
+        match batch.decode {
+            true => {
+                self.stats.decode_steps += 1;
+                self.stats.decode_tokens += batch.tokens.len() as u64;
+                self.stats.decode_seconds += started.elapsed().as_secs_f64();
+            }
+            false => self.stats.prefill_steps += 1,
+        }
+        Ok(outcome)
+    }
+
+    fn prompt_batch(&self, prompts: &[u32], me: Rank) -> Batch {
+        let mut batch = Batch { decode: false, tokens: Vec::new(), total: 0 };
+        for sequence in prompts.iter().filter_map(|id| self.sequences.running.get(id)) {
+            let prompt = &sequence.start.prompt;
+            batch.total += prompt.len();
+            if sequence.start.home == me {
+                let row = |(at, &token)| (Row::new(sequence.start.id, at as u32), token);
+                batch.tokens.extend(prompt.iter().enumerate().map(row));
+            }
+        }
+        batch
+    }
+
+    fn decode_batch(&self, me: Rank) -> Batch {
+        let mut batch = Batch { decode: true, tokens: Vec::new(), total: 0 };
+        for (&id, sequence) in &self.sequences.running {
+            let Some((token, position)) = sequence.next_token() else { continue };
+            batch.total += 1;
+            if sequence.residence == me {
+                batch.tokens.push((Row::new(id, position), token));
+            }
+        }
+        batch
+    }
+
+    /// Everybody's sampled ids and rank 0's directives, carried out by everybody in the same order.
+    fn gather(&mut self, mine: Gathered) -> Result<(), EngineError> {
+        let round = RoundId { number: self.round, class: ByteClass::Ids, layer: u16::MAX };
+        self.round += 1;
+        let bytes = postcard::to_stdvec(&mine).map_err(|e| EngineError::Internal(e.to_string()))?;
+        let all = self.comm.all_gather(round, bytes)?;
+        for (from, bytes) in all.iter().enumerate() {
+            let from = Rank::from(from);
+            let gathered: Gathered = postcard::from_bytes(bytes)
+                .map_err(|e| EngineError::Internal(format!("rank {from} sent what cannot be read: {e}")))?;
+            for (sequence, token) in gathered.sampled {
+                self.count(sequence, token, from);
+            }
+            for directive in gathered.directives {
+                self.carry_out(from, directive)?;
+            }
+        }
+        Ok(())
+    }
+}
