@@ -13,7 +13,7 @@ test: vulkan ## every test that needs only Rust and a Vulkan driver
 	$(CARGO) test --workspace --locked
 
 test-cluster: ## QUIC between ranks over a shaped link in a network namespace (root, iproute2)
-	tests/netns/shaped.sh $(CARGO) test --workspace --locked --test quic --test trust --test faults --test processes
+	tests/netns/shaped.sh $(CARGO) test --workspace --locked --test quic --test trust --test faults --test processes --test lives
 
 test-product: demo ## the demo's report in headless Chromium
 	tests/product/report.sh

@@ -2,7 +2,7 @@
 
 use exflow_placement::Rank;
 use exflow_transport::proto::frame::FrameHeader;
-use exflow_transport::proto::membership::{Hello, Message, PROTOCOL_VERSION, Welcome, WorldName};
+use exflow_transport::proto::membership::{Hello, Message, PROTOCOL_VERSION, Roster, Welcome, WorldName};
 use exflow_transport::{ByteClass, Refusal};
 use std::fs;
 use std::net::SocketAddr;
@@ -20,6 +20,8 @@ fn main() -> std::io::Result<()> {
         protocol: PROTOCOL_VERSION,
         rank: Rank(2),
         world_size: 4,
+        ranks: 1,
+        offer: Vec::new(),
         model: [1; 32],
         table: Some([2; 32]),
         numerics: "exact".into(),
@@ -31,7 +33,7 @@ fn main() -> std::io::Result<()> {
     let welcome = Welcome {
         world: WorldName { id: 77, epoch: 3 },
         max_frame_bytes: 1 << 20,
-        addresses: vec![SocketAddr::from(([10, 0, 0, 1], 7447)); 4],
+        roster: Roster::new([(1, Some(SocketAddr::from(([10, 0, 0, 1], 7447)))); 4]),
         settings: vec![1, 2, 3],
     };
     let first = Hello { table: None, world: None, ..hello.clone() };

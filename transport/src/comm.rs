@@ -95,6 +95,12 @@ pub trait Communicator: Send {
     /// How many ranks there are.
     fn world_size(&self) -> usize;
 
+    /// Ranks of the world that are not there in this epoch: nothing goes to them, and what they would send counts
+    /// as there and empty.
+    fn absent(&self) -> &[Rank] {
+        &[]
+    }
+
     /// All-to-all-v: `send[r]` goes to rank `r` (an empty payload is still a frame, so that its absence is
     /// noticed); returns what every rank sent here, by rank. `send[self]` comes back untouched.
     fn exchange(&mut self, round: RoundId, send: Vec<Vec<u8>>) -> Result<Vec<Bytes>, TransportError>;

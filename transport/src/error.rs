@@ -30,6 +30,9 @@ pub enum LossCause {
     /// Another process answers at its address and knows nothing of this connection.
     #[error("it was restarted")]
     Restarted,
+    /// It is at rank 0's door and asks for the next epoch of the world.
+    #[error("it asks to join again")]
+    Rejoins,
     /// The driver below failed.
     #[error("{what}")]
     Other {
@@ -102,6 +105,12 @@ pub enum TransportError {
         waited: Duration,
         /// Attempts that failed meanwhile, in words.
         notes: Vec<String>,
+    },
+    /// Rank 0 came to the conclusion that those who are there cannot be a world.
+    #[error("the group cannot start: {what}")]
+    NotStarted {
+        /// Why.
+        what: String,
     },
     /// The secure handshake with a peer failed.
     #[error(

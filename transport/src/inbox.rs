@@ -65,6 +65,11 @@ impl Inbox {
         }
     }
 
+    /// Does without these ranks in this epoch.
+    pub(crate) fn set_absent(&self, ranks: &[Rank]) {
+        self.lock().rounds.set_absent(ranks);
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -93,6 +98,9 @@ impl Inbox {
                 continue;
             }
             let to = Rank::from(to);
+            if state.rounds.is_absent(to) {
+                continue;
+            }
             state.stats.count_sent(self.rank, to, round.class, payload.len(), self.limits.header_bytes);
             outgoing.push((to, payload.into()));
         }

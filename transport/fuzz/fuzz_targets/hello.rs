@@ -2,7 +2,7 @@
 #![no_main]
 
 use exflow_placement::Rank;
-use exflow_transport::proto::membership::{Hello, Lobby, Message, PROTOCOL_VERSION};
+use exflow_transport::proto::membership::{Hello, Lobby, LobbyTerms, Message, PROTOCOL_VERSION};
 use libfuzzer_sys::fuzz_target;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -15,6 +15,8 @@ fuzz_target!(|data: &[u8]| {
             protocol: PROTOCOL_VERSION,
             rank: Rank(0),
             world_size: hello.world_size.clamp(1, 64),
+            ranks: 1,
+            offer: Vec::new(),
             model: hello.model,
             table: None,
             numerics: "exact".into(),
@@ -24,7 +26,7 @@ fuzz_target!(|data: &[u8]| {
             world: None,
         };
         let from = SocketAddr::from(([127, 0, 0, 1], 9));
-        let mut lobby = Lobby::new(own, Duration::from_secs(1));
+        let mut lobby = Lobby::new(own, LobbyTerms { deadline: Duration::from_secs(1), ..LobbyTerms::default() });
         if lobby.hear(1, &hello, from).is_ok() {
             assert!(lobby.hear(2, &hello, from).is_err());
         }

@@ -1,8 +1,12 @@
 //! Who is in the world: hellos, their checks, and the seats that rank 0 gives.
 //!
-//! Every rank sends rank 0 a [`Hello`]. Rank 0 answers with a [`Refusal`] at once, or, when all seats are taken,
-//! with a [`Welcome`] that names world, epoch and the address of every rank. Each rank then greets the lower
-//! ranks with the same hello, now with the world's name in it, and is joined when all have accepted.
+//! Every process sends rank 0 a [`Hello`]. Rank 0 answers with a [`Refusal`] at once, or, when the world can start,
+//! with a [`Welcome`] that names world, epoch and every process with its ranks and address. Each process then greets
+//! the lower ones with the same hello, now with the world's name in it, and is joined when all have accepted.
+//!
+//! Processes are numbered like the ranks that their certificates name. One that hosts several ranks says how many;
+//! the ranks of the world are counted through, process by process. A world is complete at its first start; in a later
+//! epoch processes may be absent, and their ranks keep their numbers.
 
 use exflow_placement::Rank;
 use serde::{Deserialize, Serialize};
@@ -13,6 +17,10 @@ use std::time::Duration;
 pub const PROTOCOL_VERSION: u16 = 1;
 /// Largest hello or refusal, bytes.
 pub const HELLO_CAP: u32 = 4096;
+/// Largest offer within a hello, bytes.
+pub const OFFER_CAP: usize = 2048;
+/// Most ranks of a world.
+pub const MOST_RANKS: usize = 4096;
 /// Largest welcome, bytes: it carries what rank 0 decided, such as a placement table.
 pub const WELCOME_CAP: u32 = 16 << 20;
 
@@ -33,10 +41,14 @@ pub struct WorldName {
 pub struct Hello {
     /// [`PROTOCOL_VERSION`] of the sender.
     pub protocol: u16,
-    /// Its rank.
+    /// The number of its process, which its certificate names: its rank where every process hosts one.
     pub rank: Rank,
-    /// How many ranks it expects.
+    /// How many processes it expects.
     pub world_size: u16,
+    /// How many ranks it hosts.
+    pub ranks: u16,
+    /// What its program wants rank 0's to know, such as its memory: opaque here, at most [`OFFER_CAP`] bytes.
+    pub offer: Vec<u8>,
     /// Digest of its model.
     pub model: Digest,
     /// Digest of its placement table; `None`: it takes rank 0's.
@@ -53,15 +65,83 @@ pub struct Hello {
     pub world: Option<WorldName>,
 }
 
-/// Rank 0's answer when the world is complete.
+/// One process of a world.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    /// Its first rank.
+    pub first: Rank,
+    /// How many ranks it hosts.
+    pub ranks: u16,
+    /// Its UDP address; `None`: it is absent in this epoch. Rank 0's own is a placeholder.
+    pub address: Option<SocketAddr>,
+}
+
+impl Member {
+    /// Its ranks.
+    pub fn ranks(&self) -> impl Iterator<Item = Rank> + use<> {
+        let first = self.first.index();
+        (first..first + usize::from(self.ranks)).map(Rank::from)
+    }
+}
+
+/// Every process of a world, by its number.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Roster(Vec<Member>);
+
+impl Roster {
+    /// Counts the ranks through; `hosts`: ranks of each process and where it is.
+    pub fn new(hosts: impl IntoIterator<Item = (u16, Option<SocketAddr>)>) -> Self {
+        let mut first = 0usize;
+        let member = |(ranks, address): (u16, Option<SocketAddr>)| {
+            let member = Member { first: Rank::from(first), ranks, address };
+            first += usize::from(ranks);
+            member
+        };
+        Self(hosts.into_iter().map(member).collect())
+    }
+
+    /// Whether the ranks are counted through and within bounds: what comes from the wire may be anything.
+    pub fn check(&self) -> bool {
+        let total: usize = self.0.iter().map(|member| usize::from(member.ranks)).sum();
+        let again = Self::new(self.0.iter().map(|member| (member.ranks, member.address)));
+        (1..=MOST_RANKS).contains(&total) && self.0.iter().all(|member| member.ranks > 0) && again == *self
+    }
+
+    /// Every process, by its number.
+    pub fn members(&self) -> &[Member] {
+        &self.0
+    }
+
+    /// How many ranks the world has, absent ones included.
+    pub fn world_size(&self) -> usize {
+        self.0.iter().map(|member| usize::from(member.ranks)).sum()
+    }
+
+    /// The process that hosts a rank.
+    pub fn process_of(&self, rank: Rank) -> Option<usize> {
+        self.0.iter().position(|member| member.ranks().any(|hosted| hosted == rank))
+    }
+
+    /// Whether a process is there.
+    pub fn is_present(&self, process: usize) -> bool {
+        self.0.get(process).is_some_and(|member| member.address.is_some())
+    }
+
+    /// Ranks whose processes are absent.
+    pub fn absent(&self) -> Vec<Rank> {
+        self.0.iter().filter(|member| member.address.is_none()).flat_map(Member::ranks).collect()
+    }
+}
+
+/// Rank 0's answer when the world can start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Welcome {
     /// Which world this is.
     pub world: WorldName,
     /// Agreed largest frame payload, bytes.
     pub max_frame_bytes: u32,
-    /// Address of every rank, by rank; rank 0's own entry is not used.
-    pub addresses: Vec<SocketAddr>,
+    /// Every process with its ranks.
+    pub roster: Roster,
     /// What rank 0's program wants every rank to know before it loads: opaque here.
     pub settings: Vec<u8>,
 }
@@ -97,6 +177,15 @@ pub enum Refusal {
     Malformed,
     #[error("the group is not complete, rank {} missing; start all ranks", list(.missing))]
     Incomplete { missing: Vec<Rank> },
+    #[error("{theirs} ranks in a process that had {ours}; start it with the same devices as before")]
+    Ranks { ours: u16, theirs: u16 },
+    #[error("rank 0 cannot start the group: {}", plain(.what))]
+    NotStarted { what: String },
+}
+
+/// Words of a peer, without what could upset a terminal.
+fn plain(what: &str) -> String {
+    what.chars().filter(|c| !c.is_control()).take(400).collect()
 }
 
 fn list(ranks: &[Rank]) -> String {
@@ -146,6 +235,9 @@ pub fn check(ours: &Hello, theirs: &Hello) -> Result<(), Refusal> {
     if theirs.rank == ours.rank {
         return Err(Refusal::DuplicateRank { rank: theirs.rank });
     }
+    if theirs.ranks == 0 || usize::from(theirs.ranks) > MOST_RANKS || theirs.offer.len() > OFFER_CAP {
+        return Err(Refusal::Malformed);
+    }
     if theirs.model != ours.model {
         return Err(Refusal::Model { ours: short(&ours.model), theirs: short(&theirs.model) });
     }
@@ -167,51 +259,72 @@ fn short(digest: &Digest) -> String {
 }
 
 /// A seat that is taken.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Seat {
     guest: u64,
     address: SocketAddr,
+    ranks: u16,
+    offer: Vec<u8>,
+    max_frame_bytes: u32,
+    epoch: u32,
+}
+
+/// Those with whom a world could start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Party {
+    /// Every process; those that did not come are absent.
+    pub roster: Roster,
+    /// What each process offers, by its number; empty where it is absent.
+    pub offers: Vec<Vec<u8>>,
+    /// Agreed largest frame payload, bytes.
+    pub max_frame_bytes: u32,
+    /// The epoch of this life of the world.
+    pub epoch: u32,
 }
 
 /// Result of looking at the lobby.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LobbyPoll {
-    /// Ranks are missing; look again when one came, at the latest at this time.
+    /// Processes are missing; look again when one came, at the latest at this time.
     Waiting {
         /// When the waiting ends.
         deadline: Duration,
     },
-    /// All are there: address by rank (rank 0's is a placeholder) and the agreed largest frame payload.
-    Full {
-        /// Address of every rank.
-        addresses: Vec<SocketAddr>,
-        /// Agreed largest frame payload, bytes.
-        max_frame_bytes: u32,
-        /// The epoch of this life of the world.
-        epoch: u32,
-    },
+    /// The world can start.
+    Ready(Party),
     /// It took too long.
     Expired {
-        /// Ranks that did not come.
+        /// Processes that did not come.
         missing: Vec<Rank>,
     },
 }
 
-/// Rank 0 while its world is not complete. Guests are named by a number that the driver chooses.
+/// What rank 0 knows of earlier lives of its world, and how long it waits.
+#[derive(Debug, Clone, Default)]
+pub struct LobbyTerms {
+    /// When the waiting ends.
+    pub deadline: Duration,
+    /// From when on the world starts with those who are there; `None`: only with everybody.
+    pub partial_after: Option<Duration>,
+    /// Ranks of each process, where the world has been complete before.
+    pub known: Option<Vec<u16>>,
+}
+
+/// Rank 0 while its world has not started. Guests are named by a number that the driver chooses.
 #[derive(Debug)]
 pub struct Lobby {
     own: Hello,
     seats: Vec<Option<Seat>>,
-    max_frame_bytes: u32,
-    epoch: u32,
-    deadline: Duration,
+    terms: LobbyTerms,
+    /// Those who are there are too few, said rank 0's program.
+    too_few: bool,
 }
 
 impl Lobby {
-    /// A lobby for the world that `own` (rank 0's hello) describes, open until `deadline`.
-    pub fn new(own: Hello, deadline: Duration) -> Self {
+    /// A lobby for the world that `own` (rank 0's hello) describes.
+    pub fn new(own: Hello, terms: LobbyTerms) -> Self {
         let seats = vec![None; usize::from(own.world_size)];
-        Self { max_frame_bytes: own.max_frame_bytes, epoch: own.epoch, own, seats, deadline }
+        Self { own, seats, terms, too_few: false }
     }
 
     /// Gives a guest its seat, or says why not. `address` is where its packets come from.
@@ -220,61 +333,100 @@ impl Lobby {
         if hello.world.is_some() {
             return Err(Refusal::World);
         }
-        let seat = &mut self.seats[hello.rank.index()];
-        if seat.is_some() {
+        let process = hello.rank.index();
+        let known = self.terms.known.as_ref().and_then(|known| known.get(process).copied());
+        if let Some(ours) = known.filter(|&ours| ours != hello.ranks) {
+            return Err(Refusal::Ranks { ours, theirs: hello.ranks });
+        }
+        if self.seats[process].is_some() {
             return Err(Refusal::DuplicateRank { rank: hello.rank });
         }
-        *seat = Some(Seat { guest, address: SocketAddr::new(address.ip(), hello.port) });
-        self.max_frame_bytes = self.max_frame_bytes.min(hello.max_frame_bytes);
-        self.epoch = self.epoch.max(hello.epoch);
+        self.seats[process] = Some(Seat {
+            guest,
+            address: SocketAddr::new(address.ip(), hello.port),
+            ranks: hello.ranks,
+            offer: hello.offer.clone(),
+            max_frame_bytes: hello.max_frame_bytes,
+            epoch: hello.epoch,
+        });
+        self.too_few = false;
         Ok(())
     }
 
     /// Frees the seat of a guest that went away.
     pub fn leave(&mut self, guest: u64) {
-        self.seats
-            .iter_mut()
-            .filter(|seat| seat.is_some_and(|seat| seat.guest == guest))
-            .for_each(|s| *s = None);
+        let of_guest = |seat: &&mut Option<Seat>| seat.as_ref().is_some_and(|seat| seat.guest == guest);
+        self.seats.iter_mut().filter(of_guest).for_each(|seat| *seat = None);
     }
 
-    /// Ranks that have no seat yet.
+    /// Waits for more than are there: they are too few.
+    pub fn wait_for_more(&mut self) {
+        self.too_few = true;
+    }
+
+    /// Processes that have no seat yet.
     pub fn missing(&self) -> Vec<Rank> {
         let seats = self.seats.iter().enumerate().skip(1);
         seats.filter(|(_, seat)| seat.is_none()).map(|(rank, _)| Rank::from(rank)).collect()
     }
 
-    /// Looks whether the world is complete.
+    /// Looks whether the world can start.
     pub fn poll(&self, now: Duration) -> LobbyPoll {
         let missing = self.missing();
-        if missing.is_empty() {
-            let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
-            let addresses = self.seats.iter().map(|seat| seat.map_or(nowhere, |seat| seat.address)).collect();
-            LobbyPoll::Full { addresses, max_frame_bytes: self.max_frame_bytes, epoch: self.epoch }
-        } else if now >= self.deadline {
+        let partial = self.terms.partial_after.filter(|_| !self.too_few && self.terms.known.is_some());
+        let deadline = self.terms.deadline;
+        if missing.is_empty() || partial.is_some_and(|after| now >= after) {
+            LobbyPoll::Ready(self.party())
+        } else if now >= deadline {
             LobbyPoll::Expired { missing }
         } else {
-            LobbyPoll::Waiting { deadline: self.deadline }
+            LobbyPoll::Waiting { deadline: partial.map_or(deadline, |after| after.min(deadline)) }
+        }
+    }
+
+    fn party(&self) -> Party {
+        let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
+        let host = |(process, seat): (usize, &Option<Seat>)| match (process, seat) {
+            (0, _) => (self.own.ranks, Some(nowhere)),
+            (_, Some(seat)) => (seat.ranks, Some(seat.address)),
+            // Only a world that is known starts without one.
+            (_, None) => (self.terms.known.as_ref().map_or(1, |known| known[process]), None),
+        };
+        let offer = |(process, seat): (usize, &Option<Seat>)| match (process, seat) {
+            (0, _) => self.own.offer.clone(),
+            (_, seat) => seat.as_ref().map(|seat| seat.offer.clone()).unwrap_or_default(),
+        };
+        let seated = || self.seats.iter().flatten();
+        Party {
+            roster: Roster::new(self.seats.iter().enumerate().map(host)),
+            offers: self.seats.iter().enumerate().map(offer).collect(),
+            max_frame_bytes: seated()
+                .map(|seat| seat.max_frame_bytes)
+                .fold(self.own.max_frame_bytes, u32::min),
+            epoch: seated().map(|seat| seat.epoch).fold(self.own.epoch, u32::max),
         }
     }
 }
 
-/// A rank that has been welcomed and waits for the higher ranks.
+/// A process that has been welcomed and waits for the higher ones.
 #[derive(Debug)]
 pub struct Gate {
     own: Hello,
     world: WorldName,
-    entered: Vec<bool>,
+    /// Who may still come in, by process.
+    expected: Vec<bool>,
 }
 
 impl Gate {
-    /// A gate of rank `own.rank` in `world`.
-    pub fn new(own: Hello, world: WorldName) -> Self {
-        let entered = vec![false; usize::from(own.world_size)];
-        Self { own, world, entered }
+    /// A gate of process `own.rank` in `world`, for the higher ones that are there.
+    pub fn new(own: Hello, world: WorldName, roster: &Roster) -> Self {
+        let expected = (0..usize::from(own.world_size))
+            .map(|process| process > own.rank.index() && roster.is_present(process))
+            .collect();
+        Self { own, world, expected }
     }
 
-    /// Lets a higher rank of the same world in, once.
+    /// Lets a higher process of the same world in, once.
     pub fn hear(&mut self, hello: &Hello) -> Result<(), Refusal> {
         check(&self.own, hello)?;
         match hello.world {
@@ -284,18 +436,17 @@ impl Gate {
             }
             _ => return Err(Refusal::World),
         }
-        let entered = &mut self.entered[hello.rank.index()];
-        if hello.rank < self.own.rank || *entered {
+        let expected = &mut self.expected[hello.rank.index()];
+        if !std::mem::take(expected) {
             return Err(Refusal::DuplicateRank { rank: hello.rank });
         }
-        *entered = true;
         Ok(())
     }
 
-    /// Higher ranks that are not in yet.
+    /// Higher processes that are not in yet.
     pub fn missing(&self) -> Vec<Rank> {
-        let entered = self.entered.iter().enumerate().skip(self.own.rank.index() + 1);
-        entered.filter(|(_, entered)| !**entered).map(|(rank, _)| Rank::from(rank)).collect()
+        let expected = self.expected.iter().enumerate();
+        expected.filter(|(_, expected)| **expected).map(|(rank, _)| Rank::from(rank)).collect()
     }
 }
 

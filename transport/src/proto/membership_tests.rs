@@ -8,6 +8,8 @@ fn hello(rank: u16) -> Hello {
         protocol: PROTOCOL_VERSION,
         rank: Rank(rank),
         world_size: 4,
+        ranks: 1,
+        offer: Vec::new(),
         model: [1; 32],
         table: None,
         numerics: "exact".into(),
@@ -18,30 +20,57 @@ fn hello(rank: u16) -> Hello {
     }
 }
 
+fn terms() -> LobbyTerms {
+    LobbyTerms { deadline: Duration::from_secs(5), ..LobbyTerms::default() }
+}
+
 fn from(port: u16) -> SocketAddr {
     SocketAddr::from(([10, 0, 0, 9], port))
 }
 
 #[test]
 fn a_world_is_full_when_every_seat_is_taken_and_agrees_on_the_smallest_frame() {
-    let mut lobby = Lobby::new(hello(0), Duration::from_secs(5));
+    let mut lobby = Lobby::new(hello(0), terms());
     assert_eq!(lobby.poll(Duration::ZERO), LobbyPoll::Waiting { deadline: Duration::from_secs(5) });
     for rank in [2, 1, 3] {
         let mut guest = hello(rank);
         guest.max_frame_bytes = 1000 * u32::from(rank);
         guest.epoch = u32::from(rank);
+        guest.ranks = rank;
         assert_eq!(lobby.hear(u64::from(rank), &guest, from(9)), Ok(()));
     }
-    let LobbyPoll::Full { addresses, max_frame_bytes, epoch } = lobby.poll(Duration::ZERO) else {
-        panic!("not full")
-    };
-    assert_eq!(addresses[1..], [from(7001), from(7002), from(7003)]);
-    assert_eq!((max_frame_bytes, epoch), (1000, 3));
+    let LobbyPoll::Ready(party) = lobby.poll(Duration::ZERO) else { panic!("not ready") };
+    let members = party.roster.members();
+    let addresses: Vec<_> = members[1..].iter().filter_map(|member| member.address).collect();
+    assert_eq!(addresses, [from(7001), from(7002), from(7003)]);
+    assert_eq!(members.iter().map(|member| member.first.0).collect::<Vec<_>>(), [0, 1, 2, 4]);
+    assert_eq!((party.roster.world_size(), party.roster.process_of(Rank(3))), (7, Some(2)));
+    assert_eq!((party.max_frame_bytes, party.epoch), (1000, 3));
+    assert!(party.roster.check() && party.roster.absent().is_empty());
+}
+
+#[test]
+fn a_known_world_starts_again_without_those_who_do_not_come() {
+    let window = Duration::from_secs(2);
+    let known = vec![1, 2, 1, 1];
+    let terms = LobbyTerms { partial_after: Some(window), known: Some(known), ..terms() };
+    let mut lobby = Lobby::new(hello(0), terms);
+    let two = |rank| Hello { ranks: if rank == 1 { 2 } else { 1 }, epoch: 1, ..hello(rank) };
+    assert_eq!(lobby.hear(3, &hello(1), from(9)), Err(Refusal::Ranks { ours: 2, theirs: 1 }));
+    lobby.hear(3, &two(3), from(9)).expect("rank 3");
+    assert_eq!(lobby.poll(Duration::ZERO), LobbyPoll::Waiting { deadline: window });
+    let LobbyPoll::Ready(party) = lobby.poll(window) else { panic!("not ready") };
+    assert_eq!(party.roster.absent(), [1, 2, 3].map(Rank));
+    lobby.wait_for_more();
+    assert_eq!(lobby.poll(window), LobbyPoll::Waiting { deadline: Duration::from_secs(5) });
+    lobby.hear(1, &two(1), from(9)).expect("process 1");
+    let LobbyPoll::Ready(party) = lobby.poll(window) else { panic!("not ready") };
+    assert_eq!((party.roster.absent(), party.epoch), (vec![Rank(3)], 1));
 }
 
 #[test]
 fn what_does_not_fit_is_refused_by_name() {
-    let mut lobby = Lobby::new(Hello { table: Some([5; 32]), ..hello(0) }, Duration::from_secs(5));
+    let mut lobby = Lobby::new(Hello { table: Some([5; 32]), ..hello(0) }, terms());
     let mut refused = |change: &dyn Fn(&mut Hello)| {
         let mut guest = hello(1);
         change(&mut guest);
@@ -60,7 +89,7 @@ fn what_does_not_fit_is_refused_by_name() {
 
 #[test]
 fn a_second_claim_is_refused_until_the_first_guest_leaves() {
-    let mut lobby = Lobby::new(hello(0), Duration::from_secs(5));
+    let mut lobby = Lobby::new(hello(0), terms());
     lobby.hear(1, &hello(2), from(9)).expect("first");
     assert_eq!(lobby.hear(2, &hello(2), from(9)), Err(Refusal::DuplicateRank { rank: Rank(2) }));
     lobby.leave(2);
@@ -73,7 +102,7 @@ fn a_second_claim_is_refused_until_the_first_guest_leaves() {
 #[test]
 fn a_gate_lets_each_higher_rank_of_its_world_in_once() {
     let world = WorldName { id: 77, epoch: 2 };
-    let mut gate = Gate::new(hello(1), world);
+    let mut gate = Gate::new(hello(1), world, &Roster::new([1; 4].map(|ranks| (ranks, Some(from(1))))));
     let guest = |rank, world| Hello { world, ..hello(rank) };
     assert_eq!(gate.hear(&guest(2, None)), Err(Refusal::World));
     assert_eq!(gate.hear(&guest(2, Some(WorldName { id: 78, epoch: 2 }))), Err(Refusal::World));
@@ -105,7 +134,7 @@ proptest! {
     /// Whatever the order of arrivals and departures, no two guests ever share a seat.
     #[test]
     fn seats_are_never_shared(steps in proptest::collection::vec((0_u64..6, 1_u16..4, any::<bool>()), 0..60)) {
-        let mut lobby = Lobby::new(hello(0), Duration::from_secs(5));
+        let mut lobby = Lobby::new(hello(0), terms());
         let mut model: std::collections::BTreeMap<u16, u64> = Default::default();
         for (guest, rank, comes) in steps {
             if comes {

@@ -137,6 +137,8 @@ struct Tag {
 #[derive(Debug, Clone)]
 enum Place {
     Empty,
+    /// Of a rank that is not there in this epoch: nothing will come.
+    Absent,
     Reserved(Tag),
     Full(Tag, Bytes),
 }
@@ -166,6 +168,7 @@ pub struct Rounds {
     next: u64,
     slots: VecDeque<Slot>,
     fates: Vec<Fate>,
+    absent: Vec<bool>,
     early: Vec<usize>,
 }
 
@@ -180,8 +183,19 @@ impl Rounds {
             next: 0,
             slots: VecDeque::new(),
             fates: vec![Fate::Alive; world],
+            absent: vec![false; world],
             early: vec![0; world],
         }
+    }
+
+    /// Does without these ranks: what they would send counts as there, and empty. Call before the first round.
+    pub fn set_absent(&mut self, ranks: &[Rank]) {
+        ranks.iter().filter(|rank| **rank != self.rank).for_each(|rank| self.absent[rank.index()] = true);
+    }
+
+    /// Whether a rank is not there in this epoch.
+    pub fn is_absent(&self, rank: Rank) -> bool {
+        self.absent.get(rank.index()).copied().unwrap_or(false)
     }
 
     /// Number of the round that must be started next.
@@ -358,7 +372,7 @@ impl Rounds {
     fn missing(&self, index: usize) -> Vec<Rank> {
         let places = self.slots[index].places.iter().enumerate();
         places
-            .filter(|(_, place)| !matches!(place, Place::Full(..)))
+            .filter(|(_, place)| !matches!(place, Place::Full(..) | Place::Absent))
             .map(|(peer, _)| Rank::from(peer))
             .collect()
     }
@@ -381,8 +395,10 @@ impl Rounds {
     fn slot(&mut self, number: u64) -> usize {
         let index = (number - self.oldest) as usize;
         while self.slots.len() <= index {
-            let places = vec![Place::Empty; self.world];
-            self.slots.push_back(Slot { started: None, finished: false, missing: self.world, places });
+            let place = |absent: &bool| if *absent { Place::Absent } else { Place::Empty };
+            let places: Vec<Place> = self.absent.iter().map(place).collect();
+            let missing = self.absent.iter().filter(|absent| !**absent).count();
+            self.slots.push_back(Slot { started: None, finished: false, missing, places });
         }
         index
     }

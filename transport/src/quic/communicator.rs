@@ -1,13 +1,13 @@
 //! The blocking face of the QUIC driver.
 
-use super::join::Joined;
+use super::Core;
+use super::door::Watch;
+use super::join::{Joined, Link};
 use super::links::{self, LinkContext, LinkSender, Outgoing};
-use super::options::QuicOptions;
-use super::runtime::RuntimeThread;
 use super::wire::{CLOSE_FAILED, CLOSE_LEFT};
 use crate::inbox::Inbox;
 use crate::proto::frame::FrameHeader;
-use crate::proto::membership::WorldName;
+use crate::proto::membership::{Member, Roster, WorldName};
 use crate::{ByteClass, Communicator, RoundId, TransportError, WireStats};
 use bytes::Bytes;
 use exflow_placement::Rank;
@@ -16,7 +16,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, mpsc as blocking};
 use std::time::Duration;
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
 
 /// How long a closing endpoint waits for its peers' connections to drain.
@@ -52,18 +52,20 @@ pub struct LinkReport {
 #[derive(Debug)]
 pub struct QuicCommunicator {
     rank: Rank,
-    world_size: usize,
     world: WorldName,
+    roster: Roster,
+    absent: Vec<Rank>,
     settings: Vec<u8>,
-    address: SocketAddr,
     connections: Vec<(Rank, Connection)>,
     inbox: Arc<Inbox>,
     bulk_numbers: Vec<u64>,
     commands: mpsc::UnboundedSender<Command>,
     closed: blocking::Receiver<()>,
     close_within: Duration,
+    /// Keeps the door while the world runs.
+    doorman: AbortHandle,
     /// Lives until the connections are closed.
-    _runtime: Arc<RuntimeThread>,
+    core: Arc<Core>,
 }
 
 enum Command {
@@ -74,17 +76,17 @@ enum Command {
 }
 
 impl QuicCommunicator {
-    pub(crate) fn new(
-        rank: Rank,
-        world_size: usize,
-        joined: Joined,
-        options: &QuicOptions,
-        address: SocketAddr,
-        runtime: Arc<RuntimeThread>,
-    ) -> Self {
-        let Joined { endpoint, links, world, max_frame_bytes, settings, messages } = joined;
+    pub(crate) fn new(joined: Joined, core: Arc<Core>) -> Self {
+        let Joined { links, world, roster, max_frame_bytes, settings, messages } = joined;
+        let options = &core.options.quic;
+        let rank = roster.members()[core.options.rank.index()].first;
+        let (world_size, absent) = (roster.world_size(), roster.absent());
         let inbox = Arc::new(Inbox::new(rank, world_size, options.inbox_limits(max_frame_bytes)));
-        messages.into_iter().for_each(|(peer, sent, bytes)| inbox.count_control(peer, sent, bytes));
+        inbox.set_absent(&absent);
+        let first_of = |process: Rank| roster.members()[process.index()].first;
+        messages.into_iter().for_each(|(peer, sent, bytes)| inbox.count_control(first_of(peer), sent, bytes));
+        let links: Vec<_> =
+            links.into_iter().map(|link| Link { peer: first_of(link.peer), ..link }).collect();
         let connections = links.iter().map(|link| (link.peer, link.connection.clone())).collect();
         let context = LinkContext {
             inbox: Arc::clone(&inbox),
@@ -94,7 +96,15 @@ impl QuicCommunicator {
         };
         let (commands, queue) = mpsc::unbounded_channel();
         let linger = options.linger;
-        let closed = runtime.launch(async move {
+        let endpoint = core.bound.endpoint.clone();
+        let watch = Watch {
+            options: Arc::clone(&core.options),
+            world,
+            roster: roster.clone(),
+            lose: lose_process(&inbox, &roster),
+        };
+        let doorman = core.runtime.handle().spawn(Arc::clone(&core.door).keep(watch)).abort_handle();
+        let closed = core.runtime.launch(async move {
             let mut writers = JoinSet::new();
             let mut senders: Vec<Option<LinkSender>> = (0..world_size).map(|_| None).collect();
             for link in links {
@@ -105,17 +115,18 @@ impl QuicCommunicator {
         });
         Self {
             rank,
-            world_size,
             world,
+            roster,
+            absent,
             settings,
-            address,
             connections,
             inbox,
             bulk_numbers: vec![0; world_size],
             commands,
             closed,
-            close_within: LONGEST_DRAIN * options.linger + 5 * CLOSING,
-            _runtime: runtime,
+            close_within: LONGEST_DRAIN * linger + 5 * CLOSING,
+            doorman,
+            core,
         }
     }
 
@@ -131,7 +142,12 @@ impl QuicCommunicator {
 
     /// UDP address of this rank.
     pub fn local_address(&self) -> SocketAddr {
-        self.address
+        self.core.bound.address
+    }
+
+    /// Every process of the world, absent ones included.
+    pub fn roster(&self) -> &Roster {
+        &self.roster
     }
 
     /// What each link is like now, by rank of the peer.
@@ -159,6 +175,15 @@ impl QuicCommunicator {
     }
 }
 
+/// What the doorman says of a process is true of each of its ranks.
+fn lose_process(inbox: &Arc<Inbox>, roster: &Roster) -> super::door::Lose {
+    let (inbox, roster) = (Arc::clone(inbox), roster.clone());
+    Box::new(move |process, cause| {
+        let ranks = roster.members().get(process).into_iter().flat_map(Member::ranks);
+        ranks.for_each(|rank| inbox.lose_peer(rank, cause.clone()));
+    })
+}
+
 fn report(peer: Rank, connection: &Connection) -> LinkReport {
     let stats = connection.stats();
     LinkReport {
@@ -179,7 +204,11 @@ impl Communicator for QuicCommunicator {
     }
 
     fn world_size(&self) -> usize {
-        self.world_size
+        self.roster.world_size()
+    }
+
+    fn absent(&self) -> &[Rank] {
+        &self.absent
     }
 
     fn exchange(&mut self, round: RoundId, send: Vec<Vec<u8>>) -> Result<Vec<Bytes>, TransportError> {
@@ -224,6 +253,7 @@ impl Drop for QuicCommunicator {
             self.inbox.failure().map(|failure| failure.to_string())
         };
         self.inbox.close();
+        self.doorman.abort();
         if self.command(Command::Close(reason)).is_ok() {
             // If the driver does not answer in time, the process may end without a word to the peers.
             let _ = self.closed.recv_timeout(self.close_within);
@@ -283,7 +313,7 @@ impl Pump {
             }
         };
         connections.iter().for_each(|connection| super::wire::close(connection, code, &words));
-        self.endpoint.close(code.into(), words.as_bytes());
+        // The endpoint lives on: for the next life of the world, and for those who wait at its door.
         let _ = timeout(CLOSING, self.endpoint.wait_idle()).await;
     }
 }

@@ -1,10 +1,10 @@
 //! What both sides of joining share: guests, answers, and what failures mean.
 
-use super::endpoint::Bound;
-use super::options::{Congestion, JoinEvent, JoinOptions};
+use super::Core;
+use super::options::{Congestion, JoinEvent, JoinOptions, Life};
 use super::tls::{Verdict, verdict};
 use super::wire::{self, CLOSE_FAILED, CLOSE_LEFT, CLOSE_REFUSED, Duplex, StreamKind, WireError};
-use crate::proto::membership::{HELLO_CAP, Hello, Message, WorldName};
+use crate::proto::membership::{HELLO_CAP, Hello, Message, Roster, WorldName};
 use crate::{LossCause, Refusal, TransportError, Violation};
 use exflow_placement::Rank;
 use quinn::{Connection, ConnectionError, Endpoint};
@@ -20,6 +20,7 @@ const GREETINGS: usize = 64;
 
 /// A connection that is fully set up.
 pub(crate) struct Link {
+    /// The number of the peer's process.
     pub(crate) peer: Rank,
     pub(crate) connection: Connection,
     pub(crate) control: Duplex,
@@ -27,11 +28,11 @@ pub(crate) struct Link {
     pub(crate) bulk: Duplex,
 }
 
-/// A rank that has joined.
+/// A process that has joined.
 pub(crate) struct Joined {
-    pub(crate) endpoint: Endpoint,
     pub(crate) links: Vec<Link>,
     pub(crate) world: WorldName,
+    pub(crate) roster: Roster,
     pub(crate) max_frame_bytes: u32,
     pub(crate) settings: Vec<u8>,
     /// Messages exchanged while joining: peer, whether sent, payload bytes.
@@ -55,20 +56,17 @@ pub(crate) enum Arrival {
 }
 
 /// Joins as rank 0 or as another rank.
-pub(crate) async fn join(bound: Bound, options: Arc<JoinOptions>) -> Result<Joined, TransportError> {
-    let endpoint = bound.endpoint.clone();
+pub(crate) async fn join(core: Arc<Core>, life: Life) -> Result<Joined, TransportError> {
+    let options = Arc::clone(&core.options);
     let result = if options.rank == Rank(0) {
-        super::lobby::lead(bound, &options).await
+        super::lobby::lead(&core, &life).await
     } else {
-        super::mesh::follow(bound, &options).await
+        super::mesh::follow(&core, &life).await
     };
     let result = result.and_then(|joined| check_private(&joined, &options).map(|()| joined));
     if let Err(error) = &result {
-        endpoint.close(CLOSE_FAILED.into(), error.to_string().as_bytes());
-        let _ = timeout(Duration::from_millis(200), endpoint.wait_idle()).await;
-    } else {
-        // The group is complete: nobody else is let in.
-        endpoint.set_server_config(None);
+        core.bound.endpoint.close(CLOSE_FAILED.into(), error.to_string().as_bytes());
+        let _ = timeout(Duration::from_millis(200), core.bound.endpoint.wait_idle()).await;
     }
     result
 }

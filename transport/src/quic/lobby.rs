@@ -1,26 +1,24 @@
 //! Rank 0's side of joining: it waits until all are there, then welcomes them.
 
-use super::endpoint::Bound;
-use super::join::{Arrival, Guest, Joined, Link, Notes, accept_link, explain, receive, refuse};
-use super::options::{JoinEvent, JoinOptions};
+use super::Core;
+use super::join::{Arrival, Guest, Joined, Link, Notes, accept_link, explain, refuse};
+use super::options::{JoinEvent, JoinOptions, Life, Ruling};
 use super::wire;
-use crate::proto::membership::{Lobby, LobbyPoll, Message, Welcome, WorldName};
+use crate::proto::membership::{Lobby, LobbyPoll, LobbyTerms, Message, Party, Welcome, WorldName};
 use crate::{Refusal, TransportError};
 use exflow_placement::Rank;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
-use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 /// Guests with a seat, by id.
 type Seated = BTreeMap<u64, Box<Guest>>;
 
-pub(crate) async fn lead(bound: Bound, options: &Arc<JoinOptions>) -> Result<Joined, TransportError> {
-    let began = Instant::now();
-    let arrivals = receive(bound.endpoint.clone(), Arc::clone(options));
-    let (seated, welcome) = gather(&bound, options, arrivals, began).await?;
+pub(crate) async fn lead(core: &Arc<Core>, life: &Life) -> Result<Joined, TransportError> {
+    let options = &core.options;
+    let (seated, welcome) = gather(core, life, Instant::now()).await?;
     let mut messages = Vec::new();
     let mut opening = JoinSet::new();
     for mut guest in seated.into_values() {
@@ -35,32 +33,49 @@ pub(crate) async fn lead(bound: Bound, options: &Arc<JoinOptions>) -> Result<Joi
             link.map_err(|error| explain(&options, peer, &error))
         });
     }
-    let links = collect(opening, options).await?;
-    let Welcome { world, max_frame_bytes, settings, .. } = welcome;
-    Ok(Joined { endpoint: bound.endpoint, links, world, max_frame_bytes, settings, messages })
+    let links = collect(opening, options, &welcome).await?;
+    let Welcome { world, roster, max_frame_bytes, settings } = welcome;
+    Ok(Joined { links, world, roster, max_frame_bytes, settings, messages })
 }
 
-/// Waits until every seat is taken.
-async fn gather(
-    bound: &Bound,
-    options: &Arc<JoinOptions>,
-    mut arrivals: mpsc::Receiver<Arrival>,
-    began: Instant,
-) -> Result<(Seated, Welcome), TransportError> {
-    let mut lobby = Lobby::new(options.hello(bound.address.port()), options.quic.join_timeout);
+/// Waits until the world can start.
+async fn gather(core: &Arc<Core>, life: &Life, began: Instant) -> Result<(Seated, Welcome), TransportError> {
+    let options = &core.options;
+    let terms = LobbyTerms {
+        deadline: options.quic.join_timeout,
+        partial_after: life.known.is_some().then_some(life.partial_after),
+        known: life.known.as_ref().map(|(_, ranks)| ranks.clone()),
+    };
+    let mut lobby = Lobby::new(options.hello(core.bound.address.port(), life), terms);
+    let mut arrivals = core.door.arrivals.lock().await;
     let (mut seated, mut notes, mut left) = (Seated::new(), Notes::default(), JoinSet::new());
+    let mut early = core.door.take_waiting();
     loop {
+        if let Some(guest) = early.pop() {
+            welcome_in(&mut lobby, &mut seated, guest, options, &mut notes, &mut left);
+            continue;
+        }
         let deadline = match lobby.poll(began.elapsed()) {
             LobbyPoll::Waiting { deadline } => deadline,
-            LobbyPoll::Full { addresses, max_frame_bytes, epoch } => {
-                let world = WorldName { id: random_id(), epoch };
-                return Ok((
-                    seated,
-                    Welcome { world, max_frame_bytes, addresses, settings: options.settings.clone() },
-                ));
-            }
+            LobbyPoll::Ready(party) => match rule(options, &party).await? {
+                Ruling::Start(settings) => {
+                    let id = life.known.as_ref().map_or_else(random_id, |(id, _)| *id);
+                    let world = WorldName { id, epoch: party.epoch };
+                    let Party { roster, max_frame_bytes, .. } = party;
+                    return Ok((seated, Welcome { world, max_frame_bytes, roster, settings }));
+                }
+                Ruling::Wait(what) if !lobby.missing().is_empty() => {
+                    notes.add(options, what);
+                    lobby.wait_for_more();
+                    continue;
+                }
+                Ruling::Wait(what) | Ruling::Never(what) => {
+                    dismiss(seated, options, &Refusal::NotStarted { what: what.clone() }).await;
+                    return Err(TransportError::NotStarted { what });
+                }
+            },
             LobbyPoll::Expired { missing } => {
-                dismiss(seated, options, &missing).await;
+                dismiss(seated, options, &Refusal::Incomplete { missing: missing.clone() }).await;
                 return Err(notes.timeout(options, missing, began));
             }
         };
@@ -71,13 +86,7 @@ async fn gather(
         };
         match arrival {
             Some(Arrival::Guest(guest)) => {
-                let (id, connection) = (guest.id, guest.connection.clone());
-                if seat(&mut lobby, &mut seated, guest, options, &mut notes) {
-                    left.spawn(async move {
-                        connection.closed().await;
-                        id
-                    });
-                }
+                welcome_in(&mut lobby, &mut seated, guest, options, &mut notes, &mut left)
             }
             Some(Arrival::Gone(id)) => {
                 lobby.leave(id);
@@ -88,6 +97,24 @@ async fn gather(
             Some(Arrival::Failed(what)) => notes.add(options, what),
             None => {}
         }
+    }
+}
+
+/// Seats a guest, and watches whether it goes away again.
+fn welcome_in(
+    lobby: &mut Lobby,
+    seated: &mut Seated,
+    guest: Box<Guest>,
+    options: &Arc<JoinOptions>,
+    notes: &mut Notes,
+    left: &mut JoinSet<u64>,
+) {
+    let (id, connection) = (guest.id, guest.connection.clone());
+    if seat(lobby, seated, guest, options, notes) {
+        left.spawn(async move {
+            connection.closed().await;
+            id
+        });
     }
 }
 
@@ -114,20 +141,30 @@ fn seat(
     }
 }
 
-/// Tells those who did come that the group will not be complete.
-async fn dismiss(seated: Seated, options: &JoinOptions, missing: &[Rank]) {
+/// Asks rank 0's program about those who are there.
+async fn rule(options: &Arc<JoinOptions>, party: &Party) -> Result<Ruling, TransportError> {
+    let Some(decide) = options.decide.clone() else { return Ok(Ruling::Start(options.settings.clone())) };
+    let party = party.clone();
+    // It may read files: connections are kept alive meanwhile.
+    let ruling = tokio::task::spawn_blocking(move || decide(&party)).await;
+    ruling.map_err(|error| TransportError::NotStarted { what: error.to_string() })
+}
+
+/// Tells those who did come that the group will not start.
+async fn dismiss(seated: Seated, options: &JoinOptions, refusal: &Refusal) {
     let mut refusing = JoinSet::new();
     for mut guest in seated.into_values() {
-        let (own, refusal) = (options.rank, Refusal::Incomplete { missing: missing.to_vec() });
+        let (own, refusal) = (options.rank, refusal.clone());
         refusing.spawn(async move { refuse(&guest.connection, &mut guest.control, own, refusal).await });
     }
     while refusing.join_next().await.is_some() {}
 }
 
 /// Waits for the streams of every guest.
-pub(crate) async fn collect(
+async fn collect(
     mut opening: JoinSet<Result<Link, TransportError>>,
     options: &JoinOptions,
+    welcome: &Welcome,
 ) -> Result<Vec<Link>, TransportError> {
     let began = Instant::now();
     let mut links: Vec<Link> = Vec::new();
@@ -138,7 +175,8 @@ pub(crate) async fn collect(
             Ok(Some(Ok(link))) => links.push(link?),
             Ok(Some(Err(_))) | Err(_) => {
                 let there = |rank: &Rank| links.iter().any(|link| link.peer == *rank);
-                let missing = (1..options.world_size).map(Rank::from).filter(|rank| !there(rank)).collect();
+                let expected = |rank: &Rank| welcome.roster.is_present(rank.index()) && !there(rank);
+                let missing = (1..options.world_size).map(Rank::from).filter(expected).collect();
                 return Err(Notes::default().timeout(options, missing, began));
             }
         }

@@ -1,8 +1,8 @@
 //! The other ranks' side of joining: hello to rank 0, then to the lower ranks, while the higher ones come.
 
-use super::endpoint::Bound;
-use super::join::{Arrival, Guest, Joined, Link, Notes, accept_link, explain, open_link, receive, refuse};
-use super::options::{JoinEvent, JoinOptions};
+use super::Core;
+use super::join::{Arrival, Guest, Joined, Link, Notes, accept_link, explain, open_link, refuse};
+use super::options::{JoinEvent, JoinOptions, Life};
 use super::tls::{Verdict, verdict};
 use super::wire::{self, Duplex, StreamKind, WireError};
 use crate::identity::rank_name;
@@ -22,30 +22,36 @@ const RETRY: Duration = Duration::from_millis(100);
 /// A link and the bytes of the two messages that made it.
 type Opened = (Link, Option<[usize; 2]>);
 
-pub(crate) async fn follow(bound: Bound, options: &Arc<JoinOptions>) -> Result<Joined, TransportError> {
-    let began = Instant::now();
-    let mut arrivals = receive(bound.endpoint.clone(), Arc::clone(options));
-    let mut hello = options.hello(bound.address.port());
-    let dialer = Arc::new(Dialer { bound, options: Arc::clone(options), began });
+pub(crate) async fn follow(core: &Arc<Core>, life: &Life) -> Result<Joined, TransportError> {
+    let (options, began) = (&core.options, Instant::now());
+    // Those who came while an earlier life ran do not belong to this one.
+    drop(core.door.take_waiting());
+    let mut hello = options.hello(core.bound.address.port(), life);
+    let dialer = Arc::new(Dialer { core: Arc::clone(core), began, contact: life.contact });
     let knocked = dialer.knock(&hello).await?;
     let Knocked { connection, control, welcome, bytes } = knocked;
     let leader = connection.remote_address();
     let mut messages = vec![(Rank(0), true, bytes[0]), (Rank(0), false, bytes[1])];
     hello.world = Some(welcome.world);
-    let mut gate = Gate::new(hello.clone(), welcome.world);
+    let mut gate = Gate::new(hello.clone(), welcome.world, &welcome.roster);
+    let mut arrivals = core.door.arrivals.lock().await;
     let mut opening: JoinSet<Result<Opened, TransportError>> = JoinSet::new();
-    let opener = Arc::clone(&dialer);
+    let opener = Arc::clone(options);
     opening.spawn(async move {
         let link = open_link(Rank(0), connection, control).await;
-        link.map(|link| (link, None)).map_err(|error| explain(&opener.options, Rank(0), &error))
+        link.map(|link| (link, None)).map_err(|error| explain(&opener, Rank(0), &error))
     });
-    for peer in (1..options.rank.index()).map(Rank::from) {
+    for peer in (1..options.rank.index()).filter(|&peer| welcome.roster.is_present(peer)).map(Rank::from) {
         let address = address_of(peer, &welcome, leader, options);
         let (dialer, hello) = (Arc::clone(&dialer), hello.clone());
         opening.spawn(async move { dialer.greet(peer, address, hello).await });
     }
+    let expected: Vec<Rank> = (0..options.world_size)
+        .filter(|&process| welcome.roster.is_present(process) && process != options.rank.index())
+        .map(Rank::from)
+        .collect();
     let (mut links, mut notes): (Vec<Link>, _) = (Vec::new(), Notes::default());
-    while links.len() + 1 < options.world_size {
+    while links.len() < expected.len() {
         let left = options.quic.join_timeout.saturating_sub(began.elapsed());
         let step = timeout(left, async {
             tokio::select! {
@@ -72,16 +78,14 @@ pub(crate) async fn follow(bound: Bound, options: &Arc<JoinOptions>) -> Result<J
             Ok(Err(Arrival::Failed(what))) => notes.add(options, what),
             Ok(Err(Arrival::Gone(_))) => {}
             Ok(Ok(Err(_))) | Err(_) => {
-                let there =
-                    |rank: &Rank| links.iter().any(|link| link.peer == *rank) || *rank == options.rank;
-                let missing = (0..options.world_size).map(Rank::from).filter(|rank| !there(rank)).collect();
+                let there = |rank: &Rank| links.iter().any(|link| link.peer == *rank);
+                let missing = expected.into_iter().filter(|rank| !there(rank)).collect();
                 return Err(notes.timeout(options, missing, began));
             }
         }
     }
-    let Welcome { world, max_frame_bytes, settings, .. } = welcome;
-    let endpoint = dialer.bound.endpoint.clone();
-    Ok(Joined { endpoint, links, world, max_frame_bytes, settings, messages })
+    let Welcome { world, roster, max_frame_bytes, settings } = welcome;
+    Ok(Joined { links, world, roster, max_frame_bytes, settings, messages })
 }
 
 /// Lets a higher rank in; gives the bytes of the answer.
@@ -114,7 +118,8 @@ fn address_of(peer: Rank, welcome: &Welcome, leader: SocketAddr, options: &JoinO
     if let Some((_, address)) = options.peers.iter().find(|(rank, _)| *rank == peer) {
         return *address;
     }
-    let mut address = welcome.addresses.get(peer.index()).copied().unwrap_or(leader);
+    let member = welcome.roster.members().get(peer.index());
+    let mut address = member.and_then(|member| member.address).unwrap_or(leader);
     if address.ip().to_canonical().is_loopback() && !leader.ip().to_canonical().is_loopback() {
         address.set_ip(leader.ip());
     }
@@ -122,9 +127,10 @@ fn address_of(peer: Rank, welcome: &Welcome, leader: SocketAddr, options: &JoinO
 }
 
 struct Dialer {
-    bound: Bound,
-    options: Arc<JoinOptions>,
+    core: Arc<Core>,
     began: Instant,
+    /// How long rank 0 may be out of reach.
+    contact: Option<Duration>,
 }
 
 struct Knocked {
@@ -136,20 +142,38 @@ struct Knocked {
 }
 
 impl Dialer {
+    fn options(&self) -> &JoinOptions {
+        &self.core.options
+    }
+
     fn left(&self) -> Duration {
-        self.options.quic.join_timeout.saturating_sub(self.began.elapsed())
+        self.options().quic.join_timeout.saturating_sub(self.began.elapsed())
+    }
+
+    /// How long a connection may still take to be made.
+    fn left_to_reach(&self, peer: Rank) -> Duration {
+        let contact = self.contact.filter(|_| peer == Rank(0));
+        contact.map_or(self.left(), |contact| contact.saturating_sub(self.began.elapsed()).min(self.left()))
     }
 
     /// Says hello to rank 0 until it answers: it may start later than this rank.
     async fn knock(&self, hello: &Hello) -> Result<Knocked, TransportError> {
-        let leader = self.options.leader.clone().unwrap_or_default();
+        let leader = self.options().leader.clone().unwrap_or_default();
         let mut notes = Notes::default();
         loop {
+            if self.left_to_reach(Rank(0)).is_zero() {
+                return Err(notes.timeout(self.options(), vec![Rank(0)], self.began));
+            }
             let attempt = async {
                 let address = self.resolve(&leader).await?;
                 let (connection, control, message, bytes) = self.ask(Rank(0), address, hello).await?;
                 match message {
-                    Message::Welcome(welcome) if usize::from(hello.world_size) == welcome.addresses.len() => {
+                    Message::Welcome(welcome)
+                        if welcome.roster.members().len() == usize::from(hello.world_size)
+                            && welcome.roster.check()
+                            && welcome.roster.members()[hello.rank.index()].ranks == hello.ranks
+                            && welcome.roster.is_present(hello.rank.index()) =>
+                    {
                         Ok(Knocked { connection, control, welcome, bytes })
                     }
                     other => Err(self.unexpected(Rank(0), other)),
@@ -158,10 +182,10 @@ impl Dialer {
             match timeout(self.left(), attempt).await {
                 Ok(Ok(knocked)) => return Ok(knocked),
                 Ok(Err(Attempt::Fatal(error))) => return Err(error),
-                Ok(Err(Attempt::Again(what))) => notes.add(&self.options, format!("{leader}: {what}")),
-                Err(_) => return Err(notes.timeout(&self.options, vec![Rank(0)], self.began)),
+                Ok(Err(Attempt::Again(what))) => notes.add(self.options(), format!("{leader}: {what}")),
+                Err(_) => return Err(notes.timeout(self.options(), vec![Rank(0)], self.began)),
             }
-            tokio::time::sleep(RETRY.min(self.left())).await;
+            tokio::time::sleep(RETRY.min(self.left_to_reach(Rank(0)))).await;
         }
     }
 
@@ -172,7 +196,7 @@ impl Dialer {
             match timeout(self.left(), self.ask(peer, address, &hello)).await {
                 Ok(Ok((connection, control, Message::Accept, bytes))) => {
                     let link = open_link(peer, connection, control).await;
-                    let link = link.map_err(|error| explain(&self.options, peer, &error))?;
+                    let link = link.map_err(|error| explain(self.options(), peer, &error))?;
                     return Ok((link, Some(bytes)));
                 }
                 Ok(Ok((_, _, other, _))) => {
@@ -181,15 +205,15 @@ impl Dialer {
                     }
                 }
                 Ok(Err(Attempt::Fatal(error))) => return Err(error),
-                Ok(Err(Attempt::Again(what))) => notes.add(&self.options, format!("{address}: {what}")),
-                Err(_) => return Err(notes.timeout(&self.options, vec![peer], self.began)),
+                Ok(Err(Attempt::Again(what))) => notes.add(self.options(), format!("{address}: {what}")),
+                Err(_) => return Err(notes.timeout(self.options(), vec![peer], self.began)),
             }
             tokio::time::sleep(RETRY.min(self.left())).await;
         }
     }
 
     async fn resolve(&self, leader: &str) -> Result<SocketAddr, Attempt> {
-        let own = self.bound.address;
+        let own = self.core.bound.address;
         let found =
             tokio::net::lookup_host(leader).await.map_err(|error| Attempt::Again(error.to_string()))?;
         let fits =
@@ -209,16 +233,19 @@ impl Dialer {
     ) -> Result<(Connection, Duplex, Message, [usize; 2]), Attempt> {
         let address = reachable(address);
         let connecting =
-            self.bound.endpoint.connect_with(self.bound.client.clone(), address, &rank_name(peer));
+            self.core.bound.endpoint.connect_with(self.core.bound.client.clone(), address, &rank_name(peer));
         let connecting = connecting.map_err(|error| {
             let what = format!("{address}: {error}");
             Attempt::Fatal(TransportError::Options { what, remedy: "check this address".into() })
         })?;
         let fail = |error: WireError| self.failed(peer, &error);
-        let connection = connecting.await.map_err(|error| fail(error.into()))?;
+        let connection = match timeout(self.left_to_reach(peer), connecting).await {
+            Ok(connected) => connected.map_err(|error| fail(error.into()))?,
+            Err(_) => return Err(Attempt::Again("no answer".into())),
+        };
         let mut control = wire::open(&connection, StreamKind::Control).await.map_err(fail)?;
         let hello = Message::Hello(hello.clone());
-        let sent = wire::write_message(&mut control.0, self.options.rank, &hello).await.map_err(fail)?;
+        let sent = wire::write_message(&mut control.0, self.options().rank, &hello).await.map_err(fail)?;
         let (_, message, received) = wire::read_message(&mut control.1, WELCOME_CAP).await.map_err(fail)?;
         match message {
             Message::Refuse(refusal) => Err(Attempt::Fatal(self.refused(peer, refusal))),
@@ -227,7 +254,7 @@ impl Dialer {
     }
 
     fn refused(&self, peer: Rank, refusal: Refusal) -> TransportError {
-        TransportError::Refused { rank: self.options.rank, peer, refusal }
+        TransportError::Refused { rank: self.options().rank, peer, refusal }
     }
 
     fn unexpected(&self, peer: Rank, message: Message) -> Attempt {
@@ -242,11 +269,11 @@ impl Dialer {
         match error {
             WireError::Connection(lost) if matches!(verdict(lost), Verdict::Other) => match lost {
                 quinn::ConnectionError::ApplicationClosed(_) => {
-                    Attempt::Fatal(explain(&self.options, peer, error))
+                    Attempt::Fatal(explain(self.options(), peer, error))
                 }
                 lost => Attempt::Again(lost.to_string()),
             },
-            error => Attempt::Fatal(explain(&self.options, peer, error)),
+            error => Attempt::Fatal(explain(self.options(), peer, error)),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 mod communicator;
 mod congestion;
+mod door;
 mod endpoint;
 mod join;
 mod links;
@@ -16,12 +17,13 @@ mod wire;
 
 pub use communicator::{LinkReport, QuicCommunicator};
 pub use options::{
-    Congestion, DriverThreads, ETHERNET_UDP_PAYLOAD, JUMBO_UDP_PAYLOAD, JoinEvent, JoinObserver, JoinOptions,
-    MIN_UDP_PAYLOAD, QuicOptions,
+    Congestion, Decide, DriverThreads, ETHERNET_UDP_PAYLOAD, JUMBO_UDP_PAYLOAD, JoinEvent, JoinObserver,
+    JoinOptions, Life, MIN_UDP_PAYLOAD, QuicOptions, Ruling,
 };
 
 use crate::TransportError;
 use crate::identity::{ClusterAuthority, DEFAULT_VALIDITY};
+use door::Door;
 use endpoint::Bound;
 use exflow_placement::Rank;
 use join::Joined;
@@ -30,11 +32,30 @@ use std::net::SocketAddr;
 use std::sync::{Arc, mpsc};
 use tls::Tls;
 
-/// A rank that listens and has not joined yet.
+/// A process that listens, and may join one life of its world after the other.
 pub struct Listener {
-    options: Arc<JoinOptions>,
-    bound: Bound,
-    runtime: Arc<RuntimeThread>,
+    core: Arc<Core>,
+}
+
+/// What lives as long as a process belongs to a group.
+pub(crate) struct Core {
+    pub(crate) options: Arc<JoinOptions>,
+    pub(crate) bound: Bound,
+    pub(crate) door: Arc<Door>,
+    pub(crate) runtime: Arc<RuntimeThread>,
+}
+
+impl Drop for Core {
+    fn drop(&mut self) {
+        // Whoever waits at the door hears that nobody is there any more.
+        self.bound.endpoint.close(wire::CLOSE_LEFT.into(), b"");
+    }
+}
+
+impl std::fmt::Debug for Core {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Core").field("options", &self.options).finish_non_exhaustive()
+    }
 }
 
 impl Listener {
@@ -47,56 +68,63 @@ impl Listener {
 
     fn bind_on(options: JoinOptions, runtime: Arc<RuntimeThread>) -> Result<Self, TransportError> {
         options.check()?;
+        let options = Arc::new(options);
         let tls = Tls::new(&options.identity)?;
-        let bound = {
-            let _within = runtime.handle().enter();
-            endpoint::bind(options.listen, &tls, &options.quic)
-        };
+        let _within = runtime.handle().enter();
+        let bound = endpoint::bind(options.listen, &tls, &options.quic);
         let bound = bound.map_err(|error| TransportError::System {
             rank: options.rank,
             what: format!("cannot listen on UDP {}", options.listen),
             cause: error.to_string(),
         })?;
         options.tell(&JoinEvent::Listening { address: bound.address });
-        Ok(Self { options: Arc::new(options), bound, runtime })
+        let door = Arc::new(Door::open(bound.endpoint.clone(), Arc::clone(&options)));
+        let core = Arc::new(Core { options, bound, door, runtime: Arc::clone(&runtime) });
+        Ok(Self { core })
     }
 
-    /// Where this rank listens.
+    /// Where this process listens.
     pub fn local_address(&self) -> SocketAddr {
-        self.bound.address
+        self.core.bound.address
     }
 
-    /// Waits until the group is complete.
+    /// Waits until the group is complete, for the only life of its world.
     pub fn join(self) -> Result<QuicCommunicator, TransportError> {
-        self.begin().wait()
+        self.begin(Life::default()).wait(false)
     }
 
-    fn begin(self) -> Joining {
-        let (options, address) = (self.options, self.bound.address);
-        let result = self.runtime.launch(join::join(self.bound, Arc::clone(&options)));
-        Joining { options, address, result, runtime: self.runtime }
+    /// Waits until a life of the world can start; its ranks of this process, in order. Drop those of the life before
+    /// first. While it lives, rank 0 keeps the door: who comes back ends it ([`LossCause::Rejoins`](crate::LossCause)).
+    pub fn form(&self, life: Life) -> Result<Vec<QuicCommunicator>, TransportError> {
+        Ok(vec![self.begin(life).wait(true)?])
+    }
+
+    fn begin(&self, life: Life) -> Joining {
+        let result = self.core.runtime.launch(join::join(Arc::clone(&self.core), life));
+        Joining { core: Arc::clone(&self.core), result }
     }
 }
 
-/// A rank that is joining on its driver's thread.
+/// A process that is joining on its driver's thread.
 struct Joining {
-    options: Arc<JoinOptions>,
-    address: SocketAddr,
+    core: Arc<Core>,
     result: mpsc::Receiver<Result<Joined, TransportError>>,
-    runtime: Arc<RuntimeThread>,
 }
 
 impl Joining {
-    fn wait(self) -> Result<QuicCommunicator, TransportError> {
-        let rank = self.options.rank;
+    /// `door`: whether others may come while this life lasts.
+    fn wait(self, door: bool) -> Result<QuicCommunicator, TransportError> {
         let ended = || TransportError::System {
-            rank,
+            rank: self.core.options.rank,
             what: "the driver's thread ended while joining".into(),
             cause: "see its panic message".into(),
         };
         let joined = self.result.recv().map_err(|_| ended())??;
-        let JoinOptions { world_size, quic, .. } = &*self.options;
-        Ok(QuicCommunicator::new(rank, *world_size, joined, quic, self.address, self.runtime))
+        if !door {
+            // The group is complete: nobody else is let in.
+            self.core.bound.endpoint.set_server_config(None);
+        }
+        Ok(QuicCommunicator::new(joined, self.core))
     }
 }
 
@@ -119,14 +147,14 @@ pub fn loopback_world(n: usize, options: QuicOptions) -> Result<Vec<QuicCommunic
         let identity = authority.issue(rank, DEFAULT_VALIDITY)?;
         let join = JoinOptions {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
-            leader: joining.first().map(|leader| leader.address.to_string()),
+            leader: joining.first().map(|leader| leader.core.bound.address.to_string()),
             quic: options.clone(),
             ..JoinOptions::new(rank, n, identity)
         };
         let runtime = shared.clone().map_or_else(|| start_runtime(rank), Ok)?;
-        joining.push(Listener::bind_on(join, runtime)?.begin());
+        joining.push(Listener::bind_on(join, runtime)?.begin(Life::default()));
     }
-    joining.into_iter().map(Joining::wait).collect()
+    joining.into_iter().map(|joining| joining.wait(false)).collect()
 }
 
 fn start_runtime(rank: Rank) -> Result<Arc<RuntimeThread>, TransportError> {

@@ -5,7 +5,7 @@ use crate::identity::Identity;
 use crate::inbox::InboxLimits;
 use crate::link::LinkSpec;
 use crate::proto::frame::HEADER_BYTES;
-use crate::proto::membership::{Digest, Hello, PROTOCOL_VERSION};
+use crate::proto::membership::{Digest, Hello, MOST_RANKS, OFFER_CAP, PROTOCOL_VERSION, Party};
 use crate::proto::round::RoundLimits;
 use exflow_placement::Rank;
 use std::fmt;
@@ -170,13 +170,47 @@ pub enum JoinEvent {
 /// Receives [`JoinEvent`]s, on the driver's thread: it must not block.
 pub type JoinObserver = Arc<dyn Fn(&JoinEvent) + Send + Sync>;
 
-/// How a rank joins its group.
+/// What rank 0's program says of those with whom the world could start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ruling {
+    /// It starts; every rank is given these settings. At most 8 MiB.
+    Start(Vec<u8>),
+    /// They are too few, for this reason: more are waited for.
+    Wait(String),
+    /// It cannot start at all; everybody is told why.
+    Never(String),
+}
+
+/// Decides about a party, on a thread that may block.
+pub type Decide = Arc<dyn Fn(&Party) -> Ruling + Send + Sync>;
+
+/// Which life of a world is to be joined.
+#[derive(Debug, Clone, Default)]
+pub struct Life {
+    /// The lowest epoch to join: one more than the last one.
+    pub epoch: u32,
+    /// Rank 0: the world's name and the ranks of each process, once it has been complete.
+    pub known: Option<(u64, Vec<u16>)>,
+    /// Rank 0: how long everybody is waited for before a known world starts with those who are there.
+    pub partial_after: Duration,
+    /// The others: how long rank 0 may be out of reach before it is lost; `None`: until the join timeout.
+    pub contact: Option<Duration>,
+}
+
+/// How a process joins its group.
 #[derive(Clone)]
 pub struct JoinOptions {
-    /// This rank.
+    /// The number of this process, which its certificate names: its rank where every process hosts one.
     pub rank: Rank,
-    /// How many ranks there are.
+    /// How many processes there are.
     pub world_size: usize,
+    /// How many ranks this process hosts.
+    pub ranks: usize,
+    /// What rank 0's program is to know of this process, at most 2048 bytes: see [`Party::offers`].
+    pub offer: Vec<u8>,
+    /// Rank 0: decides when those who are there can start, and with which settings; `None`: with
+    /// [`JoinOptions::settings`], when all are there.
+    pub decide: Option<Decide>,
     /// UDP address to listen on; port 0: any.
     pub listen: SocketAddr,
     /// `HOST:PORT` of rank 0; resolved again at each attempt. Rank 0 itself needs none.
@@ -202,11 +236,14 @@ pub struct JoinOptions {
 }
 
 impl JoinOptions {
-    /// Options for `rank` of `world_size`, listening on any port of every interface.
+    /// Options for process `rank` of `world_size` with one rank, listening on any port of every interface.
     pub fn new(rank: Rank, world_size: usize, identity: Identity) -> Self {
         Self {
             rank,
             world_size,
+            ranks: 1,
+            offer: Vec::new(),
+            decide: None,
             listen: SocketAddr::from(([0, 0, 0, 0], 0)),
             leader: None,
             peers: Vec::new(),
@@ -232,6 +269,12 @@ impl JoinOptions {
         if self.rank != Rank(0) && self.leader.is_none() {
             return wrong(format!("rank {} has no leader", self.rank), "give rank 0's HOST:PORT");
         }
+        if self.ranks == 0 || self.ranks > MOST_RANKS {
+            return wrong(format!("{} ranks in a process", self.ranks), "choose 1 to 4096");
+        }
+        if self.offer.len() > OFFER_CAP {
+            return wrong(format!("an offer of {} bytes", self.offer.len()), "keep it under 2 KiB");
+        }
         if self.numerics.len() > 32 {
             return wrong("numerics mode name over 32 bytes".into(), "use a shorter name");
         }
@@ -241,17 +284,21 @@ impl JoinOptions {
         self.quic.check()
     }
 
-    pub(crate) fn hello(&self, port: u16) -> Hello {
+    /// The hello of a life; a table is compared at the first start only, later ones follow from who is there.
+    pub(crate) fn hello(&self, port: u16, life: &Life) -> Hello {
+        let epoch = self.epoch.max(life.epoch);
         Hello {
             protocol: PROTOCOL_VERSION,
             rank: self.rank,
             world_size: self.world_size as u16,
+            ranks: self.ranks as u16,
+            offer: self.offer.clone(),
             model: self.model,
-            table: self.table,
+            table: self.table.filter(|_| life.epoch == 0),
             numerics: self.numerics.clone(),
             max_frame_bytes: self.quic.max_frame_bytes,
             port,
-            epoch: self.epoch,
+            epoch,
             world: None,
         }
     }
