@@ -49,8 +49,8 @@ impl Door {
     }
 
     /// Guests who came while the world ran.
-    pub(crate) fn take_waiting(&self) -> Vec<Box<Guest>> {
-        std::mem::take(&mut *self.waiting()).into_iter().map(|waiting| waiting.guest).collect()
+    pub(crate) fn take_waiting(&self) -> Vec<Guest> {
+        std::mem::take(&mut *self.waiting()).into_iter().map(|waiting| *waiting.guest).collect()
     }
 
     /// Keeps the door while a world runs, until aborted. A guest whose seat is free, or who has left this epoch, ends

@@ -52,7 +52,7 @@ async fn gather(core: &Arc<Core>, life: &Life, began: Instant) -> Result<(Seated
     let mut early = core.door.take_waiting();
     loop {
         if let Some(guest) = early.pop() {
-            welcome_in(&mut lobby, &mut seated, guest, options, &mut notes, &mut left);
+            welcome_in(&mut lobby, &mut seated, Box::new(guest), options, &mut notes, &mut left);
             continue;
         }
         let deadline = match lobby.poll(began.elapsed()) {
