@@ -12,8 +12,10 @@ use crate::weights::{ModelWeights, Store};
 use crate::{EngineError, Generation, Request, TokenEvent};
 use exflow_placement::{LayerId, PlacementTable, Rank, RoutingTrace};
 use exflow_transport::Communicator;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// Several ranks of this process running one model.
 ///
@@ -23,10 +25,11 @@ pub struct Cluster {
     options: ClusterOptions,
     spec: ModelSpec,
     table: PlacementTable,
-    text: Result<TextCodec, String>,
+    text: Result<Arc<TextCodec>, String>,
     adapters: Vec<String>,
     commands: Sender<Command>,
     events: Receiver<Event>,
+    events_in: Sender<Event>,
     threads: Vec<JoinHandle<()>>,
     next_id: u32,
 }
@@ -57,7 +60,7 @@ impl Cluster {
         let store = Store::open(&options.model)?;
         spec.digest = store.digest(&options.model);
         let table = resolve_placement(&options, &spec)?;
-        let text = TextCodec::open(&options.model, spec.vocab_size).map_err(|e| e.to_string());
+        let text = TextCodec::open(&options.model, spec.vocab_size).map(Arc::new).map_err(|e| e.to_string());
         let comms = join(&options)?;
         let (events_in, events) = channel();
         let (commands, commands_out) = channel();
@@ -70,7 +73,7 @@ impl Cluster {
         }
         let options = shared.options;
         let mut cluster =
-            Self { options, spec, table, text, adapters: Vec::new(), commands, events, threads, next_id: 0 };
+            Self { options, spec, table, text, adapters: Vec::new(), commands, events, events_in, threads, next_id: 0 };
         cluster.await_ready()?;
         Ok(cluster)
     }
@@ -92,6 +95,16 @@ impl Cluster {
                 .err()
                 .unwrap_or_else(|| EngineError::usage(said.clone(), "start again"))),
         }
+    }
+
+    /// The same, to be shared with other threads; `None` where ids are all there is.
+    pub(crate) fn codec(&self) -> Option<Arc<TextCodec>> {
+        self.text.as_ref().ok().cloned()
+    }
+
+    /// Positions of KV cache on each rank.
+    pub(crate) fn cache_positions(&self) -> usize {
+        cache_blocks(&self.options, &self.spec) * crate::runtime::BLOCK
     }
 
     /// Where each expert is.
@@ -135,14 +148,8 @@ impl Cluster {
 
     /// Sends `ids` to the model as a prompt.
     pub(crate) fn submit(&mut self, run: Run) -> Result<u32, EngineError> {
-        self.check_prompt(&run.prompt)?;
-        let needed =
-            crate::runtime::positions_needed(run.prompt.len(), run.max_tokens, self.spec.max_positions);
-        let held = cache_blocks(&self.options, &self.spec) * crate::runtime::BLOCK;
-        if needed > held {
-            let what = format!("prompt and output need {needed} positions, the KV cache holds {held}");
-            return Err(EngineError::usage(what, "ask for fewer tokens, or set --ctx-size"));
-        }
+        generate::check_prompt(&self.spec, &run.prompt)?;
+        generate::check_room(&self.spec, self.cache_positions(), run.prompt.len(), run.max_tokens)?;
         let id = self.next_id;
         self.next_id += 1;
         let admission = Admission {
@@ -160,22 +167,6 @@ impl Cluster {
         Ok(id)
     }
 
-    pub(crate) fn check_prompt(&self, prompt: &[u32]) -> Result<(), EngineError> {
-        let (vocab, context) = (self.spec.vocab_size, self.spec.max_positions);
-        if let Some(id) = prompt.iter().find(|&&id| id as usize >= vocab) {
-            let what = format!("prompt id {id} is outside the vocabulary");
-            return Err(EngineError::usage(what, format!("use ids below {vocab}")));
-        }
-        if prompt.is_empty() {
-            return Err(EngineError::usage("the prompt has no tokens", "give at least one token"));
-        }
-        if prompt.len() > context {
-            let what = format!("the prompt has {} tokens, n_positions is {context}", prompt.len());
-            return Err(EngineError::usage(what, "shorten the prompt"));
-        }
-        Ok(())
-    }
-
     pub(crate) fn command(&mut self, command: Command) -> Result<(), EngineError> {
         match self.commands.send(command) {
             Ok(()) => Ok(()),
@@ -190,6 +181,21 @@ impl Cluster {
             Ok(event) => Ok(event),
             Err(_) => Err(EngineError::Internal("all ranks are gone".into())),
         }
+    }
+
+    /// The next thing that a rank tells, or nothing within `wait`.
+    pub(crate) fn event_within(&mut self, wait: Duration) -> Result<Option<Event>, EngineError> {
+        match self.events.recv_timeout(wait) {
+            Ok(Event::Failed(error)) => Err(self.cause(error)),
+            Ok(event) => Ok(Some(event)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => Err(EngineError::Internal("all ranks are gone".into())),
+        }
+    }
+
+    /// What wakes [`event_within`](Self::event_within) from outside.
+    pub(crate) fn waker(&self) -> Sender<Event> {
+        self.events_in.clone()
     }
 
     /// Everybody's counts since the last report, by rank.
@@ -220,7 +226,7 @@ impl Cluster {
         if !first.is_consequence() {
             return first;
         }
-        let wait = std::time::Duration::from_millis(500);
+        let wait = Duration::from_millis(500);
         while let Ok(event) = self.events.recv_timeout(wait) {
             if let Event::Failed(other) = event
                 && !other.is_consequence()
@@ -298,6 +304,7 @@ impl Shared<'_> {
         };
         let failures = events.clone();
         let run = move || {
+            let _guard = Panicking(rank, failures.clone());
             let worker = Worker::new(decoder, comm, options, events, commands);
             if let Err(source) = worker.run() {
                 let _ = failures.send(Event::Failed(EngineError::Rank { rank, source: Box::new(source) }));
@@ -307,6 +314,18 @@ impl Shared<'_> {
             .name(format!("rank {rank}"))
             .spawn(run)
             .map_err(|e| EngineError::Internal(format!("no thread for rank {rank}: {e}")))
+    }
+}
+
+/// Tells the driver where a rank's thread ends by a panic: nobody else would.
+struct Panicking(Rank, Sender<Event>);
+
+impl Drop for Panicking {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let source = Box::new(EngineError::Internal("its thread panicked".into()));
+            let _ = self.1.send(Event::Failed(EngineError::Rank { rank: self.0, source }));
+        }
     }
 }
 

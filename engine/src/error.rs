@@ -72,6 +72,20 @@ pub enum EngineError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// Too many requests wait already.
+    #[error("{waiting} requests wait already, {limit} may; try again later, or set --max-waiting")]
+    Busy {
+        /// Requests without a token yet.
+        waiting: usize,
+        /// Most that may.
+        limit: usize,
+    },
+    /// The engine takes no more requests.
+    #[error("the engine has stopped: {cause}; start it again")]
+    Stopped {
+        /// Why.
+        cause: String,
+    },
     /// One rank failed.
     #[error("rank {rank}: {source}")]
     Rank {
@@ -93,6 +107,7 @@ impl EngineError {
             Self::Placement(_) => true,
             Self::Rank { source, .. } => source.is_input(),
             Self::Gpu { .. } | Self::Transport(_) | Self::Write { .. } | Self::Internal(_) => false,
+            Self::Busy { .. } | Self::Stopped { .. } => false,
         }
     }
 

@@ -1,10 +1,11 @@
 //! Requests in, tokens and figures out.
 
+use crate::output::Output;
 use crate::runtime::{Command, Event, FinishReason};
 use crate::sampling::Sampling;
 use crate::stats::{self, RunStats};
-use crate::text::TextStream;
-use crate::{Cluster, EngineError};
+use crate::{Cluster, EngineError, ModelSpec};
+use exflow_placement::Rank;
 use serde::Serialize;
 use std::collections::HashMap;
 use std::time::Instant;
@@ -22,6 +23,8 @@ pub struct Request {
     pub sampling: Sampling,
     /// Texts that end the output; they are not part of it.
     pub stop: Vec<String>,
+    /// Whether [`Engine`](crate::Engine) tells each token's way over layers and ranks.
+    pub path: bool,
 }
 
 /// A token as it appears.
@@ -35,6 +38,23 @@ pub struct TokenEvent {
     pub text: String,
     /// Why the sequence ended, where it did.
     pub finish: Option<FinishReason>,
+    /// Whether the token itself ends the text and is no part of the output.
+    pub ends_text: bool,
+    /// The way of the position that this token was sampled from, layer by layer, where a request asked for it.
+    pub path: Vec<Hop>,
+}
+
+/// One MoE layer on a token's way.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Hop {
+    /// Counted over the MoE layers only.
+    pub layer: usize,
+    /// Where attention and router ran: the token's residence.
+    pub rank: Rank,
+    /// `[K]` chosen experts, largest weight first.
+    pub experts: Vec<u32>,
+    /// `[K]` their router weights.
+    pub weights: Vec<f32>,
 }
 
 /// One finished request.
@@ -73,16 +93,17 @@ pub(crate) struct Run {
     pub(crate) capture_logits: bool,
 }
 
-struct Open {
-    output: Vec<u32>,
-    stream: TextStream,
-    /// Everything that became readable.
-    read: String,
-    /// What of it was shown.
-    text: String,
-    first: Option<f64>,
-    last: f64,
-    finish: Option<FinishReason>,
+impl Run {
+    /// As a request asks for it.
+    pub(crate) fn of(request: Request) -> Self {
+        Self {
+            prompt: request.prompt_ids,
+            max_tokens: request.max_tokens,
+            ignore_eos: request.ignore_eos,
+            sampling: request.sampling,
+            ..Self::default()
+        }
+    }
 }
 
 pub(crate) fn run(
@@ -95,16 +116,10 @@ pub(crate) fn run(
     let started = Instant::now();
     let mut index_of = HashMap::new();
     for (index, request) in requests.iter().enumerate() {
-        let run = Run {
-            prompt: request.prompt_ids.clone(),
-            max_tokens: request.max_tokens,
-            ignore_eos: request.ignore_eos,
-            sampling: request.sampling.clone(),
-            ..Run::default()
-        };
-        index_of.insert(cluster.submit(run)?, index);
+        index_of.insert(cluster.submit(Run::of(request.clone()))?, index);
     }
-    let mut open: Vec<Open> = requests.iter().map(|_| Open::new()).collect();
+    let codec = cluster.codec();
+    let mut open: Vec<Output> = requests.iter().map(|_| Output::default()).collect();
     while open.iter().any(|o| o.finish.is_none()) {
         let Event::Token { sequence, token, finish, .. } = cluster.event()? else { continue };
         let Some(&index) = index_of.get(&sequence) else { continue };
@@ -112,21 +127,22 @@ pub(crate) fn run(
             continue; // it ran over its stop text
         }
         let now = started.elapsed().as_secs_f64();
-        let text = open[index].push(cluster, &requests[index].stop, token, finish, now)?;
+        let text = open[index].push(codec.as_deref(), &requests[index].stop, token, finish, now)?;
         if finish.is_none() && open[index].finish.is_some() {
             cluster.command(Command::Cancel(sequence))?;
         }
+        let ends_text = finish == Some(FinishReason::Stop);
         let finish = open[index].finish;
-        sink(&TokenEvent { sequence: index, token, text, finish });
+        sink(&TokenEvent { sequence: index, token, text, finish, ends_text, path: Vec::new() });
     }
     let seconds = started.elapsed().as_secs_f64();
     let reports = cluster.report()?;
-    let times: Vec<_> = open.iter().map(|o| (o.first.unwrap_or(0.0), o.last, o.output.len())).collect();
+    let times: Vec<_> = open.iter().map(|o| (o.first.unwrap_or(0.0), o.last, o.ids.len())).collect();
     let prompt_tokens = requests.iter().map(|r| r.prompt_ids.len() as u64).sum();
     let stats = stats::summarise(cluster, &reports, &times, prompt_tokens, seconds);
-    let complete = |(request, open): (&Request, Open)| Completion {
+    let complete = |(request, open): (&Request, Output)| Completion {
         prompt_ids: request.prompt_ids.clone(),
-        output_ids: open.output,
+        output_ids: open.ids,
         text: open.text,
         finish_reason: open.finish.unwrap_or(FinishReason::Length),
         ttft_ms: 1e3 * open.first.unwrap_or(0.0),
@@ -136,74 +152,55 @@ pub(crate) fn run(
 
 fn check(cluster: &Cluster, requests: &[Request]) -> Result<(), EngineError> {
     for request in requests {
-        cluster.check_prompt(&request.prompt_ids)?;
-        if request.max_tokens == 0 {
-            return Err(EngineError::usage("0 tokens were asked for", "ask for at least 1"));
-        }
-        request.sampling.check().map_err(|(what, remedy)| EngineError::usage(what, remedy))?;
+        check_request(cluster.spec(), cluster.cache_positions(), request)?;
         if !request.stop.is_empty() {
             cluster.text()?;
-            if request.stop.iter().any(String::is_empty) {
-                return Err(EngineError::usage("an empty stop text", "give at least one character"));
-            }
         }
     }
     Ok(())
 }
 
-impl Open {
-    fn new() -> Self {
-        let (output, read, text) = (Vec::new(), String::new(), String::new());
-        Self { output, stream: TextStream::default(), read, text, first: None, last: 0.0, finish: None }
+/// Whether a request can be run by a model of this shape with so many positions of cache.
+pub(crate) fn check_request(spec: &ModelSpec, held: usize, request: &Request) -> Result<(), EngineError> {
+    check_prompt(spec, &request.prompt_ids)?;
+    if request.max_tokens == 0 {
+        return Err(EngineError::usage("0 tokens were asked for", "ask for at least 1"));
     }
+    check_room(spec, held, request.prompt_ids.len(), request.max_tokens)?;
+    request.sampling.check().map_err(|(what, remedy)| EngineError::usage(what, remedy))?;
+    if request.stop.iter().any(String::is_empty) {
+        return Err(EngineError::usage("an empty stop text", "give at least one character"));
+    }
+    Ok(())
+}
 
-    /// Takes in a token; returns the text that became readable.
-    fn push(
-        &mut self,
-        cluster: &Cluster,
-        stop: &[String],
-        token: u32,
-        finish: Option<FinishReason>,
-        now: f64,
-    ) -> Result<String, EngineError> {
-        self.first.get_or_insert(now);
-        self.last = now;
-        self.finish = finish;
-        let mut fresh = String::new();
-        if finish != Some(FinishReason::Stop) {
-            self.output.push(token);
-        }
-        if let Ok(codec) = cluster.text() {
-            if finish != Some(FinishReason::Stop) {
-                fresh = self.stream.push(codec, token)?;
-            }
-            if finish.is_some() {
-                fresh += &self.stream.finish(codec)?;
-            }
-        }
-        self.read += &fresh;
-        Ok(self.show(stop))
+pub(crate) fn check_prompt(spec: &ModelSpec, prompt: &[u32]) -> Result<(), EngineError> {
+    let (vocab, context) = (spec.vocab_size, spec.max_positions);
+    if let Some(id) = prompt.iter().find(|&&id| id as usize >= vocab) {
+        let what = format!("prompt id {id} is outside the vocabulary");
+        return Err(EngineError::usage(what, format!("use ids below {vocab}")));
     }
+    if prompt.is_empty() {
+        return Err(EngineError::usage("the prompt has no tokens", "give at least one token"));
+    }
+    if prompt.len() > context {
+        let what = format!("the prompt has {} tokens, n_positions is {context}", prompt.len());
+        return Err(EngineError::usage(what, "shorten the prompt"));
+    }
+    Ok(())
+}
 
-    /// Shows what cannot be the beginning of a stop text any more; ends the sequence where one is whole.
-    fn show(&mut self, stop: &[String]) -> String {
-        let found = stop.iter().filter_map(|s| self.read[self.text.len()..].find(s.as_str())).min();
-        let shown = self.text.len();
-        let end = match found {
-            Some(at) => {
-                self.finish = Some(FinishReason::Stop);
-                shown + at
-            }
-            None if self.finish.is_some() => self.read.len(),
-            None => {
-                let held = |s: &String| {
-                    (1..s.len()).rev().find(|&n| s.is_char_boundary(n) && self.read.ends_with(&s[..n]))
-                };
-                self.read.len() - stop.iter().filter_map(held).max().unwrap_or(0)
-            }
-        };
-        let fresh = self.read[shown..end.max(shown)].to_owned();
-        self.text += &fresh;
-        fresh
+/// Whether the cache of a rank has room for the sequence at all.
+pub(crate) fn check_room(
+    spec: &ModelSpec,
+    held: usize,
+    prompt: usize,
+    max_tokens: usize,
+) -> Result<(), EngineError> {
+    let needed = crate::runtime::positions_needed(prompt, max_tokens, spec.max_positions);
+    if needed <= held {
+        return Ok(());
     }
+    let what = format!("prompt and output need {needed} positions, the KV cache holds {held}");
+    Err(EngineError::usage(what, "ask for fewer tokens, or set --ctx-size"))
 }

@@ -1,6 +1,7 @@
 //! Mixture-of-Experts models on GPUs, their experts spread over ranks.
 //!
-//! [`Cluster`] is the entry: it loads a model folder onto ranks, each with its own wgpu device and its own
+//! [`Engine`] is the entry for programs with many users: requests come and go on any thread. Beneath it, [`Cluster`]
+//! runs one batch at a time: it loads a model folder onto ranks, each with its own wgpu device and its own
 //! experts, joins them through `exflow-transport`, and runs requests. The way of a token: text → ids
 //! ([`TextCodec`]) → sequence → the loop of a rank (`runtime/worker.rs`) → the layers of a step
 //! (`runtime/step/`, whose launches are in `model/decoder/`) → id → text.
@@ -15,9 +16,11 @@ mod gpu;
 mod logits;
 mod model;
 mod options;
+mod output;
 mod runtime;
 mod sampling;
 mod selftest;
+mod service;
 mod stats;
 mod text;
 mod weights;
@@ -26,7 +29,7 @@ pub use chat::{ChatTemplate, Message};
 pub use cluster::Cluster;
 pub use error::EngineError;
 pub use exflow_placement::{Affinity, PlacementTable, Rank, RoutingTrace, Strategy};
-pub use generate::{Completion, Generation, Request, TokenEvent};
+pub use generate::{Completion, Generation, Hop, Request, TokenEvent};
 pub use gpu::{DeviceReport, devices, prepare_process};
 pub use logits::{LayerRouting, LogitsDump};
 pub use model::{ModelSpec, spec};
@@ -36,5 +39,6 @@ pub use options::{
 pub use runtime::FinishReason;
 pub use sampling::Sampling;
 pub use selftest::{KernelCheck, selftest};
+pub use service::{Engine, EngineOptions, LiveRank, LiveStats, RequestCounts, Tokens};
 pub use stats::{BytesByClass, RunStats};
 pub use text::{TextCodec, TextStream};

@@ -1,6 +1,6 @@
 //! Logits and routes of given ids.
 
-use crate::generate::Run;
+use crate::generate::{self, Run};
 use crate::options::{Feed, Progress};
 use crate::runtime::{Captured, Event};
 use crate::{Cluster, EngineError};
@@ -37,7 +37,7 @@ pub struct LayerRouting {
 }
 
 pub(crate) fn run(cluster: &mut Cluster, ids: &[u32], feed: Feed) -> Result<LogitsDump, EngineError> {
-    cluster.check_prompt(ids)?;
+    generate::check_prompt(cluster.spec(), ids)?;
     let split = match feed {
         Feed::Prefill => ids.len(),
         Feed::Decode => 1,

@@ -24,7 +24,7 @@ pub struct BytesByClass<T> {
 
 impl<T> BytesByClass<T> {
     /// By class, from a function of the class.
-    fn from_fn(mut of: impl FnMut(ByteClass) -> T) -> Self {
+    pub(crate) fn from_fn(mut of: impl FnMut(ByteClass) -> T) -> Self {
         Self {
             dispatch: of(ByteClass::Dispatch),
             combine: of(ByteClass::Combine),
@@ -80,7 +80,7 @@ pub struct RunStats {
     pub expert_load: Vec<u64>,
 }
 
-fn ratio(a: f64, b: f64) -> f64 {
+pub(crate) fn ratio(a: f64, b: f64) -> f64 {
     if b > 0.0 { a / b } else { 0.0 }
 }
 
@@ -152,7 +152,7 @@ pub(crate) fn summarise(
     }
 }
 
-fn traffic(wire: &WireStats, ranks: usize) -> Vec<Vec<u64>> {
+pub(crate) fn traffic(wire: &WireStats, ranks: usize) -> Vec<Vec<u64>> {
     let between = |from: usize, to: usize| {
         let classes =
             [ByteClass::Dispatch, ByteClass::Combine, ByteClass::Kv, ByteClass::Ids, ByteClass::Control];

@@ -64,6 +64,11 @@ impl Gpu {
         &self.name
     }
 
+    /// Bytes that this device has allocated, where the driver's interface tells.
+    pub(crate) fn allocated_bytes(&self) -> Option<u64> {
+        self.device.generate_allocator_report().map(|report| report.total_allocated_bytes)
+    }
+
     /// The largest storage binding in bytes.
     pub(crate) fn max_binding_bytes(&self) -> u64 {
         self.limits.max_storage_buffer_binding_size.min(self.limits.max_buffer_size)

@@ -82,6 +82,12 @@ impl Sequences {
         Self { running: BTreeMap::new(), free: (0..blocks as u32).rev().collect(), context, eos }
     }
 
+    /// Cache blocks in use, and all that there are.
+    pub(crate) fn blocks(&self) -> (u64, u64) {
+        let used: usize = self.running.values().map(|s| s.blocks.len()).sum();
+        (used as u64, (used + self.free.len()) as u64)
+    }
+
     /// Whether the cache has room for one more.
     pub(crate) fn fits(&self, prompt: usize, max_tokens: usize) -> bool {
         positions_needed(prompt, max_tokens, self.context).div_ceil(BLOCK) <= self.free.len()

@@ -23,6 +23,10 @@ pub(crate) struct RankStats {
     pub(crate) crossings: u64,
     /// (token, expert) pairs worked on.
     pub(crate) pairs: u64,
+    /// KV cache blocks in use and there are, when the counts were reported.
+    pub(crate) kv_blocks: (u64, u64),
+    /// Bytes that the device has allocated then.
+    pub(crate) memory_bytes: Option<u64>,
 }
 
 impl RankStats {

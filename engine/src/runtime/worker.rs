@@ -37,12 +37,14 @@ pub(crate) enum Event {
     Report(Rank, Box<RankStats>),
     /// A rank failed.
     Failed(EngineError),
+    /// Nothing from the ranks: the driver itself is to look after something else.
+    Wake,
 }
 
 /// Routes and logits handed to the driver.
 #[derive(Debug, Clone)]
 pub(crate) enum Captured {
-    Route { sequence: u32, position: u32, layer: u16, experts: Vec<u32>, weights: Vec<f32> },
+    Route { rank: Rank, sequence: u32, position: u32, layer: u16, experts: Vec<u32>, weights: Vec<f32> },
     Logits { position: u32, values: Vec<f32> },
 }
 
@@ -125,7 +127,10 @@ impl Worker {
         let mut directives = Vec::new();
         let mut take = |command, waiting: &mut VecDeque<Admission>| match command {
             Command::Submit(admission) => waiting.push_back(admission),
-            Command::Cancel(sequence) => directives.push(Directive::Cancel(sequence)),
+            Command::Cancel(sequence) => {
+                waiting.retain(|admission: &Admission| admission.id != sequence);
+                directives.push(Directive::Cancel(sequence));
+            }
             Command::Report => directives.push(Directive::Report),
             Command::Stop => directives.push(Directive::Stop),
         };
@@ -214,6 +219,8 @@ impl Worker {
         let mut stats = std::mem::take(&mut self.stats);
         stats.wire = now.since(&self.reported);
         self.reported = now;
+        stats.kv_blocks = self.sequences.blocks();
+        stats.memory_bytes = self.decoder.gpu.allocated_bytes();
         self.tell(Event::Report(self.comm.rank(), Box::new(stats)));
     }
 }

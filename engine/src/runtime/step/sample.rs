@@ -98,6 +98,7 @@ impl Stepper<'_> {
         for (t, row) in rows.iter().enumerate() {
             if self.sequence(row.sequence)?.start.capture_routes {
                 captured.push(Captured::Route {
+                    rank: self.me(),
                     sequence: row.sequence,
                     position: row.position,
                     layer: layer as u16,
