@@ -1,0 +1,202 @@
+//! The thread that owns the cluster: hands requests in, tokens out, and counts to those who look.
+
+use super::live::Meter;
+use super::routes::Routes;
+use super::{Ended, Shared, lock};
+use crate::generate::{Request, Run, TokenEvent};
+use crate::output::Output;
+use crate::runtime::{Captured, Command, Event, FinishReason};
+use crate::{Cluster, EngineError};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc::UnboundedSender;
+
+/// What handles ask of the owner.
+pub(super) enum Ask {
+    Submit {
+        id: u64,
+        request: Request,
+        events: UnboundedSender<Result<TokenEvent, EngineError>>,
+        asked: Instant,
+    },
+    Cancel(u64),
+    /// End once nothing runs.
+    Finish,
+    /// End at once.
+    Stop,
+}
+
+/// A request that runs or waits.
+struct Open {
+    id: u64,
+    events: UnboundedSender<Result<TokenEvent, EngineError>>,
+    stop: Vec<String>,
+    output: Output,
+    asked: Instant,
+    path: bool,
+}
+
+pub(super) struct Owner {
+    cluster: Cluster,
+    shared: Arc<Shared>,
+    /// By the cluster's own number of the sequence.
+    open: HashMap<u32, Open>,
+    routes: Routes,
+    meter: Meter,
+    finishing: bool,
+    stopping: bool,
+}
+
+/// Between two counts of the ranks while something runs.
+const REPORT_EVERY: Duration = Duration::from_millis(500);
+/// With nothing to do: asks wake it before.
+const IDLE: Duration = Duration::from_secs(3600);
+
+impl Owner {
+    pub(super) fn new(cluster: Cluster, shared: Arc<Shared>) -> Self {
+        let spec = cluster.spec();
+        let routes = Routes::new(spec.moe_layers(), spec.top_k, spec.experts);
+        let meter = Meter::new(cluster.options().ranks, spec.moe_layers());
+        let (open, finishing, stopping) = (HashMap::new(), false, false);
+        Self { cluster, shared, open, routes, meter, finishing, stopping }
+    }
+
+    pub(super) fn run(mut self) {
+        if let Err(error) = self.serve() {
+            let cause = error.to_string();
+            tracing::error!(%cause, "the engine stops");
+            self.shared.state().ended = Some(Ended::Failed(cause));
+        }
+        // Whoever still waits sees its channel close, and reads why.
+        self.open.clear();
+        lock(&self.shared.asks).clear();
+        let mut state = self.shared.state();
+        state.ended.get_or_insert(Ended::Closing);
+        (state.live.running, state.live.waiting) = (0, 0);
+    }
+
+    fn serve(&mut self) -> Result<(), EngineError> {
+        loop {
+            self.take_asks()?;
+            if self.stopping || (self.finishing && self.open.is_empty()) {
+                return Ok(());
+            }
+            let wait = match self.open.is_empty() && !self.meter.owes() {
+                true => IDLE,
+                false => REPORT_EVERY.saturating_sub(self.meter.since_report()),
+            };
+            match self.cluster.event_within(wait)? {
+                Some(Event::Token { sequence, token, finish, .. }) => self.token(sequence, token, finish)?,
+                Some(Event::Captured(captured)) => self.captured(captured),
+                Some(Event::Report(rank, stats)) => self.meter.add(rank, &stats, &mut self.shared.state().live),
+                _ => {}
+            }
+            if self.meter.is_due(REPORT_EVERY, !self.open.is_empty()) {
+                self.cluster.command(Command::Report)?;
+                self.meter.asked();
+            }
+        }
+    }
+
+    fn take_asks(&mut self) -> Result<(), EngineError> {
+        loop {
+            let ask = lock(&self.shared.asks).pop_front();
+            match ask {
+                None => return Ok(()),
+                Some(Ask::Submit { id, request, events, asked }) => self.submit(id, request, events, asked)?,
+                Some(Ask::Cancel(id)) => self.cancel(id)?,
+                Some(Ask::Finish) => self.finishing = true,
+                Some(Ask::Stop) => self.stopping = true,
+            }
+        }
+    }
+
+    fn submit(
+        &mut self,
+        id: u64,
+        request: Request,
+        events: UnboundedSender<Result<TokenEvent, EngineError>>,
+        asked: Instant,
+    ) -> Result<(), EngineError> {
+        let (stop, path) = (request.stop.clone(), request.path);
+        let prompt = request.prompt_ids.len();
+        let counted = path || self.shared.options.count_routes;
+        let run = Run { capture_routes: counted, ..Run::of(request) };
+        match self.cluster.submit(run) {
+            Ok(sequence) => {
+                self.meter.wake();
+                self.shared.state().live.prompt_tokens += prompt as u64;
+                if counted {
+                    self.routes.open(sequence, prompt);
+                }
+                let output = Output::default();
+                self.open.insert(sequence, Open { id, events, stop, output, asked, path });
+            }
+            Err(error) if error.is_input() => {
+                let mut state = self.shared.state();
+                state.live.waiting -= 1;
+                state.live.requests.failed += 1;
+                drop(state);
+                let _ = events.send(Err(error)); // nobody waits: nobody to tell
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    fn cancel(&mut self, id: u64) -> Result<(), EngineError> {
+        let Some((&sequence, _)) = self.open.iter().find(|(_, open)| open.id == id) else { return Ok(()) };
+        self.cluster.command(Command::Cancel(sequence))?;
+        self.close(sequence, |requests| requests.cancelled += 1);
+        Ok(())
+    }
+
+    /// Forgets a request that is over.
+    fn close(&mut self, sequence: u32, count: impl FnOnce(&mut super::RequestCounts)) {
+        let Some(open) = self.open.remove(&sequence) else { return };
+        let mut state = self.shared.state();
+        match open.output.first {
+            Some(_) => state.live.running -= 1,
+            None => state.live.waiting -= 1,
+        }
+        count(&mut state.live.requests);
+        let state = &mut *state;
+        self.routes.close(sequence, self.open.is_empty(), &mut state.affinity);
+    }
+
+    fn token(&mut self, sequence: u32, token: u32, finish: Option<FinishReason>) -> Result<(), EngineError> {
+        let Some(open) = self.open.get_mut(&sequence) else { return Ok(()) }; // it ran over its end
+        let first = open.output.first.is_none();
+        let now = open.asked.elapsed().as_secs_f64();
+        let before = open.output.last;
+        let codec = self.shared.codec.as_deref();
+        let text = open.output.push(codec, &open.stop, token, finish, now)?;
+        let ends_text = finish == Some(FinishReason::Stop);
+        let path = if open.path { self.routes.path_of_token(sequence) } else { Vec::new() };
+        self.routes.step(sequence);
+        let finished = open.output.finish;
+        let event = TokenEvent { sequence: 0, token, text, finish: finished, ends_text, path };
+        let gone = open.events.send(Ok(event)).is_err();
+        self.meter.token(first, now, now - before, &mut self.shared.state().live);
+        match finished {
+            Some(_) if finish.is_none() => {
+                self.cluster.command(Command::Cancel(sequence))?; // a stop text
+                self.close(sequence, |requests| requests.finished += 1);
+            }
+            Some(_) => self.close(sequence, |requests| requests.finished += 1),
+            None if gone => {
+                self.cluster.command(Command::Cancel(sequence))?;
+                self.close(sequence, |requests| requests.cancelled += 1);
+            }
+            None => {}
+        }
+        Ok(())
+    }
+
+    fn captured(&mut self, captured: Captured) {
+        if let Captured::Route { rank, sequence, position, layer, experts, weights } = captured {
+            self.routes.add(rank, sequence, position, layer, experts, weights);
+        }
+    }
+}
