@@ -30,11 +30,13 @@ pub use exflow_placement as placement;
 pub use exflow_shaders as shaders;
 pub use exflow_transport as transport;
 
-pub use engine::{Cluster, ClusterOptions, Request};
+pub use engine::{Cluster, ClusterOptions, Engine, EngineOptions, Request};
 pub use placement::PlacementTable;
 
 pub mod fidelity;
 pub mod progress;
 pub mod report;
+#[cfg(feature = "server")]
+pub mod serve;
 pub mod stream;
 pub mod study;

@@ -30,6 +30,24 @@ pub struct ChatTemplate {
     eos_token: String,
 }
 
+/// `tokenizer_config.json`, null where there is none.
+struct Config {
+    path: PathBuf,
+    value: serde_json::Value,
+}
+
+impl Config {
+    fn read(folder: &Path) -> Result<Self, EngineError> {
+        let path = folder.join("tokenizer_config.json");
+        let malformed = |e| EngineError::file(&path, format!("not JSON: {e}"), "copy the model anew");
+        let value = match read(&path)? {
+            Some(text) => serde_json::from_str(&text).map_err(malformed)?,
+            None => serde_json::Value::Null,
+        };
+        Ok(Self { path, value })
+    }
+}
+
 const NAME: &str = "chat";
 /// No real template or configuration comes near it; a larger one is not read.
 const MAX_BYTES: u64 = 16 << 20;
@@ -42,24 +60,32 @@ impl ChatTemplate {
     /// # Errors
     /// Where the model has none, or where it is malformed.
     pub fn open(folder: &Path) -> Result<Self, EngineError> {
-        let config_path = folder.join("tokenizer_config.json");
-        let config: serde_json::Value = match read(&config_path)? {
-            Some(text) => serde_json::from_str(&text).map_err(|e| {
-                EngineError::file(&config_path, format!("not JSON: {e}"), "copy the model anew")
-            })?,
-            None => serde_json::Value::Null,
-        };
         let own = folder.join("chat_template.jinja");
+        let config = Config::read(folder)?;
         let (path, source) = match read(&own)? {
             Some(source) => (own, source),
             None => {
-                let source = template_of(&config["chat_template"]).ok_or_else(|| {
+                let source = template_of(&config.value["chat_template"]).ok_or_else(|| {
                     let remedy = "use a model that was tuned for chats, or leave --chat out";
                     EngineError::file(folder, "has no chat template", remedy)
                 })?;
-                (config_path, source)
+                (config.path.clone(), source)
             }
         };
+        Self::compile(path, source, &config.value)
+    }
+
+    /// Reads `template` in place of the one of `folder`, whose special tokens it uses.
+    ///
+    /// # Errors
+    /// Where one of the files is missing or malformed.
+    pub fn from_file(folder: &Path, template: &Path) -> Result<Self, EngineError> {
+        let missing = || EngineError::file(template, "missing", "give a chat template in Jinja");
+        let source = read(template)?.ok_or_else(missing)?;
+        Self::compile(template.to_owned(), source, &Config::read(folder)?.value)
+    }
+
+    fn compile(path: PathBuf, source: String, config: &serde_json::Value) -> Result<Self, EngineError> {
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);

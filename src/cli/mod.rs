@@ -1,19 +1,24 @@
 //! The verbs of `exflow`: one file each, `Args` as typed and `run` as meant.
 
 mod bench;
+mod completions;
+mod config;
 mod devices;
 mod eval;
 mod failure;
 mod flags;
 mod generate;
+mod log;
 mod logits;
 mod output;
 mod place;
 mod profile;
 mod selftest;
+#[cfg(feature = "server")]
+mod serve;
 mod simulate;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use failure::Failure;
 use std::process::ExitCode;
 
@@ -28,12 +33,16 @@ use std::process::ExitCode;
 struct Cli {
     #[command(subcommand)]
     verb: Verb,
+    #[command(flatten)]
+    log: log::LogFlags,
 }
 
 #[derive(Debug, Subcommand)]
 enum Verb {
     Devices(devices::Args),
     Generate(generate::Args),
+    #[cfg(feature = "server")]
+    Serve(serve::Args),
     Logits(logits::Args),
     Eval(eval::Args),
     Profile(profile::Args),
@@ -41,6 +50,8 @@ enum Verb {
     Bench(bench::Args),
     Simulate(simulate::Args),
     Selftest(selftest::Args),
+    Completions(completions::Args),
+    Man(completions::ManArgs),
 }
 
 impl Verb {
@@ -48,11 +59,14 @@ impl Verb {
     fn ranks(&self) -> usize {
         match self {
             Self::Generate(args) => args.ranks.ep_size,
+            #[cfg(feature = "server")]
+            Self::Serve(args) => args.ranks.ep_size,
             Self::Logits(args) => args.ranks.ep_size,
             Self::Eval(args) => args.ranks.ep_size,
             Self::Profile(args) => args.ranks.ep_size,
             Self::Bench(args) => args.ep_size,
             Self::Devices(_) | Self::Place(_) | Self::Simulate(_) | Self::Selftest(_) => 1,
+            Self::Completions(_) | Self::Man(_) => 1,
         }
     }
 
@@ -60,6 +74,8 @@ impl Verb {
         match self {
             Self::Devices(args) => devices::run(args),
             Self::Generate(args) => generate::run(args),
+            #[cfg(feature = "server")]
+            Self::Serve(args) => serve::run(args),
             Self::Logits(args) => logits::run(args),
             Self::Eval(args) => eval::run(args),
             Self::Profile(args) => profile::run(args),
@@ -67,18 +83,28 @@ impl Verb {
             Self::Simulate(args) => simulate::run(args),
             Self::Bench(args) => bench::run(args),
             Self::Selftest(args) => selftest::run(args),
+            Self::Completions(args) => completions::run::<Cli>(args),
+            Self::Man(args) => completions::man::<Cli>(args),
         }
     }
 }
 
 /// Parses, runs, and turns whatever went wrong into a few lines and an exit code.
 pub(crate) fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let args = match config::applied(std::env::args_os().collect(), &Cli::command()) {
+        Ok(args) => args,
+        Err(failure) => return failure.report(),
+    };
+    let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(error) => return failure::usage(&error),
     };
     // Before any thread exists: it may set environment variables that drivers read.
     exflow::engine::prepare_process(cli.verb.ranks());
+    let _logging = match log::start(&cli.log) {
+        Ok(logging) => logging,
+        Err(failure) => return failure.report(),
+    };
     match cli.verb.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => failure.report(),
@@ -88,7 +114,6 @@ pub(crate) fn main() -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_flags_are_consistent() {

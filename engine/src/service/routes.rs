@@ -81,7 +81,8 @@ impl Routes {
             self.trace.mark_break();
         }
         if self.trace.tokens() >= COUNT_AT || (last && self.trace.tokens() > 0) {
-            let trace = std::mem::replace(&mut self.trace, RoutingTrace::new(self.layers, self.trace.k()));
+            let empty = RoutingTrace::new(self.layers, self.trace.k());
+            let trace = std::mem::replace(&mut self.trace, empty);
             let counted = Affinity::from_trace(&trace, self.experts);
             if let Err(error) = counted.and_then(|counts| affinity.merge(&counts, 1.0)) {
                 tracing::warn!(%error, "routes that cannot be counted");

@@ -1,0 +1,134 @@
+//! `exflow serve`: the OpenAI-compatible server with its dashboard.
+
+use super::failure::Failure;
+use super::flags::{self, RankFlags};
+use super::output;
+use exflow::engine::{Engine, EngineOptions};
+use exflow::progress::Bars;
+use exflow::serve::{ServeError, ServeOptions, Server};
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Serves a model as OpenAI's API, with a dashboard
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Example:\n  exflow serve -m examples/models/gpt-moe-16e --ep-size 4 --port 8080\n  \
+                  curl http://127.0.0.1:8080/v1/completions -d '{\"prompt\": \"In the beginning\", \"max_tokens\": 20}'\n\n\
+                  Ctrl-C or SIGTERM takes no more requests and lets those that run finish; a second one ends at once."
+)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    pub(crate) ranks: RankFlags,
+    /// Address to listen on; 0.0.0.0 or :: for every interface
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
+    host: IpAddr,
+    /// Port to listen on; 0 takes a free one
+    #[arg(long, value_name = "PORT", default_value_t = 8080)]
+    port: u16,
+    /// Key that clients must send as bearer token
+    #[arg(long, value_name = "KEY", env = "EXFLOW_API_KEY", hide_env_values = true, value_parser = key)]
+    api_key: Option<String>,
+    /// Web pages of this origin may use the server from a browser; * for any
+    #[arg(long, value_name = "ORIGIN", num_args = 1..)]
+    cors_origin: Vec<String>,
+    /// The model's name in requests and answers [default: the folder's name]
+    #[arg(long, value_name = "NAME")]
+    served_model_name: Option<String>,
+    /// Chat template (Jinja) in place of the model's own
+    #[arg(long, value_name = "FILE")]
+    chat_template: Option<PathBuf>,
+    /// Most requests that may wait for their first token; further ones get 503
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    max_waiting: usize,
+    /// How long requests that run may go on after Ctrl-C
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = flags::duration)]
+    grace: Duration,
+    /// Counts for the dashboard's affinity map the routes of every request, not only of those that ask for their path
+    #[arg(long)]
+    count_routes: bool,
+}
+
+fn key(text: &str) -> Result<String, String> {
+    if text.trim().is_empty() { Err("an empty key lets nobody in; leave it out".into()) } else { Ok(text.into()) }
+}
+
+pub(crate) fn run(args: &Args) -> Result<(), Failure> {
+    let engine_options = EngineOptions { max_waiting: args.max_waiting, count_routes: args.count_routes };
+    let engine = Engine::start(args.ranks.options(), engine_options, &Bars::new())?;
+    args.ranks.note_placement();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| Failure::Run(format!("no threads for the server: {e}")))?;
+    runtime.block_on(serve(engine, args))
+}
+
+async fn serve(engine: Engine, args: &Args) -> Result<(), Failure> {
+    let options = ServeOptions {
+        address: SocketAddr::new(args.host, args.port),
+        api_key: args.api_key.clone(),
+        cors_origins: args.cors_origin.clone(),
+        chat_template: args.chat_template.clone(),
+        grace: args.grace,
+        ..ServeOptions::new(name(args))
+    };
+    if args.api_key.is_none() && !args.host.is_loopback() {
+        output::note("warning: everybody who reaches this address may use it; --api-key KEY asks for a key");
+    }
+    let server = Server::bind(engine, options).await?;
+    output::note(&format!("listening on http://{} (dashboard there; API at /v1)", server.address()));
+    server.run(asked_to_stop()).await?;
+    output::note("done");
+    Ok(())
+}
+
+/// What clients call the model: as told, else the folder's name.
+fn name(args: &Args) -> String {
+    let folder = || {
+        let path = std::path::absolute(&args.ranks.model).unwrap_or_else(|_| args.ranks.model.clone());
+        path.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned())
+    };
+    args.served_model_name.clone().unwrap_or_else(folder)
+}
+
+/// Comes back at the first Ctrl-C or SIGTERM; the second one ends the process.
+async fn asked_to_stop() {
+    one_signal().await;
+    output::note("finishing the requests that run; once more to end at once");
+    tokio::spawn(async {
+        one_signal().await;
+        std::process::exit(1);
+    });
+}
+
+#[cfg(unix)]
+async fn one_signal() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let Ok(mut terminate) = signal(SignalKind::terminate()) else { return ctrl_c().await };
+    tokio::select! {
+        () = ctrl_c() => {}
+        _ = terminate.recv() => {}
+    }
+}
+
+#[cfg(not(unix))]
+async fn one_signal() {
+    ctrl_c().await;
+}
+
+async fn ctrl_c() {
+    if tokio::signal::ctrl_c().await.is_err() {
+        std::future::pending::<()>().await; // a system that has no such thing
+    }
+}
+
+impl From<ServeError> for Failure {
+    fn from(error: ServeError) -> Self {
+        match error {
+            ServeError::Template(error) => error.into(),
+            ServeError::Origin(_) => Self::Input(error.to_string()),
+            _ => Self::Run(error.to_string()),
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! The engine as many threads use it: requests that come while others run, are given up, or are too many.
+
+use crate::common::tiny::{Folder, Tiny};
+use crate::common::{Setup, request, tokens};
+use exflow::engine::{Engine, EngineError, EngineOptions, FinishReason, Request, Strategy};
+use std::time::{Duration, Instant};
+
+fn engine(ranks: usize, max_waiting: usize) -> (Engine, Folder) {
+    let folder = Tiny { layers: 3, experts: 4, seed: 5, ..Tiny::default() }.write();
+    let cluster = Setup::new(folder.path(), ranks, Strategy::Coherent).start();
+    let options = EngineOptions { max_waiting, count_routes: false };
+    (Engine::over(cluster, options).expect("an engine"), folder)
+}
+
+/// Waits until what the engine tells of itself is so.
+fn until(engine: &Engine, what: &str, so: impl Fn(&exflow::engine::LiveStats) -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !so(&engine.live()) {
+        assert!(Instant::now() < deadline, "{what}: {:?}", engine.live());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn many_threads_get_what_a_batch_gets() {
+    let (engine, folder) = engine(2, 64);
+    let prompts: Vec<Vec<u32>> = (0..12).map(|i| vec![3 + i, 40, 7 * (i + 1)]).collect();
+    let said: Vec<Vec<u32>> = std::thread::scope(|scope| {
+        let ask = |prompt: &Vec<u32>| {
+            let (engine, asked) = (engine.clone(), request(prompt, 9));
+            scope.spawn(move || engine.submit(asked).expect("taken").complete().expect("tokens"))
+        };
+        let threads: Vec<_> = prompts.iter().map(ask).collect();
+        threads.into_iter().map(|t| t.join().expect("no panic").output_ids).collect()
+    });
+    let live = engine.live();
+    assert_eq!((live.running, live.waiting), (0, 0));
+    assert_eq!((live.requests.submitted, live.requests.finished), (12, 12));
+    assert_eq!((live.output_tokens, live.prompt_tokens), (108, 36));
+    until(&engine, "counts of the ranks", |live| live.bytes.dispatch > 0 && live.ranks[1].kv_blocks > 0);
+    until(&engine, "the cache is free again", |live| live.ranks.iter().all(|r| r.kv_blocks_used == 0));
+    engine.finish();
+    drop(engine);
+
+    let mut cluster = Setup::new(folder.path(), 2, Strategy::Coherent).start();
+    let requests: Vec<Request> = prompts.iter().map(|prompt| request(prompt, 9)).collect();
+    let run = cluster.generate(&requests, &mut |_| {}).expect("a batch");
+    assert_eq!(said, tokens(&run));
+}
+
+#[test]
+fn who_goes_away_frees_the_sequence() {
+    let (engine, _folder) = engine(1, 4);
+    let mut running = engine.submit(request(&[1, 2], 60)).expect("taken");
+    assert!(running.next().expect("a token").is_ok());
+    drop(running);
+    until(&engine, "the request is gone", |live| live.requests.cancelled == 1 && live.running == 0);
+    until(&engine, "its cache too", |live| live.ranks[0].kv_blocks > 0 && live.ranks[0].kv_blocks_used == 0);
+    let done = engine.submit(request(&[1, 2], 3)).expect("taken").complete().expect("tokens");
+    assert_eq!(done.output_ids.len(), 3);
+}
+
+#[test]
+fn too_many_are_refused_and_wrong_ones_named() {
+    let (engine, _folder) = engine(1, 0);
+    assert!(matches!(engine.submit(request(&[1], 2)), Err(EngineError::Busy { waiting: 0, limit: 0 })));
+    for (wrong, named) in [
+        (request(&[], 2), "no tokens"),
+        (request(&[9999], 2), "9999"),
+        (request(&[1], 0), "0 tokens"),
+        (request(&[1; 65], 2), "65 tokens"),
+        (Request { stop: vec![String::new()], ..request(&[1], 2) }, "stop"),
+    ] {
+        let error = engine.submit(wrong).err().expect(named);
+        assert!(error.is_input() && error.to_string().contains(named), "{error}");
+    }
+    assert_eq!(engine.live().requests.refused, 1);
+    engine.finish();
+    assert!(matches!(engine.submit(request(&[1], 2)), Err(EngineError::Stopped { .. })));
+}
+
+#[test]
+fn a_shutdown_finishes_what_runs() {
+    let (engine, _folder) = engine(1, 4);
+    let running = engine.submit(request(&[5, 6], 40)).expect("taken");
+    engine.finish();
+    let done = running.complete().expect("tokens");
+    assert_eq!((done.output_ids.len(), done.finish_reason), (40, FinishReason::Length));
+}
+
+#[test]
+fn the_way_of_each_token_is_the_routers() {
+    let (engine, folder) = engine(2, 4);
+    let asked = Request { path: true, ..request(&[9, 8, 7], 6) };
+    let events: Vec<_> = engine.submit(asked).expect("taken").map(|e| e.expect("a token")).collect();
+    let output: Vec<u32> = events.iter().map(|event| event.token).collect();
+    until(&engine, "the routes are counted", |live| live.requests.finished == 1);
+    let affinity = engine.affinity();
+    // Every position that was run: the prompt's three and five of the output.
+    assert_eq!(affinity.tokens(), 8.0);
+    let table = engine.placement().clone();
+    drop(engine);
+
+    let ids: Vec<u32> = [9, 8, 7].into_iter().chain(output[..5].iter().copied()).collect();
+    let mut cluster = Setup::new(folder.path(), 1, Strategy::Coherent).start();
+    let dump = cluster.logits(&ids, exflow::engine::Feed::Prefill).expect("routes");
+    for (at, event) in events.iter().enumerate() {
+        assert_eq!(event.path.len(), 3, "a hop for each MoE layer");
+        for (layer, hop) in event.path.iter().enumerate() {
+            let expected = dump.layers[layer].experts[2 + at] as u32;
+            assert_eq!((hop.layer, &hop.experts), (layer, &vec![expected]), "token {at}");
+            // Coherent: it is where the expert of the layer before was. The first token's way is a prefill's, at home.
+            if let (true, Some(before)) = (at > 0 && layer > 0, event.path.get(layer.wrapping_sub(1))) {
+                let (l, e) = ((layer - 1).into(), (before.experts[0] as usize).into());
+                assert!(table.holders(l, e).any(|rank| rank == hop.rank), "token {at}, layer {layer}");
+            }
+        }
+    }
+}
