@@ -30,7 +30,7 @@ pub use cluster::Cluster;
 pub use error::EngineError;
 pub use exflow_placement::{Affinity, PlacementTable, Rank, RoutingTrace, Strategy};
 pub use generate::{Completion, Generation, Hop, Request, TokenEvent};
-pub use gpu::{DeviceReport, devices, prepare_process};
+pub use gpu::{DeviceMemory, DeviceReport, Probe, devices, prepare_process, probe};
 pub use logits::{LayerRouting, LogitsDump};
 pub use model::{ModelSpec, spec};
 pub use options::{

@@ -7,7 +7,7 @@ use exflow::report::byte_text;
 use serde_json::json;
 use std::fmt::Write;
 
-/// Lists every adapter of this machine, best first
+/// Lists every adapter of this machine, best first: what it can do, and how much memory is left
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  exflow devices --format json")]
 pub(crate) struct Args {
@@ -41,6 +41,11 @@ fn describe(device: &DeviceReport) -> String {
         byte_text(device.max_buffer_bytes as f64),
         byte_text(device.max_binding_bytes as f64)
     );
+    if let Some(memory) = device.memory {
+        let free = memory.free_bytes.map(|free| format!("{} of ", byte_text(free as f64))).unwrap_or_default();
+        let left = if free.is_empty() { "" } else { " left" };
+        let _ = write!(text, ", memory {free}{}{left}", byte_text(memory.total_bytes as f64));
+    }
     if let Some((low, high)) = device.subgroup {
         let _ = write!(text, ", subgroups of {low} to {high}");
     }
@@ -60,6 +65,7 @@ fn as_json(device: &DeviceReport) -> serde_json::Value {
         "driver": device.driver,
         "max_buffer_bytes": device.max_buffer_bytes,
         "max_binding_bytes": device.max_binding_bytes,
+        "memory": device.memory,
         "subgroup": device.subgroup,
         "features": device.features,
     })

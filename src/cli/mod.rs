@@ -4,6 +4,7 @@ mod bench;
 mod completions;
 mod config;
 mod devices;
+mod doctor;
 mod eval;
 mod failure;
 mod flags;
@@ -40,6 +41,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Devices(devices::Args),
+    Doctor(doctor::Args),
     Generate(generate::Args),
     #[cfg(feature = "server")]
     Serve(serve::Args),
@@ -66,13 +68,14 @@ impl Verb {
             Self::Profile(args) => args.ranks.ep_size,
             Self::Bench(args) => args.ep_size,
             Self::Devices(_) | Self::Place(_) | Self::Simulate(_) | Self::Selftest(_) => 1,
-            Self::Completions(_) | Self::Man(_) => 1,
+            Self::Completions(_) | Self::Man(_) | Self::Doctor(_) => 1,
         }
     }
 
     fn run(&self) -> Result<(), Failure> {
         match self {
             Self::Devices(args) => devices::run(args),
+            Self::Doctor(args) => doctor::run(args),
             Self::Generate(args) => generate::run(args),
             #[cfg(feature = "server")]
             Self::Serve(args) => serve::run(args),

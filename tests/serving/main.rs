@@ -5,3 +5,5 @@ mod common;
 mod engine;
 #[cfg(feature = "server")]
 mod http;
+#[cfg(feature = "server")]
+mod load;

@@ -2,11 +2,15 @@
 
 mod buffer;
 mod device;
+mod memory;
 mod pipelines;
+mod probe;
 mod recording;
 mod report;
 
 pub(crate) use buffer::{Buffer, Usage};
 pub(crate) use device::Gpu;
 pub(crate) use recording::Recording;
+pub use memory::DeviceMemory;
+pub use probe::{Probe, probe};
 pub use report::{DeviceReport, devices, prepare_process};

@@ -22,6 +22,8 @@ pub struct DeviceReport {
     pub max_buffer_bytes: u64,
     /// Smallest and largest subgroup, where the adapter tells.
     pub subgroup: Option<(u32, u32)>,
+    /// Its memory, where its interface tells.
+    pub memory: Option<super::DeviceMemory>,
     /// Optional features that matter here.
     pub features: Vec<String>,
 }
@@ -136,6 +138,7 @@ fn report(index: usize, adapter: &wgpu::Adapter) -> DeviceReport {
         max_buffer_bytes: limits.max_buffer_size,
         subgroup: (info.subgroup_max_size > 0).then_some((info.subgroup_min_size, info.subgroup_max_size)),
         features: known.iter().filter(|(f, _)| has.contains(*f)).map(|(_, n)| (*n).to_owned()).collect(),
+        memory: super::memory::of(adapter),
         name: info.name,
     }
 }

@@ -1,0 +1,40 @@
+//! How much memory an adapter has and how much of it is left: Vulkan tells; elsewhere nothing is said.
+
+/// Bytes of an adapter's own memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+pub struct DeviceMemory {
+    /// All that there is.
+    pub total_bytes: u64,
+    /// What this process may still allocate without hurting others, where the driver tells.
+    pub free_bytes: Option<u64>,
+}
+
+/// Of the largest heap that is the device's own.
+#[cfg(not(target_vendor = "apple"))]
+pub(super) fn of(adapter: &wgpu::Adapter) -> Option<DeviceMemory> {
+    use ash::vk;
+    // SAFETY: the guard keeps the adapter alive, and nothing of it is destroyed here.
+    let hal = unsafe { adapter.as_hal::<wgpu::hal::api::Vulkan>() }?;
+    let has_budget = hal
+        .physical_device_capabilities()
+        .supports_extension(ash::ext::memory_budget::NAME);
+    let mut budget = vk::PhysicalDeviceMemoryBudgetPropertiesEXT::default();
+    let mut all = vk::PhysicalDeviceMemoryProperties2::default();
+    if has_budget {
+        all = all.push_next(&mut budget);
+    }
+    let instance = hal.shared_instance().raw_instance();
+    // SAFETY: instance and device are alive as above; the chained structure is one that the device supports.
+    unsafe { instance.get_physical_device_memory_properties2(hal.raw_physical_device(), &mut all) };
+    let memory = all.memory_properties;
+    let own = |heap: &vk::MemoryHeap| heap.flags.contains(vk::MemoryHeapFlags::DEVICE_LOCAL);
+    let heaps = memory.memory_heaps.iter().take(memory.memory_heap_count as usize).enumerate();
+    let (index, heap) = heaps.filter(|(_, heap)| own(heap)).max_by_key(|(_, heap)| heap.size)?;
+    let free = has_budget.then(|| budget.heap_budget[index].saturating_sub(budget.heap_usage[index]));
+    Some(DeviceMemory { total_bytes: heap.size, free_bytes: free })
+}
+
+#[cfg(target_vendor = "apple")]
+pub(super) fn of(_adapter: &wgpu::Adapter) -> Option<DeviceMemory> {
+    None
+}
