@@ -12,7 +12,10 @@ const PROMPTS: [&str; 4] = ["In the beginning", "The king said", "A good friend"
 
 fn main() -> Result<(), EngineError> {
     engine::prepare_process(RANKS); // before any thread exists
-    println!("{:<10} {:>9} {:>16} {:>10} {:>10} {:>10}", "strategy", "tokens/s", "exchanges/layer", "dispatch", "combine", "kv");
+    println!(
+        "{:<10} {:>9} {:>16} {:>10} {:>10} {:>10}",
+        "strategy", "tokens/s", "exchanges/layer", "dispatch", "combine", "kv"
+    );
     let mut said = Vec::new();
     for strategy in [Strategy::Vanilla, Strategy::Coherent] {
         // Four ranks that talk over QUIC, as they would between hosts.

@@ -40,7 +40,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         let request = Request { prompt_ids, max_tokens: 32, ignore_eos: true, ..Request::default() };
         let run = cluster.generate(&[request], &mut |_| {})?;
         let stats = &run.stats;
-        println!("{name:<12} stay rate {:5.1} %, work by rank {:?}", 100.0 * stats.stay_rate, stats.expert_load);
+        println!(
+            "{name:<12} stay rate {:5.1} %, work by rank {:?}",
+            100.0 * stats.stay_rate,
+            stats.expert_load
+        );
         texts.extend(run.sequences.into_iter().map(|done| done.text));
     }
     println!("both said the same: {}", texts[0] == texts[1]);

@@ -49,7 +49,8 @@ fn main() -> Result<(), EngineError> {
 fn ask(engine: &Engine, subject: &str, seed: u64) -> Result<String, EngineError> {
     let sampling = Sampling { temperature: 0.7, seed, ..Sampling::default() };
     let prompt_ids = encode(engine, subject)?;
-    let request = Request { prompt_ids, max_tokens: 24, sampling, stop: vec![".".into()], ..Request::default() };
+    let request =
+        Request { prompt_ids, max_tokens: 24, sampling, stop: vec![".".into()], ..Request::default() };
     Ok(engine.submit(request)?.complete()?.text)
 }
 

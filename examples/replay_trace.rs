@@ -30,7 +30,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let wire = Link { latency_us: 200.0, gbit_per_s: 1.0 };
 
-    println!("{:>5} {:<10} {:<12} {:>6} {:>14} {:>10}", "ranks", "strategy", "placement", "stay", "dispatch B", "rounds ms");
+    println!(
+        "{:>5} {:<10} {:<12} {:>6} {:>14} {:>10}",
+        "ranks", "strategy", "placement", "stay", "dispatch B", "rounds ms"
+    );
     for ranks in [2, 4, 8] {
         let topology = Topology::uniform(ranks).or_linked(wire);
         let options = SolveOptions { time_limit: Duration::from_millis(500), ..SolveOptions::default() };
@@ -51,6 +54,9 @@ fn main() -> Result<(), Box<dyn Error>> {
             );
         }
     }
-    println!("stay and bytes are per token; time is that of the links alone, for one step of {} sequences", base.batch);
+    println!(
+        "stay and bytes are per token; time is that of the links alone, for one step of {} sequences",
+        base.batch
+    );
     Ok(())
 }

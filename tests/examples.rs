@@ -54,7 +54,8 @@ fn profile_and_place() {
 fn compare_strategies() {
     let out = said("compare_strategies", &[], "");
     assert!(out.contains("both said the same: true"), "{out}");
-    let exchanges = |name: &str| out.lines().find(|l| l.starts_with(name)).and_then(|l| l.split_whitespace().nth(2));
+    let exchanges =
+        |name: &str| out.lines().find(|l| l.starts_with(name)).and_then(|l| l.split_whitespace().nth(2));
     assert_eq!((exchanges("vanilla"), exchanges("coherent")), (Some("2.00"), Some("1.00")), "{out}");
 }
 

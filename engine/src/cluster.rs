@@ -72,8 +72,18 @@ impl Cluster {
             threads.push(shared.spawn(decoder, comm, events_in.clone(), commands_out.take())?);
         }
         let options = shared.options;
-        let mut cluster =
-            Self { options, spec, table, text, adapters: Vec::new(), commands, events, events_in, threads, next_id: 0 };
+        let mut cluster = Self {
+            options,
+            spec,
+            table,
+            text,
+            adapters: Vec::new(),
+            commands,
+            events,
+            events_in,
+            threads,
+            next_id: 0,
+        };
         cluster.await_ready()?;
         Ok(cluster)
     }

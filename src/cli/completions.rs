@@ -7,7 +7,9 @@ use std::path::PathBuf;
 
 /// Writes a shell's completions of this command to stdout
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  exflow completions bash > ~/.local/share/bash-completion/completions/exflow")]
+#[command(
+    after_help = "Example:\n  exflow completions bash > ~/.local/share/bash-completion/completions/exflow"
+)]
 pub(crate) struct Args {
     /// Which shell
     shell: clap_complete::Shell,

@@ -48,7 +48,8 @@ fn named(args: &[OsString]) -> Option<PathBuf> {
 
 fn read(path: &Path) -> Result<Table, Failure> {
     let wrong = |what: String| Failure::Input(format!("{}: {what}", path.display()));
-    let text = std::fs::read_to_string(path).map_err(|e| wrong(format!("{e}; give a file that can be read")))?;
+    let text =
+        std::fs::read_to_string(path).map_err(|e| wrong(format!("{e}; give a file that can be read")))?;
     text.parse::<Table>().map_err(|e| {
         let line = e.span().map_or(1, |span| text[..span.start.min(text.len())].lines().count().max(1));
         wrong(format!("line {line}: {}; write key = value", e.message()))
@@ -84,8 +85,9 @@ fn additions(
     }
     if !std::ptr::eq(own, table) {
         for (key, value) in own {
-            let arg = flag(leaf, key)
-                .ok_or_else(|| wrong(&format!("{}.{key}", verbs[0]), "is no flag of this verb; see its --help"))?;
+            let arg = flag(leaf, key).ok_or_else(|| {
+                wrong(&format!("{}.{key}", verbs[0]), "is no flag of this verb; see its --help")
+            })?;
             chosen.retain(|(other, ..)| *other != key.as_str());
             chosen.push((key, value, arg));
         }
@@ -95,7 +97,8 @@ fn additions(
     for (key, value, arg) in chosen {
         let displaced = leaf.get_arg_conflicts_with(arg).into_iter().any(is_typed);
         if !is_typed(arg) && !displaced {
-            add(&mut added, key, value).ok_or_else(|| wrong(key, "a date or a table is no value of a flag"))?;
+            add(&mut added, key, value)
+                .ok_or_else(|| wrong(key, "a date or a table is no value of a flag"))?;
         }
     }
     Ok(added)
@@ -149,10 +152,12 @@ mod tests {
             Arg::new("eos").long("ignore-eos").action(ArgAction::SetTrue),
         ];
         let serve = Command::new("serve").args(flags);
-        let generate = Command::new("generate").arg(Arg::new("model").long("model")).arg(Arg::new("n").long("count"));
-        Command::new("exflow").subcommand(serve).subcommand(generate).arg(
-            Arg::new("config").long("config").global(true),
-        )
+        let generate =
+            Command::new("generate").arg(Arg::new("model").long("model")).arg(Arg::new("n").long("count"));
+        Command::new("exflow")
+            .subcommand(serve)
+            .subcommand(generate)
+            .arg(Arg::new("config").long("config").global(true))
     }
 
     fn with(file: &str, args: &[&str]) -> Result<Vec<String>, Failure> {
@@ -175,7 +180,8 @@ mod tests {
         let mut rest = expected[1..].to_vec();
         rest.sort_unstable();
         assert_eq!(got, rest);
-        let got = with(file, &["serve", "--port", "9", "-m", "b", "--stop", "z", "--ignore-eos"]).expect("flags");
+        let got =
+            with(file, &["serve", "--port", "9", "-m", "b", "--stop", "z", "--ignore-eos"]).expect("flags");
         assert_eq!(got, ["serve", "--port", "9", "-m", "b", "--stop", "z", "--ignore-eos"]);
     }
 
@@ -189,7 +195,9 @@ mod tests {
             ("port = ", "line 1"),
         ] {
             match with(file, &["serve"]) {
-                Err(Failure::Input(text)) => assert!(text.contains(named) && text.contains(".toml"), "{text}"),
+                Err(Failure::Input(text)) => {
+                    assert!(text.contains(named) && text.contains(".toml"), "{text}")
+                }
                 other => panic!("{file}: {other:?}"),
             }
         }

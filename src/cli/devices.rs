@@ -42,7 +42,8 @@ fn describe(device: &DeviceReport) -> String {
         byte_text(device.max_binding_bytes as f64)
     );
     if let Some(memory) = device.memory {
-        let free = memory.free_bytes.map(|free| format!("{} of ", byte_text(free as f64))).unwrap_or_default();
+        let free =
+            memory.free_bytes.map(|free| format!("{} of ", byte_text(free as f64))).unwrap_or_default();
         let left = if free.is_empty() { "" } else { " left" };
         let _ = write!(text, ", memory {free}{}{left}", byte_text(memory.total_bytes as f64));
     }

@@ -13,10 +13,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 /// Checks driver, device, UDP, clock, ports and identities of this machine, and says what to do
 #[derive(Debug, clap::Args)]
-#[command(
-    after_help = "Ends with 1 where something FAILED; what is only slow is a warning.\n\n\
-                  Example:\n  exflow doctor --port 4433 --identity certs/rank-1 --peer gpu1.example.org:4433"
-)]
+#[command(after_help = "Ends with 1 where something FAILED; what is only slow is a warning.\n\n\
+                  Example:\n  exflow doctor --port 4433 --identity certs/rank-1 --peer gpu1.example.org:4433")]
 pub(crate) struct Args {
     /// Adapter: part of its name, or its number in `exflow devices` [default: the best one]
     #[arg(long, value_name = "NAME|N")]
@@ -82,7 +80,9 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     }
     match checks.iter().filter(|check| check.verdict == Verdict::Failed).count() {
         0 => Ok(()),
-        failed => Err(Failure::Run(format!("{failed} of {} checks failed; see above what to do", checks.len()))),
+        failed => {
+            Err(Failure::Run(format!("{failed} of {} checks failed; see above what to do", checks.len())))
+        }
     }
 }
 
@@ -114,7 +114,9 @@ fn device(wanted: Option<&str>) -> Vec<Check> {
                 probe.adapter, probe.open_ms, probe.round_trip_us
             ),
         ),
-        Err(error) => Check::failed("device", error.to_string(), "see `exflow devices` and `exflow selftest`"),
+        Err(error) => {
+            Check::failed("device", error.to_string(), "see `exflow devices` and `exflow selftest`")
+        }
     });
     let bound = format!("largest binding {}", byte_text(best.max_binding_bytes as f64));
     checks.push(match best.max_binding_bytes <= SMALL_BINDING {
@@ -158,7 +160,10 @@ fn buffers() -> Check {
         false => Check::warning(
             "buffers",
             found,
-            format!("for more speed: sysctl -w net.core.rmem_max={0} net.core.wmem_max={0}", 4 * BUFFER_BYTES),
+            format!(
+                "for more speed: sysctl -w net.core.rmem_max={0} net.core.wmem_max={0}",
+                4 * BUFFER_BYTES
+            ),
         ),
     }
 }
@@ -166,8 +171,11 @@ fn buffers() -> Check {
 /// Two ranks of this process, joined over real UDP with certificates that the clock must agree to.
 fn ranks_over_udp() -> Check {
     let started = Instant::now();
-    let remedy = "let UDP pass on the loopback interface, and set the clock: certificates are valid from yesterday on";
-    let failed = |error: &dyn std::fmt::Display| Check::failed("ranks", format!("two ranks cannot join: {error}"), remedy);
+    let remedy =
+        "let UDP pass on the loopback interface, and set the clock: certificates are valid from yesterday on";
+    let failed = |error: &dyn std::fmt::Display| {
+        Check::failed("ranks", format!("two ranks cannot join: {error}"), remedy)
+    };
     let ranks = match quic::loopback_world(2, quic::QuicOptions::loopback()) {
         Ok(ranks) => ranks,
         Err(error) => return failed(&error),
@@ -188,7 +196,10 @@ fn ranks_over_udp() -> Check {
         }
     }
     let ms = |time: Duration| 1e3 * time.as_secs_f64();
-    Check::ok("ranks", format!("two ranks joined over UDP in {:.0} ms, met in {:.1} ms", ms(joined), ms(slowest)))
+    Check::ok(
+        "ranks",
+        format!("two ranks joined over UDP in {:.0} ms, met in {:.1} ms", ms(joined), ms(slowest)),
+    )
 }
 
 /// 2025-01-01, before this program was first written: a clock that is earlier is wrong.
@@ -212,7 +223,9 @@ fn free_port(port: u16) -> Check {
     let taken = UdpSocket::bind(any).map(drop).and_then(|()| TcpListener::bind(any).map(drop)).err();
     match taken {
         None => Check::ok("port", format!("{port} is free, UDP and TCP")),
-        Some(error) => Check::failed("port", format!("{port}: {error}"), "choose another, or end who holds it"),
+        Some(error) => {
+            Check::failed("port", format!("{port}: {error}"), "choose another, or end who holds it")
+        }
     }
 }
 
@@ -234,7 +247,9 @@ fn known(peer: &str) -> Check {
     match peer.to_socket_addrs().map(|mut found| found.next()) {
         Ok(Some(address)) => Check::ok("peer", format!("{peer} is {address}")),
         Ok(None) => Check::failed("peer", format!("{peer} has no address"), "write it as HOST:PORT"),
-        Err(error) => Check::failed("peer", format!("{peer}: {error}"), "write it as HOST:PORT, or mend the names"),
+        Err(error) => {
+            Check::failed("peer", format!("{peer}: {error}"), "write it as HOST:PORT, or mend the names")
+        }
     }
 }
 

@@ -35,7 +35,9 @@ pub(crate) struct LogFlags {
 }
 
 /// Keeps the trace file open; it is complete once this is dropped.
-pub(crate) struct Logging(#[allow(dead_code, reason = "held for what its drop does")] Option<tracing_chrome::FlushGuard>);
+pub(crate) struct Logging(
+    #[allow(dead_code, reason = "held for what its drop does")] Option<tracing_chrome::FlushGuard>,
+);
 
 type Boxed = Box<dyn Layer<Registry> + Send + Sync>;
 
@@ -43,7 +45,9 @@ type Boxed = Box<dyn Layer<Registry> + Send + Sync>;
 pub(crate) fn start(flags: &LogFlags) -> Result<Logging, Failure> {
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let lines: Boxed = match flags.log_format {
-        LogFormat::Text => lines.with_ansi(std::io::stderr().is_terminal()).with_filter(targets(flags.log)).boxed(),
+        LogFormat::Text => {
+            lines.with_ansi(std::io::stderr().is_terminal()).with_filter(targets(flags.log)).boxed()
+        }
         LogFormat::Json => lines.json().with_filter(targets(flags.log)).boxed(),
     };
     let mut layers = vec![lines];

@@ -12,11 +12,9 @@ use std::time::Duration;
 
 /// Serves a model as OpenAI's API, with a dashboard
 #[derive(Debug, clap::Args)]
-#[command(
-    after_help = "Example:\n  exflow serve -m examples/models/gpt-moe-16e --ep-size 4 --port 8080\n  \
+#[command(after_help = "Example:\n  exflow serve -m examples/models/gpt-moe-16e --ep-size 4 --port 8080\n  \
                   curl http://127.0.0.1:8080/v1/completions -d '{\"prompt\": \"In the beginning\", \"max_tokens\": 20}'\n\n\
-                  Ctrl-C or SIGTERM takes no more requests and lets those that run finish; a second one ends at once."
-)]
+                  Ctrl-C or SIGTERM takes no more requests and lets those that run finish; a second one ends at once.")]
 pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) ranks: RankFlags,
@@ -50,7 +48,11 @@ pub(crate) struct Args {
 }
 
 fn key(text: &str) -> Result<String, String> {
-    if text.trim().is_empty() { Err("an empty key lets nobody in; leave it out".into()) } else { Ok(text.into()) }
+    if text.trim().is_empty() {
+        Err("an empty key lets nobody in; leave it out".into())
+    } else {
+        Ok(text.into())
+    }
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {

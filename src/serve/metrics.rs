@@ -104,7 +104,12 @@ fn engine(out: &mut String, live: &LiveStats) {
         ("exflow_waiting_requests", "gauge", "Requests without a token yet.", live.waiting as f64),
         ("exflow_tokens_per_second", "gauge", "Tokens made per second, lately.", live.tokens_per_s),
         ("exflow_batch_tokens", "gauge", "Tokens in a decode step, lately.", live.batch),
-        ("exflow_exchanges_per_layer", "gauge", "Exchanges per MoE layer and step.", live.exchanges_per_layer),
+        (
+            "exflow_exchanges_per_layer",
+            "gauge",
+            "Exchanges per MoE layer and step.",
+            live.exchanges_per_layer,
+        ),
         ("exflow_stay_rate", "gauge", "Share of layer transitions that stayed on a rank.", live.stay_rate),
     ] {
         head(out, name, kind, help);
@@ -170,7 +175,9 @@ mod tests {
         [0.0005, 0.002, 0.002, 100.0].into_iter().for_each(|t| times.observe(t));
         let mut out = String::new();
         times.write(&mut out, "x", "of a test");
-        for wanted in ["x_bucket{le=\"0.001\"} 1", "x_bucket{le=\"60\"} 3", "x_bucket{le=\"+Inf\"} 4", "x_count 4"] {
+        for wanted in
+            ["x_bucket{le=\"0.001\"} 1", "x_bucket{le=\"60\"} 3", "x_bucket{le=\"+Inf\"} 4", "x_count 4"]
+        {
             assert!(out.contains(wanted), "{wanted} in\n{out}");
         }
         assert!(out.starts_with("# HELP x of a test\n# TYPE x histogram\n"), "{out}");

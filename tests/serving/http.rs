@@ -53,7 +53,8 @@ impl Served {
 
     /// Status and body, whatever the status.
     fn post(&self, path: &str, body: &str) -> (u16, Value) {
-        let answer = agent().post(self.url(path)).content_type("application/json").send(body).expect("an answer");
+        let answer =
+            agent().post(self.url(path)).content_type("application/json").send(body).expect("an answer");
         read(answer)
     }
 
@@ -115,7 +116,8 @@ fn read(mut answer: ureq::http::Response<ureq::Body>) -> (u16, Value) {
 }
 
 fn completion(fields: Value) -> Value {
-    let mut body = json!({ "model": "tiny", "prompt": "abc", "max_tokens": 12, "temperature": 0, "ignore_eos": true });
+    let mut body =
+        json!({ "model": "tiny", "prompt": "abc", "max_tokens": 12, "temperature": 0, "ignore_eos": true });
     body.as_object_mut().expect("an object").extend(fields.as_object().expect("an object").clone());
     body
 }
@@ -144,7 +146,10 @@ fn answers_whole_and_streamed_say_the_same() {
     let chat = json!({ "messages": messages, "max_tokens": 8, "temperature": 0, "ignore_eos": true });
     let (status, said) = served.post("/v1/chat/completions", &chat.to_string());
     assert_eq!(status, 200, "{said}");
-    assert_eq!((&said["object"], &said["choices"][0]["message"]["role"]), (&json!("chat.completion"), &json!("assistant")));
+    assert_eq!(
+        (&said["object"], &said["choices"][0]["message"]["role"]),
+        (&json!("chat.completion"), &json!("assistant"))
+    );
     // The template writes "s:x\nu:abc\na:", a token each letter.
     assert_eq!(said["usage"]["prompt_tokens"], 12);
     let mut streaming = chat.clone();
@@ -181,7 +186,8 @@ fn choices_seeds_stops_and_paths() {
     assert_eq!(stopped["choices"][0]["text"], before);
     assert_eq!(stopped["choices"][0]["finish_reason"], "stop");
 
-    let (_, with) = served.post("/v1/completions", &completion(json!({ "exflow": { "path": true } })).to_string());
+    let (_, with) =
+        served.post("/v1/completions", &completion(json!({ "exflow": { "path": true } })).to_string());
     let tokens = with["choices"][0]["exflow"]["tokens"].as_array().expect("tokens");
     assert_eq!(tokens.len(), 12);
     assert!(tokens.iter().all(|t| t["path"].as_array().is_some_and(|hops| hops.len() == 2)), "{with}");
@@ -244,8 +250,11 @@ fn keys_origins_models_health_and_metrics() {
     let list: Value = serde_json::from_str(&models.body_mut().read_to_string().expect("text")).expect("JSON");
     assert_eq!((&list["object"], &list["data"][0]["id"]), (&json!("list"), &json!("tiny")));
     let metrics = with("/metrics", "secret").body_mut().read_to_string().expect("text");
-    for name in ["exflow_output_tokens_total 0", "exflow_kv_blocks{rank=\"1\"}", "exflow_link_bytes_total{from=\"0\",to=\"1\"}"]
-    {
+    for name in [
+        "exflow_output_tokens_total 0",
+        "exflow_kv_blocks{rank=\"1\"}",
+        "exflow_link_bytes_total{from=\"0\",to=\"1\"}",
+    ] {
         assert!(metrics.contains(name), "{name} in\n{metrics}");
     }
     let (name, value) = ("exflow_http_requests_total{path=\"/v1/models\",status=\"401\"}", " 2");
@@ -255,7 +264,11 @@ fn keys_origins_models_health_and_metrics() {
 #[test]
 fn a_page_of_another_origin_gets_nothing_unless_asked() {
     let served = Served::start(|_, _| {});
-    let answer = agent().get(served.url("/v1/models")).header("Origin", "https://example.org").call().expect("an answer");
+    let answer = agent()
+        .get(served.url("/v1/models"))
+        .header("Origin", "https://example.org")
+        .call()
+        .expect("an answer");
     assert!(answer.headers().get("access-control-allow-origin").is_none());
     // The dashboard is whole and names no other address.
     let page = served.text("/");

@@ -34,13 +34,15 @@ impl Running {
         let listening = lines.by_ref().map(|l| l.expect("text")).find(|l| l.contains("listening on"));
         let listening = listening.expect("it says where it listens");
         std::thread::spawn(move || lines.for_each(drop));
-        let address = listening.split_whitespace().find(|w| w.starts_with("http://")).expect("an address").to_owned();
+        let address =
+            listening.split_whitespace().find(|w| w.starts_with("http://")).expect("an address").to_owned();
         Self { child, address }
     }
 
     /// Resident memory in kilobytes.
     fn resident_kb(&self) -> i64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("its status");
+        let status =
+            std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("its status");
         let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("VmRSS");
         line.split_whitespace().nth(1).and_then(|kb| kb.parse().ok()).expect("a number")
     }
@@ -106,10 +108,13 @@ fn ten_thousand_requests_of_32_clients() {
     burst(&address, REQUESTS, &expected);
     let (after, seconds) = (running.resident_kb(), started.elapsed().as_secs_f64());
     let each = REQUESTS as f64 / seconds;
-    eprintln!("{REQUESTS} requests of {CLIENTS} clients in {seconds:.1} s: {each:.0}/s; memory {before} kB, then {after} kB");
+    eprintln!(
+        "{REQUESTS} requests of {CLIENTS} clients in {seconds:.1} s: {each:.0}/s; memory {before} kB, then {after} kB"
+    );
     assert!(after - before <= MOST_GROWTH_KB, "memory grew from {before} to {after} kB");
 
-    let metrics = agent.get(format!("{address}/metrics")).call().expect("metrics").body_mut().read_to_string();
+    let metrics =
+        agent.get(format!("{address}/metrics")).call().expect("metrics").body_mut().read_to_string();
     let metrics = metrics.expect("text");
     let finished = format!("exflow_requests_total{{outcome=\"finished\"}} {}", 1 + WARM + REQUESTS);
     assert!(metrics.contains(&finished), "{metrics}");

@@ -15,9 +15,7 @@ pub(super) fn of(adapter: &wgpu::Adapter) -> Option<DeviceMemory> {
     use ash::vk;
     // SAFETY: the guard keeps the adapter alive, and nothing of it is destroyed here.
     let hal = unsafe { adapter.as_hal::<wgpu::hal::api::Vulkan>() }?;
-    let has_budget = hal
-        .physical_device_capabilities()
-        .supports_extension(ash::ext::memory_budget::NAME);
+    let has_budget = hal.physical_device_capabilities().supports_extension(ash::ext::memory_budget::NAME);
     let mut budget = vk::PhysicalDeviceMemoryBudgetPropertiesEXT::default();
     let mut all = vk::PhysicalDeviceMemoryProperties2::default();
     if has_budget {

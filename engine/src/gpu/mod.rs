@@ -10,7 +10,7 @@ mod report;
 
 pub(crate) use buffer::{Buffer, Usage};
 pub(crate) use device::Gpu;
-pub(crate) use recording::Recording;
 pub use memory::DeviceMemory;
 pub use probe::{Probe, probe};
+pub(crate) use recording::Recording;
 pub use report::{DeviceReport, devices, prepare_process};

@@ -310,7 +310,8 @@ impl Tokens {
         event: Option<Result<TokenEvent, EngineError>>,
     ) -> Option<Result<TokenEvent, EngineError>> {
         let event = event.unwrap_or_else(|| {
-            let cause = self.shared.state().ended.as_ref().map_or("its thread is gone".into(), Ended::to_string);
+            let cause =
+                self.shared.state().ended.as_ref().map_or("its thread is gone".into(), Ended::to_string);
             Err(EngineError::Stopped { cause })
         });
         self.done = event.as_ref().map_or(true, |e| e.finish.is_some());

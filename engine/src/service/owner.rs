@@ -89,7 +89,9 @@ impl Owner {
             match self.cluster.event_within(wait)? {
                 Some(Event::Token { sequence, token, finish, .. }) => self.token(sequence, token, finish)?,
                 Some(Event::Captured(captured)) => self.captured(captured),
-                Some(Event::Report(rank, stats)) => self.meter.add(rank, &stats, &mut self.shared.state().live),
+                Some(Event::Report(rank, stats)) => {
+                    self.meter.add(rank, &stats, &mut self.shared.state().live)
+                }
                 _ => {}
             }
             if self.meter.is_due(REPORT_EVERY, !self.open.is_empty()) {
@@ -104,7 +106,9 @@ impl Owner {
             let ask = lock(&self.shared.asks).pop_front();
             match ask {
                 None => return Ok(()),
-                Some(Ask::Submit { id, request, events, asked }) => self.submit(id, request, events, asked)?,
+                Some(Ask::Submit { id, request, events, asked }) => {
+                    self.submit(id, request, events, asked)?
+                }
                 Some(Ask::Cancel(id)) => self.cancel(id)?,
                 Some(Ask::Finish) => self.finishing = true,
                 Some(Ask::Stop) => self.stopping = true,

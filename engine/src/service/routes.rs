@@ -73,7 +73,8 @@ impl Routes {
                     self.trace.mark_break();
                 }
                 if whole {
-                    let ids: Vec<i32> = hops.iter().flat_map(|h| h.experts.iter().map(|&e| e as i32)).collect();
+                    let ids: Vec<i32> =
+                        hops.iter().flat_map(|h| h.experts.iter().map(|&e| e as i32)).collect();
                     self.trace.push_token(&ids);
                     expected = Some(position + 1);
                 }

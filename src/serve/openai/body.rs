@@ -127,7 +127,8 @@ pub(super) fn parse<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>) ->
         _ => ApiError::bad_request(rejection.body_text()),
     })?;
     serde_json::from_slice(&bytes).map_err(|e| {
-        let hint = if bytes.is_empty() { "the body is empty; send JSON" } else { "the body is not as it must be" };
+        let hint =
+            if bytes.is_empty() { "the body is empty; send JSON" } else { "the body is not as it must be" };
         ApiError::bad_request(format!("{hint}: {e}"))
     })
 }
@@ -305,7 +306,10 @@ mod tests {
         });
         let body = common(fields);
         assert!(body.check("served").is_ok());
-        assert_eq!((body.sampling(7).temperature, body.sampling(7).top_k, body.sampling(7).seed), (1.0, 0, 7));
+        assert_eq!(
+            (body.sampling(7).temperature, body.sampling(7).top_k, body.sampling(7).seed),
+            (1.0, 0, 7)
+        );
     }
 
     #[test]
