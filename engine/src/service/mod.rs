@@ -292,7 +292,7 @@ impl Tokens {
         let started = Instant::now();
         let (mut output_ids, mut text, mut ttft_ms) = (Vec::new(), String::new(), None);
         let mut finish_reason = FinishReason::Length;
-        while let Some(event) = self.next() {
+        for event in self.by_ref() {
             let event = event?;
             ttft_ms.get_or_insert_with(|| 1e3 * started.elapsed().as_secs_f64());
             text += &event.text;
