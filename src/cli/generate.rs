@@ -134,7 +134,7 @@ fn request(args: &Args, index: usize, prompt_ids: Vec<u32>) -> Request {
             seed: args.seed.wrapping_add(index as u64),
         },
         stop: args.stop.clone(),
-        ..Request::default()
+        path: false,
     }
 }
 

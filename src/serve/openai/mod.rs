@@ -64,7 +64,6 @@ async fn answer(
                 stop: common.stop(),
                 ignore_eos: common.ignore_eos(),
                 path: common.path(),
-                ..Request::default()
             };
             answer.choices.push(app.engine.submit(request)?);
         }
