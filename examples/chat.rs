@@ -22,14 +22,13 @@ fn main() -> Result<(), EngineError> {
     };
 
     let mut said: Vec<Message> = Vec::new();
-    let mut seed = 0;
-    for line in std::io::stdin().lock().lines().map_while(Result::ok).filter(|line| !line.trim().is_empty()) {
+    let lines = std::io::stdin().lock().lines().map_while(Result::ok);
+    for (seed, line) in (1..).zip(lines.filter(|line| !line.trim().is_empty())) {
         said.push(Message::new("user", &line));
         let prompt_ids = match &template {
             Some(template) => codec.encode_whole(&template.render(&said)?)?,
             None => codec.encode(&line)?,
         };
-        seed += 1;
         let sampling = Sampling { temperature: 0.7, seed, ..Sampling::default() };
         let request = Request { prompt_ids, max_tokens: 60, sampling, ..Request::default() };
 

@@ -8,7 +8,7 @@ use exflow::transport::identity::Identity;
 use exflow::transport::{ByteClass, Communicator, RoundId, quic};
 use serde::Serialize;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs, UdpSocket};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 /// Checks driver, device, UDP, clock, ports and identities of this machine, and says what to do
@@ -72,7 +72,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     checks.push(clock(SystemTime::now()));
     checks.extend(args.port.iter().map(|&port| free_port(port)));
     checks.push(ipv6());
-    checks.extend(args.identity.iter().map(identity));
+    checks.extend(args.identity.iter().map(|folder| identity(folder)));
     checks.extend(args.peer.iter().map(|peer| known(peer)));
     match args.format {
         Format::Json => output::json(&serde_json::json!({ "checks": checks }))?,
@@ -184,7 +184,7 @@ fn ranks_over_udp() -> Check {
     let meet = |mut rank: quic::QuicCommunicator| {
         let round = RoundId { number: 0, class: ByteClass::Ids, layer: u16::MAX };
         let started = Instant::now();
-        rank.all_gather(round, vec![7].into()).map(|_| started.elapsed())
+        rank.all_gather(round, vec![7]).map(|_| started.elapsed())
     };
     let threads: Vec<_> = ranks.into_iter().map(|rank| std::thread::spawn(move || meet(rank))).collect();
     let mut slowest = Duration::ZERO;
@@ -236,7 +236,7 @@ fn ipv6() -> Check {
     }
 }
 
-fn identity(folder: &PathBuf) -> Check {
+fn identity(folder: &Path) -> Check {
     match Identity::load(folder) {
         Ok(_) => Check::ok("identity", format!("{} is whole", folder.display())),
         Err(error) => Check::failed("identity", error.to_string(), "make one with `exflow cert`"),
