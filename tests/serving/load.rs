@@ -88,7 +88,7 @@ fn burst(address: &str, requests: usize, expected: &str) {
                     if number >= requests {
                         return;
                     }
-                    assert_eq!(ask(&agent, address, number % 2 == 0), expected);
+                    assert_eq!(ask(&agent, address, number.is_multiple_of(2)), expected);
                 }
             });
         }
