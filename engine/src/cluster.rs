@@ -31,7 +31,7 @@ pub struct Cluster {
     events: Receiver<Event>,
     events_in: Sender<Event>,
     threads: Vec<JoinHandle<()>>,
-    next_id: u32,
+    next_request: u32,
 }
 
 /// What all ranks of a start share.
@@ -82,7 +82,7 @@ impl Cluster {
             events,
             events_in,
             threads,
-            next_id: 0,
+            next_request: 0,
         };
         cluster.await_ready()?;
         Ok(cluster)
@@ -160,21 +160,23 @@ impl Cluster {
     pub(crate) fn submit(&mut self, run: Run) -> Result<u32, EngineError> {
         generate::check_prompt(&self.spec, &run.prompt)?;
         generate::check_room(&self.spec, self.cache_positions(), run.prompt.len(), run.max_tokens)?;
-        let id = self.next_id;
-        self.next_id += 1;
+        let request = self.next_request;
+        self.next_request += 1;
         let admission = Admission {
-            id,
-            home: Rank(0),
+            request,
+            known: (run.prompt.len() + run.forced.len()) as u32,
             prompt: run.prompt,
             max_tokens: u32::try_from(run.max_tokens).unwrap_or(u32::MAX),
             ignore_eos: run.ignore_eos,
             sampling: run.sampling,
+            logprobs: run.logprobs.map(|top| top as u16),
             forced: run.forced,
             capture_routes: run.capture_routes,
             capture_logits: run.capture_logits,
+            ..Admission::default()
         };
         self.command(Command::Submit(admission))?;
-        Ok(id)
+        Ok(request)
     }
 
     pub(crate) fn command(&mut self, command: Command) -> Result<(), EngineError> {

@@ -2,7 +2,7 @@
 
 use crate::output::Output;
 use crate::runtime::{Command, Event, FinishReason};
-use crate::sampling::Sampling;
+use crate::sampling::{Logprobs, MAX_LOGPROBS, Sampling};
 use crate::stats::{self, RunStats};
 use crate::{Cluster, EngineError, ModelSpec};
 use exflow_placement::Rank;
@@ -25,6 +25,9 @@ pub struct Request {
     pub stop: Vec<String>,
     /// Whether [`Engine`](crate::Engine) tells each token's way over layers and ranks.
     pub path: bool,
+    /// Tells each token's log-probability, and so many of the likeliest tokens with theirs (at most
+    /// [`MAX_LOGPROBS`]); `None`: neither.
+    pub logprobs: Option<usize>,
 }
 
 /// A token as it appears.
@@ -36,6 +39,8 @@ pub struct TokenEvent {
     pub token: u32,
     /// What became readable with it; perhaps nothing.
     pub text: String,
+    /// How likely it was, where the request asks for it.
+    pub logprobs: Option<Logprobs>,
     /// Why the sequence ended, where it did.
     pub finish: Option<FinishReason>,
     /// Whether the token itself ends the text and is no part of the output.
@@ -66,6 +71,9 @@ pub struct Completion {
     pub output_ids: Vec<u32>,
     /// The same as text; empty for a model without a tokenizer.
     pub text: String,
+    /// Of each token of the output, where the request asks for them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logprobs: Option<Vec<Logprobs>>,
     /// Why it ended.
     pub finish_reason: FinishReason,
     /// Milliseconds from the call to the first token.
@@ -88,6 +96,7 @@ pub(crate) struct Run {
     pub(crate) max_tokens: usize,
     pub(crate) ignore_eos: bool,
     pub(crate) sampling: Sampling,
+    pub(crate) logprobs: Option<usize>,
     pub(crate) forced: Vec<u32>,
     pub(crate) capture_routes: bool,
     pub(crate) capture_logits: bool,
@@ -101,6 +110,7 @@ impl Run {
             max_tokens: request.max_tokens,
             ignore_eos: request.ignore_eos,
             sampling: request.sampling,
+            logprobs: request.logprobs,
             ..Self::default()
         }
     }
@@ -120,34 +130,39 @@ pub(crate) fn run(
     }
     let codec = cluster.codec();
     let mut open: Vec<Output> = requests.iter().map(|_| Output::default()).collect();
+    let mut all_logprobs: Vec<Vec<Logprobs>> = vec![Vec::new(); requests.len()];
     while open.iter().any(|o| o.finish.is_none()) {
-        let Event::Token { sequence, token, finish, .. } = cluster.event()? else { continue };
-        let Some(&index) = index_of.get(&sequence) else { continue };
+        let Event::Token { request, token, logprobs, finish } = cluster.event()? else { continue };
+        let Some(&index) = index_of.get(&request) else { continue };
         if open[index].finish.is_some() {
             continue; // it ran over its stop text
         }
         let now = started.elapsed().as_secs_f64();
         let text = open[index].push(codec.as_deref(), &requests[index].stop, token, finish, now)?;
         if finish.is_none() && open[index].finish.is_some() {
-            cluster.command(Command::Cancel(sequence))?;
+            cluster.command(Command::Cancel(request))?;
         }
         let ends_text = finish == Some(FinishReason::Stop);
         let finish = open[index].finish;
-        sink(&TokenEvent { sequence: index, token, text, finish, ends_text, path: Vec::new() });
+        if !ends_text {
+            all_logprobs[index].extend(logprobs.clone());
+        }
+        sink(&TokenEvent { sequence: index, token, text, logprobs, finish, ends_text, path: Vec::new() });
     }
     let seconds = started.elapsed().as_secs_f64();
     let reports = cluster.report()?;
     let times: Vec<_> = open.iter().map(|o| (o.first.unwrap_or(0.0), o.last, o.ids.len())).collect();
     let prompt_tokens = requests.iter().map(|r| r.prompt_ids.len() as u64).sum();
     let stats = stats::summarise(cluster, &reports, &times, prompt_tokens, seconds);
-    let complete = |(request, open): (&Request, Output)| Completion {
+    let complete = |((request, open), logprobs): ((&Request, Output), Vec<Logprobs>)| Completion {
         prompt_ids: request.prompt_ids.clone(),
         output_ids: open.ids,
         text: open.text,
+        logprobs: request.logprobs.map(|_| logprobs),
         finish_reason: open.finish.unwrap_or(FinishReason::Length),
         ttft_ms: 1e3 * open.first.unwrap_or(0.0),
     };
-    Ok(Generation { sequences: requests.iter().zip(open).map(complete).collect(), stats })
+    Ok(Generation { sequences: requests.iter().zip(open).zip(all_logprobs).map(complete).collect(), stats })
 }
 
 fn check(cluster: &Cluster, requests: &[Request]) -> Result<(), EngineError> {
@@ -168,6 +183,10 @@ pub(crate) fn check_request(spec: &ModelSpec, held: usize, request: &Request) ->
     }
     check_room(spec, held, request.prompt_ids.len(), request.max_tokens)?;
     request.sampling.check().map_err(|(what, remedy)| EngineError::usage(what, remedy))?;
+    if let Some(top) = request.logprobs.filter(|&top| top > MAX_LOGPROBS) {
+        let what = format!("{top} alternatives to each token were asked for");
+        return Err(EngineError::usage(what, format!("ask for at most {MAX_LOGPROBS}")));
+    }
     if request.stop.iter().any(String::is_empty) {
         return Err(EngineError::usage("an empty stop text", "give at least one character"));
     }

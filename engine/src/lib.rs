@@ -37,7 +37,7 @@ pub use options::{
     ClusterOptions, Combine, Dtype, Feed, NoProgress, PlacementSource, Progress, TransportKind,
 };
 pub use runtime::FinishReason;
-pub use sampling::Sampling;
+pub use sampling::{Logprobs, MAX_LOGPROBS, Sampling};
 pub use selftest::{KernelCheck, selftest};
 pub use service::{Engine, EngineOptions, LiveRank, LiveStats, RequestCounts, Tokens};
 pub use stats::{BytesByClass, RunStats};

@@ -6,7 +6,7 @@ use crate::runtime::{Captured, Event};
 use crate::{Cluster, EngineError};
 use exflow_placement::RoutingTrace;
 use exflow_placement::npy::NpzWriter;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::path::Path;
 
@@ -67,9 +67,9 @@ fn collect(
     while !open.is_empty() {
         match cluster.event()? {
             Event::Captured(c) => captured.push(c),
-            Event::Token { sequence, finish: Some(_), .. } => {
-                open.retain(|id| *id != sequence);
-                ended(sequence);
+            Event::Token { request, finish: Some(_), .. } => {
+                open.retain(|id| *id != request);
+                ended(request);
             }
             _ => {}
         }
@@ -80,18 +80,20 @@ fn collect(
 fn assemble(cluster: &Cluster, tokens: usize, captured: Vec<Captured>) -> Result<LogitsDump, EngineError> {
     let spec = cluster.spec();
     let (vocab, k) = (spec.vocab_size, spec.top_k);
-    let mut seen = 0;
+    // What was preempted is captured again when it is replayed, with the same bits.
+    let mut seen = HashSet::new();
     let mut logits = vec![0.0; tokens * vocab];
     let mut layers: Vec<_> = (spec.moe_layers.iter())
         .map(|&layer| LayerRouting { layer, k, experts: vec![0; tokens * k], weights: vec![0.0; tokens * k] })
         .collect();
     for c in captured {
-        seen += 1;
         match c {
             Captured::Logits { position, values, .. } => {
+                seen.insert((position, None));
                 logits[position as usize * vocab..][..vocab].copy_from_slice(&values);
             }
             Captured::Route { position, layer, experts, weights, .. } => {
+                seen.insert((position, Some(layer)));
                 let at = position as usize * k;
                 let routing = &mut layers[usize::from(layer)];
                 let ids: Vec<i32> = experts.iter().map(|&e| e as i32).collect();
@@ -100,8 +102,9 @@ fn assemble(cluster: &Cluster, tokens: usize, captured: Vec<Captured>) -> Result
             }
         }
     }
-    if seen != tokens * (1 + spec.moe_layers()) {
-        let what = format!("{seen} of {} captures came", tokens * (1 + spec.moe_layers()));
+    let expected = tokens * (1 + spec.moe_layers());
+    if seen.len() != expected {
+        let what = format!("{} of {expected} captures came", seen.len());
         return Err(EngineError::Internal(what));
     }
     Ok(LogitsDump { tokens, vocab, logits, layers })
@@ -160,8 +163,8 @@ pub(crate) fn profile(
 fn append(trace: &mut RoutingTrace, captured: Vec<Captured>, layers: usize, k: usize) {
     let mut tokens: BTreeMap<(u32, u32), Vec<i32>> = BTreeMap::new();
     for c in captured {
-        if let Captured::Route { sequence, position, layer, experts, .. } = c {
-            let ids = tokens.entry((sequence, position)).or_insert_with(|| vec![0; layers * k]);
+        if let Captured::Route { request, position, layer, experts, .. } = c {
+            let ids = tokens.entry((request, position)).or_insert_with(|| vec![0; layers * k]);
             let at = usize::from(layer) * k;
             ids[at..at + k].iter_mut().zip(&experts).for_each(|(to, &e)| *to = e as i32);
         }

@@ -104,6 +104,39 @@ impl Sampling {
     }
 }
 
+/// How likely a token was, by the model alone: before temperature, penalty and filters.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Logprobs {
+    /// Natural logarithm of the token's probability.
+    pub logprob: f32,
+    /// The likeliest tokens with theirs, likeliest first, equal ones by id.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// Alternatives that a request may ask for with each token.
+pub const MAX_LOGPROBS: usize = 20;
+
+impl Logprobs {
+    /// Of `token` and of the `top` likeliest, from `logits` `[V]`.
+    pub(crate) fn of(logits: &[f32], token: u32, top: usize) -> Self {
+        let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = logits.iter().map(|&x| f64::from(x - largest).exp()).sum();
+        let normaliser = f64::from(largest) + sum.ln();
+        let logprob = |id: u32| (f64::from(logits[id as usize]) - normaliser) as f32;
+        let likelier = |a: &u32, b: &u32| {
+            logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b))
+        };
+        let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+        let top = top.min(order.len());
+        if top > 0 && top < order.len() {
+            order.select_nth_unstable_by(top - 1, likelier);
+        }
+        order.truncate(top);
+        order.sort_unstable_by(likelier);
+        Self { logprob: logprob(token), top: order.into_iter().map(|id| (id, logprob(id))).collect() }
+    }
+}
+
 /// A number in 0..1 for (seed, position): SplitMix64's finaliser (Steele, Lea and Flood 2014), twice.
 fn uniform(seed: u64, position: u32) -> f64 {
     let mix = |mut z: u64| {
@@ -166,6 +199,18 @@ mod tests {
         let sampling = Sampling { repetition_penalty: 2.0, ..Sampling::default() };
         assert_eq!(sampling.choose(&LOGITS, [1, 3, 3].into_iter(), 7), 2);
         assert_eq!(sampling.choose(&[-1.0, -1.5], [0].into_iter(), 7), 1, "negative logits sink too");
+    }
+
+    #[test]
+    fn log_probabilities_are_those_of_the_softmax() {
+        let found = Logprobs::of(&LOGITS, 2, 3);
+        let total: f64 = LOGITS.iter().map(|&x| f64::from(x).exp()).sum();
+        let expected = |id: usize| (f64::from(LOGITS[id]) - total.ln()) as f32;
+        assert!((found.logprob - expected(2)).abs() < 1e-6);
+        assert_eq!(found.top.iter().map(|t| t.0).collect::<Vec<_>>(), [1, 3, 2], "equal ones by id");
+        assert!(found.top.iter().all(|&(id, p)| (p - expected(id as usize)).abs() < 1e-6));
+        assert!(Logprobs::of(&LOGITS, 0, 0).top.is_empty());
+        assert_eq!(Logprobs::of(&LOGITS, 0, 99).top.len(), LOGITS.len());
     }
 
     #[test]

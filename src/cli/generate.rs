@@ -49,6 +49,9 @@ pub(crate) struct Args {
     /// Ends a text where one of these appears; it is not shown
     #[arg(long, value_name = "TEXT", num_args = 1..)]
     stop: Vec<String>,
+    /// With --format json, tells each token's log-probability and the N likeliest tokens with theirs
+    #[arg(long, value_name = "N")]
+    logprobs: Option<usize>,
     /// Goes on after the model's end-of-text token
     #[arg(long)]
     ignore_eos: bool,
@@ -135,6 +138,7 @@ fn request(args: &Args, index: usize, prompt_ids: Vec<u32>) -> Request {
         },
         stop: args.stop.clone(),
         path: false,
+        logprobs: args.logprobs,
     }
 }
 
@@ -162,13 +166,17 @@ fn as_json(run: &Generation) -> Result<Value, Failure> {
 }
 
 fn sequence(done: &Completion) -> Result<Value, Failure> {
-    Ok(json!({
+    let mut value = json!({
         "prompt_ids": done.prompt_ids,
         "output_ids": done.output_ids,
         "text": done.text,
         "finish_reason": serde_json::to_value(done.finish_reason)?,
         "ttft_ms": done.ttft_ms,
-    }))
+    });
+    if let Some(logprobs) = &done.logprobs {
+        value["logprobs"] = serde_json::to_value(logprobs)?;
+    }
+    Ok(value)
 }
 
 fn summary(run: &Generation) -> String {

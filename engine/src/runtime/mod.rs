@@ -4,6 +4,7 @@ mod coherence;
 mod experts;
 mod frames;
 mod rounds;
+mod scheduler;
 mod sequence;
 mod stats;
 mod step;

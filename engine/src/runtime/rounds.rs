@@ -1,6 +1,7 @@
 //! The loop in rounds: agree on what runs, step, gather what was sampled, again. Every exchange is one that all
 //! ranks take part in.
 
+use super::sequence::Sampled;
 use super::step::{Batch, Outcome, Row, Stepper};
 use super::worker::{Directive, Event, Worker};
 use crate::EngineError;
@@ -12,12 +13,9 @@ use std::time::Instant;
 /// What every rank tells every other one at the end of a step.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Gathered {
-    sampled: Vec<(u32, u32)>,
+    sampled: Vec<Sampled>,
     directives: Vec<Directive>,
 }
-
-/// Tokens of prompts in one step, on all ranks together.
-const PREFILL_TOKENS: usize = 1024;
 
 impl Worker {
     pub(super) fn run_rounds(mut self) -> Result<(), EngineError> {
@@ -34,13 +32,12 @@ impl Worker {
         Ok(())
     }
 
-    /// Prompts first, else one token of every sequence, else nothing.
+    /// Chunks of prompts where rank 0 ordered such, else one token of every sequence, else nothing.
     fn step(&mut self) -> Result<Outcome, EngineError> {
         let me = self.comm.rank();
-        let prompts = self.sequences.to_prefill(PREFILL_TOKENS);
-        let batch = match prompts.is_empty() {
-            false => self.prompt_batch(&prompts, me),
-            true => self.decode_batch(me),
+        let batch = match self.sequences.chunks().next() {
+            Some(_) => self.prompt_batch(me),
+            None => self.decode_batch(me),
         };
         if batch.total == 0 {
             return Ok(Outcome::default());
@@ -71,17 +68,18 @@ impl Worker {
             }
             false => self.stats.prefill_steps += 1,
         }
+        self.sequences.chunks_done();
         Ok(outcome)
     }
 
-    fn prompt_batch(&self, prompts: &[u32], me: Rank) -> Batch {
+    fn prompt_batch(&self, me: Rank) -> Batch {
         let mut batch = Batch { decode: false, tokens: Vec::new(), total: 0 };
-        for sequence in prompts.iter().filter_map(|id| self.sequences.running.get(id)) {
-            let prompt = &sequence.start.prompt;
-            batch.total += prompt.len();
+        for sequence in self.sequences.chunks() {
+            let chunk = sequence.chunk();
+            batch.total += chunk.len();
             if sequence.start.home == me {
-                let row = |(at, &token)| (Row::new(sequence.start.id, at as u32), token);
-                batch.tokens.extend(prompt.iter().enumerate().map(row));
+                let row = |at: u32| (Row::new(sequence.start.id, at), sequence.start.prompt[at as usize]);
+                batch.tokens.extend(chunk.map(row));
             }
         }
         batch
@@ -99,23 +97,20 @@ impl Worker {
         batch
     }
 
-    /// Everybody's sampled ids and rank 0's directives, carried out by everybody in the same order.
+    /// Everybody's sampled ids, then rank 0's directives, carried out by everybody in the same order.
     fn gather(&mut self, mine: Gathered) -> Result<(), EngineError> {
         let round = RoundId { number: self.round, class: ByteClass::Ids, layer: u16::MAX };
         self.round += 1;
         let bytes = postcard::to_stdvec(&mine).map_err(|e| EngineError::Internal(e.to_string()))?;
         let all = self.comm.all_gather(round, bytes)?;
+        let mut directives = Vec::new();
         for (from, bytes) in all.iter().enumerate() {
             let from = Rank::from(from);
             let gathered: Gathered = postcard::from_bytes(bytes)
                 .map_err(|e| EngineError::Internal(format!("rank {from} sent what cannot be read: {e}")))?;
-            for (sequence, token) in gathered.sampled {
-                self.count(sequence, token, from);
-            }
-            for directive in gathered.directives {
-                self.carry_out(from, directive)?;
-            }
+            gathered.sampled.into_iter().for_each(|sampled| self.count(sampled, from));
+            directives.extend(gathered.directives.into_iter().map(|directive| (from, directive)));
         }
-        Ok(())
+        directives.into_iter().try_for_each(|(from, directive)| self.carry_out(from, directive))
     }
 }

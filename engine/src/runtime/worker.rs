@@ -1,23 +1,24 @@
 //! One rank: what it holds, what rank 0 orders, what it tells the driver. The loops are in files of their own.
 
 use super::coherence::Coherence;
-use super::sequence::{Admission, FinishReason, Sequences};
+use super::scheduler::Scheduler;
+use super::sequence::{Admission, FinishReason, Order, Sampled, Sequences};
 use super::stats::RankStats;
 use crate::EngineError;
 use crate::model::decoder::Decoder;
 use crate::options::Combine;
+use crate::sampling::Logprobs;
 use exflow_placement::{PlacementTable, Rank, Strategy};
 use exflow_transport::{Communicator, WireStats};
 use serde::{Deserialize, Serialize};
-use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::time::Duration;
 
 /// What the driver asks of rank 0.
 pub(crate) enum Command {
-    /// Run a sequence; its home is set at admission.
+    /// Run a request; its id and home are set when it starts.
     Submit(Admission),
-    /// End a sequence that nobody waits for any more.
+    /// End a request that nobody waits for any more.
     Cancel(u32),
     /// Have every rank report its counts, and start counting anew.
     Report,
@@ -30,7 +31,7 @@ pub(crate) enum Event {
     /// A rank holds its weights and has joined the others.
     Ready(Rank, String),
     /// Rank 0: a token counts.
-    Token { sequence: u32, token: u32, finish: Option<FinishReason> },
+    Token { request: u32, token: u32, logprobs: Option<Logprobs>, finish: Option<FinishReason> },
     /// Something that was to be captured.
     Captured(Captured),
     /// Counts since the last report.
@@ -44,15 +45,14 @@ pub(crate) enum Event {
 /// Routes and logits handed to the driver.
 #[derive(Debug, Clone)]
 pub(crate) enum Captured {
-    Route { rank: Rank, sequence: u32, position: u32, layer: u16, experts: Vec<u32>, weights: Vec<f32> },
+    Route { rank: Rank, request: u32, position: u32, layer: u16, experts: Vec<u32>, weights: Vec<f32> },
     Logits { position: u32, values: Vec<f32> },
 }
 
 /// What rank 0 decides, for all ranks to carry out before the next step.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) enum Directive {
-    Admit(Admission),
-    Cancel(u32),
+    Order(Order),
     Report,
     Stop,
 }
@@ -73,7 +73,8 @@ pub(crate) struct Worker {
     pub(super) events: Sender<Event>,
     /// Rank 0's alone.
     pub(super) commands: Option<Receiver<Command>>,
-    pub(super) waiting: VecDeque<Admission>,
+    /// Rank 0's policy; other ranks do not ask it.
+    pub(super) scheduler: Scheduler,
     pub(super) sequences: Sequences,
     pub(super) coherence: Coherence,
     pub(super) stats: RankStats,
@@ -95,6 +96,7 @@ impl Worker {
     ) -> Self {
         let spec = &decoder.spec;
         let sequences = Sequences::new(options.cache_blocks, spec.max_positions, spec.eos.clone());
+        let scheduler = Scheduler::new(options.table.ranks, spec.vocab_size);
         Self {
             decoder,
             reported: comm.stats(),
@@ -102,7 +104,7 @@ impl Worker {
             options,
             events,
             commands,
-            waiting: VecDeque::new(),
+            scheduler,
             sequences,
             coherence: Coherence::default(),
             stats: RankStats::default(),
@@ -121,76 +123,46 @@ impl Worker {
         let _ = self.events.send(event);
     }
 
-    /// Rank 0: what the driver asked for, as far as there is room. Waits where there is nothing else to do.
+    /// Rank 0: what the driver asked for and what the scheduler makes of it. Waits where there is nothing else to do.
     pub(super) fn decide(&mut self) -> Vec<Directive> {
         let Some(commands) = &self.commands else { return Vec::new() };
         let mut directives = Vec::new();
-        let mut take = |command, waiting: &mut VecDeque<Admission>| match command {
-            Command::Submit(admission) => waiting.push_back(admission),
-            Command::Cancel(sequence) => {
-                waiting.retain(|admission: &Admission| admission.id != sequence);
-                directives.push(Directive::Cancel(sequence));
-            }
+        let mut take = |command, scheduler: &mut Scheduler| match command {
+            Command::Submit(admission) => scheduler.submit(admission),
+            Command::Cancel(request) => scheduler.cancel(request),
             Command::Report => directives.push(Directive::Report),
             Command::Stop => directives.push(Directive::Stop),
         };
-        if self.sequences.running.is_empty() && self.waiting.is_empty() {
+        if self.sequences.running.is_empty() && self.scheduler.is_idle() {
             match commands.recv_timeout(IDLE) {
-                Ok(command) => take(command, &mut self.waiting),
+                Ok(command) => take(command, &mut self.scheduler),
                 Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => take(Command::Stop, &mut self.waiting),
+                Err(RecvTimeoutError::Disconnected) => take(Command::Stop, &mut self.scheduler),
             }
         }
         loop {
             match commands.try_recv() {
-                Ok(command) => take(command, &mut self.waiting),
+                Ok(command) => take(command, &mut self.scheduler),
                 Err(TryRecvError::Empty) => break,
                 Err(TryRecvError::Disconnected) => {
-                    take(Command::Stop, &mut self.waiting);
+                    take(Command::Stop, &mut self.scheduler);
                     break;
                 }
             }
         }
-        directives.extend(self.admissions());
+        directives.extend(self.scheduler.plan(&self.sequences).into_iter().map(Directive::Order));
         directives
     }
 
-    /// The waiting sequences that fit, each at home on the rank with the fewest context tokens. Only as many as
-    /// surely fit after those of this very round: one step's worth.
-    fn admissions(&mut self) -> Vec<Directive> {
-        let mut context = vec![0usize; self.comm.world_size()];
-        for sequence in self.sequences.running.values() {
-            context[sequence.start.home.index()] += sequence.start.prompt.len() + sequence.output.len();
-        }
-        let mut needed = 0;
-        let mut admitted = Vec::new();
-        while let Some(next) = self.waiting.front() {
-            needed += next.prompt.len() + next.max_tokens as usize + super::BLOCK;
-            let first_fits = admitted.is_empty() && self.fits_alone(next);
-            if !first_fits && !self.sequences.fits(needed, 0) {
-                break;
-            }
-            let Some(mut admission) = self.waiting.pop_front() else { break };
-            let home = (0..context.len()).min_by_key(|&rank| context[rank]).unwrap_or(0);
-            context[home] += admission.prompt.len();
-            admission.home = Rank::from(home);
-            admitted.push(Directive::Admit(admission));
-        }
-        admitted
-    }
-
-    fn fits_alone(&self, admission: &Admission) -> bool {
-        self.sequences.fits(admission.prompt.len(), admission.max_tokens as usize)
-    }
-
-    pub(super) fn count(&mut self, sequence: u32, token: u32, residence: Rank) {
-        let Some((token, finish)) = self.sequences.sampled(sequence, token, residence) else { return };
-        if finish.is_some() {
-            self.coherence.forget(sequence);
-        }
-        if self.comm.rank() == Rank(0) {
-            self.tell(Event::Token { sequence, token, finish });
-        }
+    pub(super) fn count(&mut self, sampled: Sampled, residence: Rank) {
+        let counted = self.sequences.sampled(sampled.sequence, sampled.token, residence);
+        let Some(counted) = counted.filter(|c| c.new && self.comm.rank() == Rank(0)) else { return };
+        self.tell(Event::Token {
+            request: counted.request,
+            token: counted.token,
+            logprobs: sampled.logprobs,
+            finish: counted.finish,
+        });
     }
 
     pub(super) fn carry_out(&mut self, from: Rank, directive: Directive) -> Result<(), EngineError> {
@@ -198,15 +170,14 @@ impl Worker {
             return Err(EngineError::Internal(format!("rank {from} gave an order; only rank 0 does")));
         }
         match directive {
-            Directive::Admit(admission) => {
-                let id = admission.id;
-                if !self.sequences.admit(admission) {
-                    return Err(EngineError::Internal(format!("no cache blocks left for sequence {id}")));
+            Directive::Order(order) => {
+                let preempts = matches!(order, Order::Preempt(_));
+                if let Some(gone) = self.sequences.apply(order)? {
+                    self.coherence.forget(gone.start.id);
+                    if preempts && self.comm.rank() == Rank(0) {
+                        self.scheduler.put_back(gone);
+                    }
                 }
-            }
-            Directive::Cancel(sequence) => {
-                self.sequences.cancel(sequence);
-                self.coherence.forget(sequence);
             }
             Directive::Report => self.report(),
             Directive::Stop => self.stopping = true,

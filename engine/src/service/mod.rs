@@ -291,6 +291,7 @@ impl Tokens {
     pub fn complete(mut self) -> Result<Completion, EngineError> {
         let started = Instant::now();
         let (mut output_ids, mut text, mut ttft_ms) = (Vec::new(), String::new(), None);
+        let mut logprobs: Option<Vec<_>> = None;
         let mut finish_reason = FinishReason::Length;
         for event in self.by_ref() {
             let event = event?;
@@ -298,11 +299,15 @@ impl Tokens {
             text += &event.text;
             if !event.ends_text {
                 output_ids.push(event.token);
+                if let Some(told) = event.logprobs {
+                    logprobs.get_or_insert_default().push(told);
+                }
             }
             finish_reason = event.finish.unwrap_or(finish_reason);
         }
         let prompt_ids = std::mem::take(&mut self.prompt_ids);
-        Ok(Completion { prompt_ids, output_ids, text, finish_reason, ttft_ms: ttft_ms.unwrap_or(0.0) })
+        let ttft_ms = ttft_ms.unwrap_or(0.0);
+        Ok(Completion { prompt_ids, output_ids, text, logprobs, finish_reason, ttft_ms })
     }
 
     fn note(

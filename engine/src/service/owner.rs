@@ -6,6 +6,7 @@ use super::{Ended, Shared, lock};
 use crate::generate::{Request, Run, TokenEvent};
 use crate::output::Output;
 use crate::runtime::{Captured, Command, Event, FinishReason};
+use crate::sampling::Logprobs;
 use crate::{Cluster, EngineError};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -87,7 +88,9 @@ impl Owner {
                 false => REPORT_EVERY.saturating_sub(self.meter.since_report()),
             };
             match self.cluster.event_within(wait)? {
-                Some(Event::Token { sequence, token, finish, .. }) => self.token(sequence, token, finish)?,
+                Some(Event::Token { request, token, logprobs, finish }) => {
+                    self.token(request, token, logprobs, finish)?;
+                },
                 Some(Event::Captured(captured)) => self.captured(captured),
                 Some(Event::Report(rank, stats)) => {
                     self.meter.add(rank, &stats, &mut self.shared.state().live)
@@ -169,7 +172,13 @@ impl Owner {
         self.routes.close(sequence, self.open.is_empty(), &mut state.affinity);
     }
 
-    fn token(&mut self, sequence: u32, token: u32, finish: Option<FinishReason>) -> Result<(), EngineError> {
+    fn token(
+        &mut self,
+        sequence: u32,
+        token: u32,
+        logprobs: Option<Logprobs>,
+        finish: Option<FinishReason>,
+    ) -> Result<(), EngineError> {
         let Some(open) = self.open.get_mut(&sequence) else { return Ok(()) }; // it ran over its end
         let first = open.output.first.is_none();
         let now = open.asked.elapsed().as_secs_f64();
@@ -180,7 +189,7 @@ impl Owner {
         let path = if open.path { self.routes.path_of_token(sequence) } else { Vec::new() };
         self.routes.step(sequence);
         let finished = open.output.finish;
-        let event = TokenEvent { sequence: 0, token, text, finish: finished, ends_text, path };
+        let event = TokenEvent { sequence: 0, token, text, logprobs, finish: finished, ends_text, path };
         let gone = open.events.send(Ok(event)).is_err();
         self.meter.token(first, now, now - before, &mut self.shared.state().live);
         match finished {
@@ -199,7 +208,7 @@ impl Owner {
     }
 
     fn captured(&mut self, captured: Captured) {
-        if let Captured::Route { rank, sequence, position, layer, experts, weights } = captured {
+        if let Captured::Route { rank, request: sequence, position, layer, experts, weights } = captured {
             self.routes.add(rank, sequence, position, layer, experts, weights);
         }
     }

@@ -43,7 +43,9 @@ impl Routes {
     ) {
         if let Some(open) = self.open.get_mut(&sequence) {
             let hop = Hop { layer: usize::from(layer), rank, experts, weights };
-            open.hops.entry(position).or_default().push(hop);
+            let hops = open.hops.entry(position).or_default();
+            hops.retain(|earlier| earlier.layer != hop.layer); // a request that was preempted is replayed
+            hops.push(hop);
         }
     }
 

@@ -64,6 +64,7 @@ async fn answer(
                 stop: common.stop(),
                 ignore_eos: common.ignore_eos(),
                 path: common.path(),
+                logprobs: None,
             };
             answer.choices.push(app.engine.submit(request)?);
         }

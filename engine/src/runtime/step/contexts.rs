@@ -1,6 +1,5 @@
 //! Contexts: where the keys and values of a step's rows are, and how they get to the rest of a layer's domain.
 
-use super::super::BLOCK;
 use super::super::coherence::{Arrived, blocks_for};
 use super::super::frames::{Reader, Writer};
 use super::{Routed, Row, Stepper};
@@ -46,7 +45,7 @@ impl Stepper<'_> {
         }
         for (sequence, position, values) in frame.rows {
             let Some(running) = self.sequences.running.get(&sequence) else { continue };
-            if position as usize >= running.blocks.len() * BLOCK {
+            if running.slot(position).is_none() {
                 return Err(EngineError::Internal(format!("rank {from} sent keys of position {position}")));
             }
             self.coherence.receive(frame.layer, Arrived { sequence, position, values });
@@ -62,16 +61,15 @@ impl Stepper<'_> {
         let (mut slots, mut queries, mut table, mut turns) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for row in rows {
             let sequence = self.sequence(row.sequence)?;
-            slots.push(sequence.slot(row.position));
+            slots.push(self.slot(row.sequence, row.position)?);
             let next = table_rows.len() as u32;
             let table_row = *table_rows.entry(row.sequence).or_insert_with(|| {
-                let held = sequence.blocks.iter().copied().chain(std::iter::repeat(0));
+                let held = sequence.blocks().iter().copied().chain(std::iter::repeat(0));
                 table.extend(held.take(blocks));
                 next
             });
             if let Some(rope) = &self.decoder.spec.attention.rope {
-                let known = sequence.start.prompt.len() + sequence.start.forced.len();
-                let length = known.max(row.position as usize + 1);
+                let length = (sequence.start.known as usize).max(row.position as usize + 1);
                 turns.extend(rope.turns(row.position, length));
             }
             queries.push(Query { position: row.position, table_row });
@@ -91,7 +89,7 @@ impl Stepper<'_> {
             let mut slots = Vec::with_capacity(chunk.len());
             let mut values = Vec::new();
             for arrived in chunk {
-                slots.push(self.sequence(arrived.sequence)?.slot(arrived.position));
+                slots.push(self.slot(arrived.sequence, arrived.position)?);
                 values.extend_from_slice(&arrived.values);
             }
             let s = &self.decoder.scratch;

@@ -7,7 +7,7 @@ mod sample;
 
 use super::coherence::Coherence;
 use super::experts::PairList;
-use super::sequence::{Sequence, Sequences};
+use super::sequence::{Sampled, Sequence, Sequences};
 use super::stats::RankStats;
 use super::worker::Captured;
 use crate::model::decoder::{Decoder, ExpertBatch, LocalFfn};
@@ -38,8 +38,8 @@ pub(crate) struct Batch {
 /// What a step yields on one rank.
 #[derive(Default)]
 pub(crate) struct Outcome {
-    /// (sequence, sampled token), for the sequences whose last token ended up here.
-    pub(crate) sampled: Vec<(u32, u32)>,
+    /// Of the sequences whose last token ended up here.
+    pub(crate) sampled: Vec<Sampled>,
     pub(crate) captured: Vec<Captured>,
 }
 
@@ -89,6 +89,13 @@ impl Stepper<'_> {
             .ok_or_else(|| EngineError::Internal(format!("a row of sequence {id}, which does not run")))
     }
 
+    /// The cache slot of a position, which rank 0 granted before it ordered the step.
+    fn slot(&self, sequence: u32, position: u32) -> Result<u32, EngineError> {
+        self.sequence(sequence)?.slot(position).ok_or_else(|| {
+            EngineError::Internal(format!("sequence {sequence} has no cache block for position {position}"))
+        })
+    }
+
     /// Runs one step over all layers and samples.
     pub(crate) fn run(&mut self, batch: &Batch) -> Result<Outcome, EngineError> {
         self.decoder.reserve(batch.total, self.sequences.heads(batch.decode).min(batch.total))?;
@@ -126,9 +133,13 @@ impl Stepper<'_> {
                 decoder.combine_dense(&mut r, count);
             }
         }
-        decoder.head(&mut r, heads.len());
-        r.read::<u32>(&decoder.scratch.sampled, 0, heads.len());
-        let logits = self.reads_logits(&rows)?;
+        // A chunk within a prompt asks the head for nothing.
+        let asked = !heads.is_empty();
+        let logits = asked && self.reads_logits(&rows)?;
+        if asked {
+            decoder.head(&mut r, heads.len());
+            r.read::<u32>(&decoder.scratch.sampled, 0, heads.len());
+        }
         if logits {
             r.read::<f32>(&decoder.scratch.logits, 0, heads.len() * 4 * decoder.spec.v4());
         }
@@ -138,7 +149,7 @@ impl Stepper<'_> {
         }
         let mut parts = r.submit()?.fetch()?.into_iter();
         self.stats.pairs += (count * top_k * moe) as u64;
-        let sampled = words(parts.next());
+        let sampled = if asked { words(parts.next()) } else { Vec::new() };
         let logits = if logits { floats(parts.next()) } else { Vec::new() };
         let mut outcome = self.sampled(&rows, &heads, &sampled, &logits)?;
         for index in (0..moe).filter(|_| capture) {

@@ -1,8 +1,10 @@
 //! The end of a step: which rows the head is asked for, what it sampled, and what is captured on the way.
 
+use super::super::sequence::Sampled;
 use super::super::worker::Captured;
 use super::{Outcome, Row, Stepper, floats, words};
 use crate::EngineError;
+use crate::sampling::Logprobs;
 
 impl Stepper<'_> {
     /// Head and greedy choice for the rows that end a prompt or are decoded.
@@ -53,15 +55,16 @@ impl Stepper<'_> {
             let sequence = self.sequence(row.sequence)?;
             if row.position as usize + 1 >= sequence.start.prompt.len() {
                 let (start, position) = (&sequence.start, row.position + 1);
+                let of_row = || &logits[i * stride..][..self.spec().vocab_size];
                 let token = match start.sampling.is_plain() {
                     true => token,
                     false => {
-                        let row = &logits[i * stride..][..self.spec().vocab_size];
                         let before = start.prompt.iter().chain(&sequence.output).copied();
-                        start.sampling.choose(row, before, position)
+                        start.sampling.choose(of_row(), before, position)
                     }
                 };
-                outcome.sampled.push((row.sequence, token));
+                let logprobs = start.logprobs.map(|top| Logprobs::of(of_row(), token, usize::from(top)));
+                outcome.sampled.push(Sampled { sequence: row.sequence, token, logprobs });
             }
             if sequence.start.capture_logits {
                 let values = logits[i * stride..][..self.spec().vocab_size].to_vec();
@@ -82,7 +85,9 @@ impl Stepper<'_> {
             self.sequences
                 .running
                 .get(&row.sequence)
-                .is_some_and(|s| s.start.capture_logits || !s.start.sampling.is_plain())
+                .is_some_and(|s| {
+                s.start.capture_logits || s.start.logprobs.is_some() || !s.start.sampling.is_plain()
+            })
         }))
     }
 
@@ -96,10 +101,11 @@ impl Stepper<'_> {
     ) -> Result<(), EngineError> {
         let top_k = self.spec().top_k;
         for (t, row) in rows.iter().enumerate() {
-            if self.sequence(row.sequence)?.start.capture_routes {
+            let start = &self.sequence(row.sequence)?.start;
+            if start.capture_routes {
                 captured.push(Captured::Route {
                     rank: self.me(),
-                    sequence: row.sequence,
+                    request: start.request,
                     position: row.position,
                     layer: layer as u16,
                     experts: chosen[t * top_k..][..top_k].to_vec(),
