@@ -15,8 +15,9 @@ test: vulkan ## every test that needs only Rust and a Vulkan driver
 test-cluster: ## QUIC between ranks over a shaped link in a network namespace (root, iproute2)
 	tests/netns/shaped.sh $(CARGO) test --workspace --locked --test quic --test trust --test faults --test processes --test lives
 
-test-product: demo ## the demo's report in headless Chromium
+test-product: demo ## the demo's report in headless Chromium; downloads from a Hub on the loopback interface
 	tests/product/report.sh
+	$(CARGO) test --workspace --locked --features hub --test hub
 
 check: fmt lint deny ## formatting, clippy with warnings denied, licences and sources of dependencies
 

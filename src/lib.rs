@@ -34,6 +34,7 @@ pub use engine::{Cluster, ClusterOptions, Engine, EngineOptions, Request};
 pub use placement::PlacementTable;
 
 pub mod fidelity;
+pub mod hub;
 pub mod progress;
 pub mod report;
 #[cfg(feature = "server")]

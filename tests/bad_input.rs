@@ -5,13 +5,49 @@ mod common;
 use common::tiny::{Folder, Stored, Tensor, Tiny, store};
 use serde_json::{Value, json};
 use std::fs;
+#[cfg(target_os = "linux")]
+use std::io::Read;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 
 const WEIGHTS: &str = "model.safetensors";
 
+/// What a refusal may take of memory.
+const MOST_MEMORY: u64 = 1 << 30;
+
 fn exflow(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_exflow")).args(args).output().expect("the command starts")
+    let mut command = Command::new(env!("CARGO_BIN_EXE_exflow"));
+    let child = command.args(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    finish(child.expect("the command starts"))
+}
+
+/// The child's output; its peak of memory is within bounds, whatever it was given.
+#[cfg(target_os = "linux")]
+fn finish(mut child: Child) -> Output {
+    use std::os::unix::process::ExitStatusExt;
+    let read = |from: Option<Box<dyn Read + Send>>| {
+        let mut from = from.expect("a pipe");
+        std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            from.read_to_end(&mut bytes).map(|_| bytes).expect("reads")
+        })
+    };
+    let stdout = read(child.stdout.take().map(|s| Box::new(s) as Box<dyn Read + Send>));
+    let stderr = read(child.stderr.take().map(|s| Box::new(s) as Box<dyn Read + Send>));
+    let (mut status, mut usage) = (0, std::mem::MaybeUninit::<libc::rusage>::zeroed());
+    // SAFETY: both point to memory of this frame; the child is ours, and nobody else waits for it.
+    let waited = unsafe { libc::wait4(child.id() as libc::pid_t, &raw mut status, 0, usage.as_mut_ptr()) };
+    assert_eq!(waited, child.id() as libc::pid_t, "the child ends");
+    // SAFETY: zeroed, which is a value of it, and filled in by the call above.
+    let peak = 1024 * unsafe { usage.assume_init() }.ru_maxrss as u64;
+    let (stdout, stderr) = (stdout.join().expect("stdout"), stderr.join().expect("stderr"));
+    assert!(peak < MOST_MEMORY, "{peak} bytes of memory:\n{}", String::from_utf8_lossy(&stderr));
+    Output { status: std::process::ExitStatus::from_raw(status), stdout, stderr }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn finish(child: Child) -> Output {
+    child.wait_with_output().expect("the command ends")
 }
 
 fn generate(model: &Path, more: &[&str]) -> Output {
@@ -274,12 +310,152 @@ fn weights_that_are_cut_or_lie() {
             "a shape that overflows",
             with_header(&|h| h[name]["shape"] = json!([1u64 << 40, 1u64 << 40, 1u64 << 40])),
         ),
+        (
+            "offsets that overlap",
+            with_header(&|h| {
+                h[name]["data_offsets"] = h["h.0.moe.w1"]["data_offsets"].clone();
+            }),
+        ),
+        (
+            "bytes that are nobody's",
+            with_header(&|h| drop(h.as_object_mut().map(|h| h.remove("lm_head.weight")))),
+        ),
+        ("a shape of more than its bytes", with_header(&|h| h[name]["shape"][0] = json!(5))),
+        (
+            "a type that is not one of weights",
+            with_header(&|h| {
+                let shape = h[name]["shape"].clone();
+                h[name] = json!({"dtype": "I32", "shape": shape, "data_offsets": h[name]["data_offsets"]});
+            }),
+        ),
+        ("a header that is nested deeply", {
+            let text = [b"[".repeat(200_000), b"]".repeat(200_000)].concat();
+            [&(text.len() as u64).to_le_bytes()[..], &text].concat()
+        }),
         ("a type that is none", with_header(&|h| h[name]["dtype"] = json!("F99"))),
     ];
     for (what, bytes) in cases {
         let folder = broken(|folder| fs::write(folder.file(WEIGHTS), bytes).expect("write"));
         refused(what, &generate(folder.path(), &["--prompt-ids", "1"]), &[WEIGHTS]);
     }
+    // A header that the file has room for, but that nobody would read.
+    let folder = broken(|folder| {
+        let file = fs::OpenOptions::new().write(true).open(folder.file(WEIGHTS)).expect("opens");
+        file.set_len(1 << 31).expect("a file with a hole");
+        let mut file = file;
+        std::io::Write::write_all(&mut file, &(90u64 << 20).to_le_bytes()).expect("writes");
+    });
+    refused("a header of 90 MiB", &generate(folder.path(), &["--prompt-ids", "1"]), &[WEIGHTS, "header"]);
+}
+
+/// The bytes of a tensor of a file, changed where they stand.
+fn edit_bytes(path: &Path, tensor: &str, edit: impl FnOnce(&mut [u8])) {
+    let mut bytes = fs::read(path).expect("reads");
+    let header = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")) as usize;
+    let value: Value = serde_json::from_slice(&bytes[8..8 + header]).expect("a header");
+    let at = |i: usize| 8 + header + value[tensor]["data_offsets"][i].as_u64().expect("offsets") as usize;
+    edit(&mut bytes[at(0)..at(1)]);
+    fs::write(path, bytes).expect("writes");
+}
+
+#[test]
+fn values_that_are_no_numbers_in_every_type() {
+    let last = |bytes: &mut [u8], value: &[u8]| {
+        let at = bytes.len() - value.len();
+        bytes[at..].copy_from_slice(value);
+    };
+    let layer = |part: &str| format!("model.layers.1.{part}");
+    let cases: Vec<(&str, &str, String, Vec<u8>)> = vec![
+        ("olmoe_gqa_f16", WEIGHTS, layer("mlp.experts.7.down_proj.weight"), vec![0x00, 0x7c]), // infinity
+        ("olmoe_gqa_f16", WEIGHTS, layer("self_attn.q_norm.weight"), vec![0x01, 0x7e]),
+        ("deepseek_v3_yarn_fp8", WEIGHTS, layer("mlp.experts.2.up_proj.weight"), vec![0x7f]),
+        (
+            "deepseek_v3_yarn_fp8",
+            WEIGHTS,
+            layer("self_attn.kv_b_proj.weight_scale_inv"),
+            f32::NAN.to_le_bytes().to_vec(),
+        ),
+        (
+            "deepseek_v3_yarn_fp8",
+            WEIGHTS,
+            layer("mlp.gate.e_score_correction_bias"),
+            f32::INFINITY.to_le_bytes().to_vec(),
+        ),
+        ("gpt_oss_mxfp4", WEIGHTS, layer("mlp.experts.down_proj_scales"), vec![255]),
+        ("gpt_oss_mxfp4", WEIGHTS, layer("self_attn.sinks"), f32::NAN.to_le_bytes().to_vec()),
+        ("qwen2_moe", WEIGHTS, layer("mlp.shared_expert_gate.weight"), f32::NAN.to_le_bytes().to_vec()),
+    ];
+    for (name, file, tensor, value) in cases {
+        let folder =
+            fixture(name, |folder| edit_bytes(&folder.join(file), &tensor, |bytes| last(bytes, &value)));
+        refused(
+            &tensor,
+            &generate(folder.path(), &["--prompt-ids", "3", "--ep-size", "2"]),
+            &[WEIGHTS, &tensor],
+        );
+    }
+}
+
+#[test]
+fn weights_that_a_config_has_no_place_for() {
+    for (name, key, value, tensor) in [
+        ("mixtral", "num_hidden_layers", json!(2), "model.layers.2."),
+        ("qwen3_moe_dense", "attention_bias", json!(false), "_proj.bias"),
+        ("phimoe", "lm_head_bias", json!(false), "lm_head.bias"),
+        ("mixtral", "num_hidden_layers", json!(4), "model.layers.3."),
+    ] {
+        let folder =
+            fixture(name, |folder| edit_json(&folder.join("config.json"), |c| c[key] = value.clone()));
+        let output = generate(folder.path(), &["--prompt-ids", "3"]);
+        refused(&format!("{name}: {key} = {value}"), &output, &[WEIGHTS, tensor, "config.json"]);
+    }
+}
+
+#[test]
+fn files_that_are_huge_or_nested_deeply() {
+    let deep = [b"[".repeat(300_000), b"]".repeat(300_000)].concat();
+    let nested = [b"{\"a\":".repeat(60_000), b"1".to_vec(), b"}".repeat(60_000)].concat();
+    for (name, prompt) in [("config.json", ["--prompt-ids", "1"]), ("tokenizer.json", ["-p", "text"])] {
+        for text in [&deep, &nested] {
+            let folder = broken(|folder| fs::write(folder.file(name), text).expect("write"));
+            refused(&format!("a deep {name}"), &generate(folder.path(), &prompt), &[name]);
+        }
+        let folder = broken(|folder| {
+            let file = fs::File::create(folder.file(name)).expect("creates");
+            file.set_len(8 << 30).expect("a file with a hole");
+        });
+        refused(&format!("a huge {name}"), &generate(folder.path(), &prompt), &[name, "too large"]);
+    }
+    for text in [deep, nested] {
+        let folder = fixture("mixtral_sharded_bf16", |folder| {
+            fs::write(folder.join("model.safetensors.index.json"), &text).expect("writes");
+        });
+        refused("a deep index", &generate(folder.path(), &["--prompt-ids", "3"]), &["index.json"]);
+    }
+}
+
+#[test]
+fn tokenizers_with_ids_past_the_vocabulary() {
+    let small = |folder: &Folder, edit: &dyn Fn(&mut Value)| edit_json(&folder.file("tokenizer.json"), edit);
+    let refuse = |what: &str, edit: &dyn Fn(&mut Value)| {
+        let folder = broken(|folder| small(folder, edit));
+        let output = generate(folder.path(), &["-p", "text"]);
+        refused(what, &output, &["tokenizer.json", "vocab_size"]);
+        // Ids can be given all the same.
+        assert!(generate(folder.path(), &["--prompt-ids", "1"]).status.success(), "{what}");
+    };
+    refuse("a token past the vocabulary", &|t| t["model"]["vocab"]["zebra"] = json!(257));
+    refuse("an added token past the vocabulary", &|t| {
+        let added = json!({"id": 300, "content": "<new>", "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true});
+        t["added_tokens"].as_array_mut().expect("a list").push(added);
+    });
+    refuse("a template with an id past the vocabulary", &|t| {
+        t["post_processor"] = json!({"type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [9999], "tokens": ["<s>"]}}});
+    });
 }
 
 #[test]

@@ -40,8 +40,10 @@ impl Expected {
     }
 }
 
+/// `EXFLOW_PARITY` names a folder of other models that tests/parity/make_fixtures.py made.
 fn fixtures() -> Vec<PathBuf> {
-    let folder = root().join("tests/parity/fixtures");
+    let folder = std::env::var_os("EXFLOW_PARITY").map(PathBuf::from);
+    let folder = folder.unwrap_or_else(|| root().join("tests/parity/fixtures"));
     let mut found: Vec<PathBuf> =
         std::fs::read_dir(folder).expect("fixtures").map(|entry| entry.expect("an entry").path()).collect();
     found.sort();
@@ -125,6 +127,25 @@ fn every_family_says_the_same_on_two_and_four_ranks() {
             assert!(bits(&dump) == bits(&alone), "{name}: {strategy:?} on {ranks} ranks");
             continues(&name, &mut cluster, &expected);
         }
+    }
+}
+
+/// Prefilled in chunks, past 4,096 positions, and decoded from there; on two ranks as on one.
+#[test]
+fn contexts_past_4096_positions_say_what_transformers_says() {
+    for name in ["gpt_oss", "deepseek_v3"] {
+        let folder = root().join("tests/parity/long").join(name);
+        let expected = Expected::read(&folder);
+        let prompt = expected.ids("prompt");
+        assert!(prompt.len() > 4096);
+        let mut alone = Setup::one_rank(&folder).start();
+        let dump = alone.logits(&prompt, Feed::Prefill).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let truth = expected.values("logits");
+        let last = &dump.logits[dump.logits.len() - truth.len()..];
+        let worst = last.iter().zip(truth).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
+        assert!(worst < 1e-3, "{name}: {worst:.1e}");
+        continues(name, &mut alone, &expected);
+        continues(name, &mut Setup::new(&folder, 2, Strategy::Coherent).start(), &expected);
     }
 }
 

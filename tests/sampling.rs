@@ -4,7 +4,7 @@ mod common;
 
 use common::tiny::Tiny;
 use common::{Setup, generate, request, root, tokens};
-use exflow::engine::{FinishReason, Request, Sampling, Strategy};
+use exflow::engine::{Cluster, ClusterOptions, Feed, FinishReason, NoProgress, Request, Sampling, Strategy};
 
 fn drawn(prompt: &[u32], seed: u64) -> Request {
     let sampling =
@@ -30,6 +30,63 @@ fn drawn_texts_are_the_same_on_one_and_on_four_ranks() {
     assert_ne!(other[0], alone[0]);
     let greedy = tokens(&generate(&mut cluster, &[request(&prompts[0], 12)]));
     assert_ne!(greedy[0], alone[0]);
+}
+
+#[test]
+fn a_cache_that_is_too_small_for_all_changes_no_token() {
+    let shape = Tiny { seed: 72, top_k: 2, ..Tiny::default() };
+    let folder = shape.write();
+    let requests: Vec<Request> = [5, 17, 2, 30, 9]
+        .iter()
+        .zip(0..)
+        .map(|(&n, seed)| Request { max_tokens: 30, ..drawn(&shape.prompt(n, seed), seed) })
+        .collect();
+    let ample = tokens(&generate(&mut Setup::one_rank(folder.path()).start(), &requests));
+    for (ranks, strategy) in [(1, Strategy::Coherent), (2, Strategy::Vanilla), (3, Strategy::Coherent)] {
+        let mut options = ClusterOptions::new(folder.path());
+        // Five blocks: the first two requests start with one and two of them, and end with three each.
+        (options.ranks, options.strategy, options.cache_positions) = (ranks, strategy, Some(80));
+        let mut cluster = Cluster::start(options, &NoProgress).expect("a cluster");
+        for _ in 0..2 {
+            assert_eq!(tokens(&generate(&mut cluster, &requests)), ample, "{ranks} ranks, {strategy:?}");
+        }
+    }
+}
+
+#[test]
+fn log_probabilities_are_those_of_the_logits() {
+    let shape = Tiny { seed: 73, top_k: 2, ..Tiny::default() };
+    let folder = shape.write();
+    let asked = Request { logprobs: Some(3), ..drawn(&shape.prompt(6, 1), 4) };
+    let mut alone = Setup::one_rank(folder.path()).start();
+    let said = generate(&mut alone, std::slice::from_ref(&asked)).sequences.remove(0);
+    let found = said.logprobs.expect("they were asked for");
+    assert_eq!(found.len(), said.output_ids.len());
+    let text = [&asked.prompt_ids[..], &said.output_ids].concat();
+    let dump = alone.logits(&text, Feed::Decode).expect("logits");
+    for (i, (&token, found)) in said.output_ids.iter().zip(&found).enumerate() {
+        let row = &dump.logits[(asked.prompt_ids.len() - 1 + i) * dump.vocab..][..dump.vocab];
+        let total: f64 = row.iter().map(|&x| f64::from(x).exp()).sum();
+        let expected = |id: u32| f64::from(row[id as usize]) - total.ln();
+        assert!((f64::from(found.logprob) - expected(token)).abs() < 1e-4, "token {i}");
+        let best = (0..row.len() as u32).max_by(|a, b| row[*a as usize].total_cmp(&row[*b as usize]));
+        assert_eq!((found.top.len(), Some(found.top[0].0)), (3, best));
+        assert!(found.top.iter().all(|&(id, p)| (f64::from(p) - expected(id)).abs() < 1e-4));
+    }
+    let mut several = Setup::new(folder.path(), 3, Strategy::Coherent).start();
+    let mut told = Vec::new();
+    let run = several.generate(&[asked.clone(), request(&[1, 2], 3)], &mut |event| {
+        assert_eq!(event.logprobs.is_some(), event.sequence == 0, "only who asks is told");
+        told.extend(event.logprobs.clone());
+    });
+    assert_eq!(
+        run.expect("a run").sequences[0].logprobs.as_ref(),
+        Some(&found),
+        "the same bits on three ranks"
+    );
+    assert_eq!(told, found);
+    let greedy = Request { logprobs: Some(21), ..asked };
+    assert!(alone.generate(&[greedy], &mut |_| {}).expect_err("too many").is_input());
 }
 
 #[test]

@@ -8,7 +8,7 @@ use crate::model::decoder::Decoder;
 use crate::options::{ClusterOptions, Feed, PlacementSource, Progress, TransportKind};
 use crate::runtime::{Admission, Command, Event, RankStats, Worker, WorkerOptions};
 use crate::text::TextCodec;
-use crate::weights::{ModelWeights, Store};
+use crate::weights::{self, ModelWeights, Store};
 use crate::{EngineError, Generation, Request, TokenEvent};
 use exflow_placement::{LayerId, PlacementTable, Rank, RoutingTrace};
 use exflow_transport::Communicator;
@@ -58,6 +58,7 @@ impl Cluster {
         let mut spec = ModelSpec::read(&options.model)?;
         check_ranks(&options, &spec)?;
         let store = Store::open(&options.model)?;
+        weights::check(&spec, &store)?;
         spec.digest = store.digest(&options.model);
         let table = resolve_placement(&options, &spec)?;
         let text = TextCodec::open(&options.model, spec.vocab_size).map(Arc::new).map_err(|e| e.to_string());

@@ -25,6 +25,9 @@ mod stats;
 mod text;
 mod weights;
 
+#[cfg(test)]
+mod hostile_tests;
+
 pub use chat::{ChatTemplate, Message};
 pub use cluster::Cluster;
 pub use error::EngineError;
@@ -42,3 +45,4 @@ pub use selftest::{KernelCheck, selftest};
 pub use service::{Engine, EngineOptions, LiveRank, LiveStats, RequestCounts, Tokens};
 pub use stats::{BytesByClass, RunStats};
 pub use text::{TextCodec, TextStream};
+pub use weights::check_safetensors;

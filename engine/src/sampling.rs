@@ -123,9 +123,7 @@ impl Logprobs {
         let sum: f64 = logits.iter().map(|&x| f64::from(x - largest).exp()).sum();
         let normaliser = f64::from(largest) + sum.ln();
         let logprob = |id: u32| (f64::from(logits[id as usize]) - normaliser) as f32;
-        let likelier = |a: &u32, b: &u32| {
-            logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b))
-        };
+        let likelier = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
         let mut order: Vec<u32> = (0..logits.len() as u32).collect();
         let top = top.min(order.len());
         if top > 0 && top < order.len() {

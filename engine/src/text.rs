@@ -36,8 +36,8 @@ impl TextCodec {
         Self::parse(path, &bytes, vocab_size)
     }
 
-    /// A tokenizer from the bytes of `path`, checked as [`TextCodec::open`] does.
-    pub(crate) fn parse(path: PathBuf, bytes: &[u8], vocab_size: usize) -> Result<Self, EngineError> {
+    /// Reads the content of a tokenizer.json, checked as [`TextCodec::open`] does; `path` is what errors name.
+    pub fn parse(path: PathBuf, bytes: &[u8], vocab_size: usize) -> Result<Self, EngineError> {
         let tokenizer = quietly(|| Tokenizer::from_bytes(bytes))
             .map_err(|e| EngineError::file(&path, format!("not a tokenizer: {e}"), "copy the model anew"))?;
         let codec = Self { path, tokenizer };

@@ -78,7 +78,10 @@ fn bytes_that_are_no_characters_are_shown_as_the_library_shows_them() {
                     assert!(decoded.contains(BROKEN), "{ids:?}: {pieces:?}, not {decoded:?}");
                     let (shown, whole) = (letters(&pieces), letters(&decoded));
                     let mut left = shown.chars();
-                    assert!(whole.chars().all(|c| left.any(|d| c == d)), "{ids:?}: {pieces:?} lacks {decoded:?}");
+                    assert!(
+                        whole.chars().all(|c| left.any(|d| c == d)),
+                        "{ids:?}: {pieces:?} lacks {decoded:?}"
+                    );
                 }
                 _ => assert_eq!(pieces, decoded, "{name}: {ids:?}"),
             }
@@ -121,7 +124,8 @@ fn files_that_are_no_tokenizers_are_refused_in_words() {
     let whole = std::fs::read(folder.join("llama.json")).expect("a fixture");
     let refused = |bytes: &[u8], what: &str| {
         let path = PathBuf::from("tokenizer.json");
-        let error = TextCodec::parse(path, bytes, cases.vocab).err().unwrap_or_else(|| panic!("{what} is taken"));
+        let error =
+            TextCodec::parse(path, bytes, cases.vocab).err().unwrap_or_else(|| panic!("{what} is taken"));
         assert!(error.is_input() && error.to_string().starts_with("tokenizer.json"), "{what}: {error}");
     };
     for cut in [0, 1, whole.len() / 2, whole.len() - 2] {
@@ -138,7 +142,10 @@ fn files_that_are_no_tokenizers_are_refused_in_words() {
         &edited(&|t| t["post_processor"]["special_tokens"]["<s>"]["ids"] = serde_json::json!([99_999])),
         "an id that only the template has",
     );
-    refused(&edited(&|t| t["model"]["vocab"]["zebra"] = serde_json::json!(99_999)), "an id past the vocabulary");
+    refused(
+        &edited(&|t| t["model"]["vocab"]["zebra"] = serde_json::json!(99_999)),
+        "an id past the vocabulary",
+    );
     refused(
         &edited(&|t| {
             t["normalizer"] = serde_json::json!({"type": "Precompiled", "precompiled_charsmap": "AQAAAA=="});

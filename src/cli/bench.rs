@@ -33,9 +33,9 @@ const PROMPTS: [&str; 8] = [
                         Example:\n  exflow bench -m examples/models/gpt-moe-16e --ep-size 4 -r 5 --format md"
 )]
 pub(crate) struct Args {
-    /// Model folder: config.json, *.safetensors, tokenizer.json
-    #[arg(short, long, value_name = "DIR")]
-    model: PathBuf,
+    /// Model folder: config.json, *.safetensors, tokenizer.json; or a name on the Hub
+    #[arg(short, long, value_name = "DIR|ORG/NAME")]
+    pub(super) model: PathBuf,
     /// Ranks that the experts are spread over
     #[arg(long, value_name = "R", default_value_t = 4, value_parser = flags::ranks)]
     pub(crate) ep_size: usize,

@@ -86,6 +86,12 @@ impl From<EngineError> for Failure {
     }
 }
 
+impl From<exflow::hub::HubError> for Failure {
+    fn from(error: exflow::hub::HubError) -> Self {
+        if error.is_input() { Self::Input(error.to_string()) } else { Self::Run(error.to_string()) }
+    }
+}
+
 impl From<exflow::study::StudyError> for Failure {
     fn from(error: exflow::study::StudyError) -> Self {
         if error.is_input() { Self::Input(error.to_string()) } else { Self::Run(error.to_string()) }

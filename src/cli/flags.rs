@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 /// Which model, on how many ranks, joined and placed how.
 #[derive(Debug, clap::Args)]
 pub(crate) struct RankFlags {
-    /// Model folder: config.json, *.safetensors, tokenizer.json
-    #[arg(short, long, value_name = "DIR")]
+    /// Model folder: config.json, *.safetensors, tokenizer.json; or a name on the Hub, ORG/NAME or ORG/NAME@REVISION
+    #[arg(short, long, value_name = "DIR|ORG/NAME")]
     pub(crate) model: PathBuf,
     /// Ranks that the experts are spread over, each a device of its own
     #[arg(long, value_name = "R", default_value_t = 1, value_parser = ranks)]

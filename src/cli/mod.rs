@@ -21,6 +21,7 @@ mod simulate;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use failure::Failure;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// Runs Mixture-of-Experts language models with their experts spread over several GPUs.
@@ -72,7 +73,25 @@ impl Verb {
         }
     }
 
-    fn run(&self) -> Result<(), Failure> {
+    /// The model that it is about, which may be named as on the Hub.
+    fn model(&mut self) -> Option<&mut PathBuf> {
+        match self {
+            Self::Generate(args) => Some(&mut args.ranks.model),
+            #[cfg(feature = "server")]
+            Self::Serve(args) => Some(&mut args.ranks.model),
+            Self::Logits(args) => Some(&mut args.ranks.model),
+            Self::Eval(args) => Some(&mut args.ranks.model),
+            Self::Profile(args) => Some(&mut args.ranks.model),
+            Self::Bench(args) => Some(&mut args.model),
+            Self::Devices(_) | Self::Place(_) | Self::Simulate(_) | Self::Selftest(_) => None,
+            Self::Completions(_) | Self::Man(_) | Self::Doctor(_) => None,
+        }
+    }
+
+    fn run(&mut self) -> Result<(), Failure> {
+        if let Some(model) = self.model() {
+            *model = exflow::hub::find(model, &exflow::progress::Bars::new())?;
+        }
         match self {
             Self::Devices(args) => devices::run(args),
             Self::Doctor(args) => doctor::run(args),
@@ -98,7 +117,7 @@ pub(crate) fn main() -> ExitCode {
         Ok(args) => args,
         Err(failure) => return failure.report(),
     };
-    let cli = match Cli::try_parse_from(args) {
+    let mut cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(error) => return failure::usage(&error),
     };

@@ -89,7 +89,8 @@ async fn serve(engine: Engine, args: &Args) -> Result<(), Failure> {
 fn name(args: &Args) -> String {
     let folder = || {
         let path = std::path::absolute(&args.ranks.model).unwrap_or_else(|_| args.ranks.model.clone());
-        path.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned())
+        let file = || path.file_name().map(|name| name.to_string_lossy().into_owned());
+        exflow::hub::name_of(&path).or_else(file).unwrap_or_else(|| "model".into())
     };
     args.served_model_name.clone().unwrap_or_else(folder)
 }

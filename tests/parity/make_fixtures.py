@@ -4,7 +4,7 @@
 Writes tests/parity/fixtures/NAME/ with a Hugging Face folder (config.json, safetensors) and expected.npz: `prompt` ids,
 `logits` [T, V], for each MoE layer l `experts.l` [T, K] and `router_weights.l` [T, K] (largest weight first) and
 `margins.l` [T] (smallest distance of scores that decides the choice or its order), `greedy` (24 tokens that continue the
-prompt) and `greedy_margins`.
+prompt) and `greedy_margins`. tests/parity/long/NAME/ holds models for texts past 4,096 positions.
 
     python3 -m venv .venv && .venv/bin/pip install torch transformers numpy safetensors
     .venv/bin/python tests/parity/make_fixtures.py [NAME ...]
@@ -333,7 +333,52 @@ def make(name, number):
           f"smallest router margin {smallest:.4f}, smallest greedy margin {min(greedy_margins):.4f}")
 
 
+# Texts past 4,096 positions: only the last rows of the logits are kept.
+LONG_OUT = pathlib.Path(__file__).parent / "long"
+LONG_PROMPT = 4400
+LONG_ROWS = 6
+SMALL = dict(hidden_size=24, num_hidden_layers=2, max_position_embeddings=8192)
+LONG_TEXTS = {
+    "gpt_oss": ("gpt_oss", dict(SMALL, num_local_experts=4, num_experts_per_tok=2, intermediate_size=16, head_dim=8, sliding_window=128,
+                                rope_parameters=dict(YARN, original_max_position_embeddings=1024, factor=8.0, truncate=False))),
+    "deepseek_v3": ("deepseek_v3", dict(LATENT, **SMALL, q_lora_rank=12, n_shared_experts=1, n_group=2, topk_group=1,
+                                        num_experts_per_tok=2, rope_parameters=dict(YARN, original_max_position_embeddings=1024,
+                                                                                    factor=8.0, mscale=1.0, mscale_all_dim=1.0))),
+}
+
+
+def make_long(name, number):
+    kind, settings = LONG_TEXTS[name]
+    folder = LONG_OUT / name
+    shutil.rmtree(folder, ignore_errors=True)
+    config = transformers.AutoConfig.for_model(kind, **dict(BASE, **settings))
+    config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    randomise(model, 300 + number)
+    ids = torch.randint(3, VOCAB, (LONG_PROMPT,), generator=torch.Generator().manual_seed(number)).tolist()
+    spread = run(model, ids[:64])[0].std().item()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(SPREAD / spread)
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    model.generation_config.eos_token_id = None
+    logits = run(model, ids)[0]
+    out = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=GREEDY, output_logits=True,
+                         return_dict_in_generate=True, pad_token_id=0)
+    best = [torch.topk(step[0], 2).values for step in out.logits]
+    expected = dict(prompt=np.array(ids, np.int32), logits=logits[-LONG_ROWS:].numpy().astype(np.float32),
+                    greedy=np.array(out.sequences[0, len(ids):].tolist(), np.int32),
+                    greedy_margins=np.array([float(b[0] - b[1]) for b in best], np.float32))
+    np.savez_compressed(folder / "expected.npz", **expected)
+    print(f"long/{name}: {sum(f.stat().st_size for f in folder.iterdir()) / 1e3:.0f} kB, "
+          f"smallest greedy margin {expected['greedy_margins'].min():.4f}")
+
+
 if __name__ == "__main__":
+    for number, name in enumerate(LONG_TEXTS):
+        if f"long/{name}" in sys.argv[1:] or not sys.argv[1:]:
+            make_long(name, number)
     wanted = sys.argv[1:] or list(FIXTURES)
     for number, name in enumerate(FIXTURES):
         if name in wanted:

@@ -21,7 +21,9 @@ struct Wanted {
 
 /// The token after `tokens`: any function of them will do, as long as it depends on all.
 fn next(request: u32, tokens: &[u32]) -> u32 {
-    let mix = |hash: u64, token: &u32| (hash ^ u64::from(*token)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23);
+    let mix = |hash: u64, token: &u32| {
+        (hash ^ u64::from(*token)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23)
+    };
     (tokens.iter().fold(u64::from(request) + 1, mix) >> 40) as u32 % VOCAB
 }
 
@@ -83,11 +85,16 @@ impl World {
     fn attend(&mut self, sequence: &Sequence, position: u32) {
         let text: Vec<u32> = sequence.start.prompt.iter().chain(&sequence.output).copied().collect();
         let request = sequence.start.request;
-        let slot = |p: u32| sequence.slot(p).unwrap_or_else(|| panic!("{request}: no block for position {p}"));
+        let slot =
+            |p: u32| sequence.slot(p).unwrap_or_else(|| panic!("{request}: no block for position {p}"));
         self.cache.insert(slot(position), (request, position, text[position as usize]));
         for p in 0..=position {
             let found = self.cache.get(&slot(p));
-            assert_eq!(found, Some(&(request, p, text[p as usize])), "the context of {request} is not its own");
+            assert_eq!(
+                found,
+                Some(&(request, p, text[p as usize])),
+                "the context of {request} is not its own"
+            );
         }
     }
 
@@ -191,11 +198,8 @@ fn run(ranks: usize, blocks: usize, requests: &[Wanted]) -> World {
 
 fn wanted() -> impl Strategy<Value = Wanted> {
     let cancelled = prop_oneof![4 => Just(None), 1 => (0usize..60).prop_map(Some)];
-    (1usize..200, 1u32..60, 0usize..40, cancelled).prop_map(|(prompt, max_tokens, arrives, cancelled)| Wanted {
-        prompt,
-        max_tokens,
-        arrives,
-        cancelled: cancelled.map(|after| arrives + after),
+    (1usize..200, 1u32..60, 0usize..40, cancelled).prop_map(|(prompt, max_tokens, arrives, cancelled)| {
+        Wanted { prompt, max_tokens, arrives, cancelled: cancelled.map(|after| arrives + after) }
     })
 }
 
@@ -221,11 +225,11 @@ fn request(prompt: usize, max_tokens: u32, arrives: usize) -> Wanted {
 
 #[test]
 fn scarce_blocks_preempt_the_youngest() {
-    let requests: Vec<Wanted> = (0..6).map(|i| request(40, 60, i)).collect();
+    let requests: Vec<Wanted> = (0..16).map(|i| request(40, 60, i)).collect();
     let ample = run(2, 100, &requests);
     assert_eq!(ample.preemptions, 0, "there is room for all");
-    let scarce = run(2, 14, &requests);
-    assert!(scarce.preemptions > 0, "six texts of up to seven blocks share fourteen");
+    let scarce = run(2, 9, &requests);
+    assert!(scarce.preemptions > 0, "texts of up to seven blocks share nine");
 }
 
 #[test]

@@ -221,7 +221,8 @@ impl Sequences {
             Some(left) => Ok(self.free.split_off(left)),
             None => {
                 let free = self.free.len();
-                let what = format!("sequence {sequence} was granted {count} cache blocks of {free} free ones");
+                let what =
+                    format!("sequence {sequence} was granted {count} cache blocks of {free} free ones");
                 Err(EngineError::Internal(what))
             }
         }
@@ -238,8 +239,8 @@ impl Sequences {
         if !ended {
             sequence.output.push(token);
         }
-        let full = sequence.output.len() >= sequence.start.max_tokens as usize
-            || sequence.tokens() > self.context;
+        let full =
+            sequence.output.len() >= sequence.start.max_tokens as usize || sequence.tokens() > self.context;
         sequence.finished = match ended {
             true => Some(FinishReason::Stop),
             false => full.then_some(FinishReason::Length),
@@ -295,7 +296,13 @@ mod tests {
     use super::*;
 
     fn admission(id: u32, prompt: usize, max_tokens: u32) -> Order {
-        Order::Admit(Admission { id, request: id, prompt: vec![1; prompt], max_tokens, ..Admission::default() })
+        Order::Admit(Admission {
+            id,
+            request: id,
+            prompt: vec![1; prompt],
+            max_tokens,
+            ..Admission::default()
+        })
     }
 
     #[test]
@@ -337,6 +344,9 @@ mod tests {
         sequences.apply(Order::Admit(again)).expect("room");
         // Its own tokens again, whatever is sampled this time; then new ones.
         let tokens: Vec<_> = [7, 7, 8].map(|t| sequences.sampled(2, t, Rank(0)).expect("it runs")).to_vec();
-        assert_eq!(tokens.iter().map(|c| (c.token, c.new)).collect::<Vec<_>>(), [(5, false), (6, false), (8, true)]);
+        assert_eq!(
+            tokens.iter().map(|c| (c.token, c.new)).collect::<Vec<_>>(),
+            [(5, false), (6, false), (8, true)]
+        );
     }
 }

@@ -130,8 +130,8 @@ impl Loader<'_> {
     /// One expert's matrix out of `{name}_blocks` `[E, N, K/32, 16]` and `{name}_scales` `[E, N, K/32]`.
     fn mxfp4(&mut self, name: &str, [count, n, k]: [usize; 3], expert: usize) -> Result<Rows, EngineError> {
         if !k.is_multiple_of(32) {
-            let path = format!("{name}_blocks");
-            return Err(EngineError::Internal(format!("{path}: rows of {k} are no blocks of 32")));
+            let what = format!("{name}_blocks come in rows of 32 values, config.json says {k}");
+            return Err(EngineError::usage(what, "use the config.json that belongs to these weights"));
         }
         let size = n * k / 32;
         let blocks = self.store.read_bytes(
@@ -145,7 +145,10 @@ impl Loader<'_> {
             expert * size..(expert + 1) * size,
         )?;
         (self.read)((n * k) as u64);
-        Ok(Rows { values: formats::mxfp4(blocks, scales), columns: k })
+        // A scale may be no number (255), or so large that its products are none.
+        let values = formats::mxfp4(blocks, scales);
+        let values = self.store.finite(&format!("{name}_scales"), expert * n * k, values)?;
+        Ok(Rows { values, columns: k })
     }
 
     fn assemble(&mut self, label: &str, spec: FfnSpec, experts: Vec<Expert>) -> Result<Ffn, EngineError> {

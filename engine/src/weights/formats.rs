@@ -35,7 +35,7 @@ pub(super) fn mxfp4(blocks: &[u8], scales: &[u8]) -> Vec<f32> {
     };
     let mut values = Vec::with_capacity(blocks.len() * 2);
     for (block, &scale) in blocks.chunks_exact(16).zip(scales) {
-        let scale = 2f32.powi(i32::from(scale) - 127);
+        let scale = if scale == 255 { f32::NAN } else { 2f32.powi(i32::from(scale) - 127) };
         values.extend(block.iter().flat_map(|b| [value(b & 15) * scale, value(b >> 4) * scale]));
     }
     values

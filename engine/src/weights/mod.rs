@@ -1,5 +1,6 @@
 //! From safetensors files to device buffers: every tensor checked, each rank reading only its own experts.
 
+mod agreement;
 mod attention;
 mod experts;
 mod formats;
@@ -8,7 +9,19 @@ mod names;
 mod rows;
 mod store;
 
+pub(crate) use agreement::check;
 pub(crate) use attention::{AttentionWeights, LatentWeights};
 pub(crate) use experts::Ffn;
 pub(crate) use layers::{Dense, LayerFfn, LayerWeights, Matrix, ModelWeights, Norm};
 pub(crate) use store::Store;
+#[cfg(test)]
+pub(crate) use store::header;
+
+/// Checks the header of a safetensors file in memory: every tensor's bytes are within it and its own. Returns how many
+/// tensors there are.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check_safetensors(bytes: &[u8]) -> Result<usize, String> {
+    store::header(bytes).map(|(_, metadata)| metadata.offset_keys().len())
+}

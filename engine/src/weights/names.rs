@@ -88,6 +88,13 @@ impl Names {
         }
     }
 
+    /// The layer that a tensor is of, and its name within it.
+    pub(super) fn layer_of<'n>(&self, tensor: &'n str) -> Option<(usize, &'n str)> {
+        let rest = tensor.strip_prefix(self.layers)?.strip_prefix('.')?;
+        let (layer, rest) = rest.split_once('.')?;
+        Some((layer.parse().ok()?, rest))
+    }
+
     /// A tensor of a layer.
     pub(super) fn of_layer(&self, layer: usize, part: &str) -> String {
         format!("{}.{layer}.{part}", self.layers)

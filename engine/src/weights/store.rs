@@ -6,6 +6,7 @@ use memmap2::Mmap;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -29,9 +30,11 @@ struct Shard {
 const COPY_ANEW: &str = "copy or download the model anew";
 /// Bytes of each tensor that enter the digest, from its start.
 const SAMPLE_BYTES: usize = 256;
+/// Bytes of config and tokenizer that enter it: no real one comes near them.
+const MAX_HASHED_BYTES: u64 = 64 << 20;
 const INDEX: &str = "model.safetensors.index.json";
-/// No real index comes near it; a larger one is not read.
-const MAX_INDEX_BYTES: u64 = 64 << 20;
+/// No real index or header comes near it; a larger one is not read.
+const MAX_INDEX_BYTES: u64 = 32 << 20;
 
 impl Store {
     /// Maps `folder/model.safetensors`, or the shards that its index names, and checks their headers; no tensor is
@@ -64,7 +67,10 @@ impl Store {
     pub(crate) fn digest(&self, folder: &Path) -> String {
         let mut hash = Sha256::new();
         for name in ["config.json", "tokenizer.json"] {
-            let bytes = std::fs::read(folder.join(name)).unwrap_or_default();
+            let mut bytes = Vec::new();
+            if let Ok(file) = std::fs::File::open(folder.join(name)) {
+                let _ = file.take(MAX_HASHED_BYTES).read_to_end(&mut bytes);
+            }
             hash.update((bytes.len() as u64).to_le_bytes());
             hash.update(&bytes);
         }
@@ -106,13 +112,25 @@ impl Store {
                 return Err(self.bad(name, what, "convert it to F32, F16 or BF16"));
             }
         };
+        self.finite(name, range.start, values)
+    }
+
+    /// `values`, which stand in tensor `name` from element `first` on, if all of them are numbers.
+    pub(crate) fn finite(&self, name: &str, first: usize, values: Vec<f32>) -> Result<Vec<f32>, EngineError> {
         match values.iter().position(|v| !v.is_finite()) {
             None => Ok(values),
             Some(index) => {
-                let what = format!("element {} is {}", range.start + index, values[index]);
+                let what = format!("element {} is {}", first + index, values[index]);
                 Err(self.bad(name, what, COPY_ANEW))
             }
         }
+    }
+
+    /// Names of all tensors, and the files that they are in.
+    pub(crate) fn names(&self) -> impl Iterator<Item = (String, &Path)> {
+        self.shards
+            .iter()
+            .flat_map(|shard| shard.metadata.offset_keys().into_iter().map(|name| (name, &*shard.path)))
     }
 
     /// Bytes `range` of tensor `name` of u8, which must have shape `shape`.
@@ -182,9 +200,7 @@ impl Shard {
         // SAFETY: the file is opened for reading only; changing a model's file while it is being loaded is
         // outside of what any loader can answer for.
         let map = unsafe { Mmap::map(&file) }.map_err(unreadable)?;
-        let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|e| {
-            EngineError::file(&path, format!("not a whole safetensors file: {e:?}"), COPY_ANEW)
-        })?;
+        let (header, metadata) = header(&map).map_err(|what| EngineError::file(&path, what, COPY_ANEW))?;
         Ok(Self { path, map, metadata, data_start: header + 8 })
     }
 
@@ -193,6 +209,15 @@ impl Shard {
         let start = self.data_start + info.data_offsets.0;
         &self.map[start + range.start * width..start + range.end * width]
     }
+}
+
+/// Length and content of a safetensors file's header; every tensor's bytes are within the file, and its own.
+pub(crate) fn header(bytes: &[u8]) -> Result<(usize, Metadata), String> {
+    let length = bytes.first_chunk().map(|first| u64::from_le_bytes(*first));
+    if let Some(length) = length.filter(|&length| length > MAX_INDEX_BYTES) {
+        return Err(format!("not a whole safetensors file: a header of {length} bytes is too large"));
+    }
+    SafeTensors::read_metadata(bytes).map_err(|e| format!("not a whole safetensors file: {e:?}"))
 }
 
 /// The index's path and its map from tensors to files, which may not lead out of the folder.

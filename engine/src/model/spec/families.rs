@@ -299,10 +299,11 @@ impl Base {
         Ok(ModelSpec {
             model_type: keys.text("model_type").unwrap_or_default().to_owned(),
             vocab_size,
-            max_positions: self.context,
+            max_positions: stretched(&attention, self.context),
             hidden: self.hidden,
             layers: self.layers,
             moe_layers: (0..self.layers).collect(),
+            draft_layers: keys.whole("num_nextn_predict_layers", 4096, 0)?,
             norm: self.norm,
             attention,
             router: RouterSpec {
@@ -329,6 +330,16 @@ impl Base {
             digest: String::new(),
         })
     }
+}
+
+/// The longest context: config.json may give the one before rotary positions were stretched.
+fn stretched(attention: &AttentionSpec, context: usize) -> usize {
+    let to = match attention.rope.as_ref().map(|rope| &rope.scaling) {
+        Some(rope::RopeScaling::Dynamic { factor, .. }) => factor * context as f64,
+        Some(rope::RopeScaling::Yarn { factor, original, .. }) => factor * original,
+        _ => 0.0,
+    };
+    context.max(to.min(f64::from(1 << 24)) as usize)
 }
 
 fn experts(

@@ -25,6 +25,8 @@ pub struct ModelSpec {
     pub layers: usize,
     /// The model's own numbers of its MoE layers, ascending.
     pub moe_layers: Vec<usize>,
+    /// Layers behind them that guess tokens ahead; they are not used.
+    pub draft_layers: usize,
     /// Every norm over H.
     pub norm: NormSpec,
     /// Attention of every layer.
@@ -193,14 +195,20 @@ impl ModelSpec {
         if size > MAX_CONFIG_BYTES {
             return Err(EngineError::file(&path, format!("{size} bytes, too large"), again));
         }
-        let text = std::fs::read_to_string(&path)
+        let bytes = std::fs::read(&path)
             .map_err(|e| EngineError::file(&path, format!("cannot be read: {e}"), again))?;
-        let value: serde_json::Value = serde_json::from_str(&text)
-            .map_err(|e| EngineError::file(&path, format!("not JSON: {e}"), again))?;
+        Self::parse(&path, &bytes)
+    }
+
+    /// Reads the content of a config.json; `path` is what errors name.
+    pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self, EngineError> {
+        let again = "copy or download the model anew";
+        let value: serde_json::Value = serde_json::from_slice(bytes)
+            .map_err(|e| EngineError::file(path, format!("not JSON: {e}"), again))?;
         let serde_json::Value::Object(map) = value else {
-            return Err(EngineError::file(&path, "not a JSON object", again));
+            return Err(EngineError::file(path, "not a JSON object", again));
         };
-        families::spec(&Keys { path: &path, map: &map, under: "" })
+        families::spec(&Keys { path, map: &map, under: "" })
     }
 
     /// Numbers that the cache keeps of a token at one layer.

@@ -82,10 +82,7 @@ impl Stepper<'_> {
 
     pub(super) fn reads_logits(&self, rows: &[Row]) -> Result<bool, EngineError> {
         Ok(rows.iter().any(|row| {
-            self.sequences
-                .running
-                .get(&row.sequence)
-                .is_some_and(|s| {
+            self.sequences.running.get(&row.sequence).is_some_and(|s| {
                 s.start.capture_logits || s.start.logprobs.is_some() || !s.start.sampling.is_plain()
             })
         }))
