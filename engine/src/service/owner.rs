@@ -90,7 +90,7 @@ impl Owner {
             match self.cluster.event_within(wait)? {
                 Some(Event::Token { request, token, logprobs, finish }) => {
                     self.token(request, token, logprobs, finish)?;
-                },
+                }
                 Some(Event::Captured(captured)) => self.captured(captured),
                 Some(Event::Report(rank, stats)) => {
                     self.meter.add(rank, &stats, &mut self.shared.state().live)
