@@ -15,8 +15,10 @@ test: vulkan ## every test that needs only Rust and a Vulkan driver
 test-cluster: ## QUIC between ranks over a shaped link in a network namespace (root, iproute2)
 	tests/netns/shaped.sh $(CARGO) test --workspace --locked --test quic --test trust --test faults --test processes --test lives
 
-test-product: demo ## the demo's report in headless Chromium; downloads from a Hub on the loopback interface
+test-product: demo ## report and dashboard in Chromium, the server with OpenAI's client and under load, downloads from a Hub
+	$(CARGO) build --release --locked --bin exflow
 	tests/product/report.sh
+	tests/product/serve.sh
 	$(CARGO) test --workspace --locked --features hub --test hub
 
 check: fmt lint deny ## formatting, clippy with warnings denied, licences and sources of dependencies

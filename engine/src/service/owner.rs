@@ -190,19 +190,19 @@ impl Owner {
         self.routes.step(sequence);
         let finished = open.output.finish;
         let event = TokenEvent { sequence: 0, token, text, logprobs, finish: finished, ends_text, path };
-        let gone = open.events.send(Ok(event)).is_err();
+        let events = open.events.clone();
         self.meter.token(first, now, now - before, &mut self.shared.state().live);
-        match finished {
-            Some(_) if finish.is_none() => {
+        if finished.is_some() {
+            if finish.is_none() {
                 self.cluster.command(Command::Cancel(sequence))?; // a stop text
-                self.close(sequence, |requests| requests.finished += 1);
             }
-            Some(_) => self.close(sequence, |requests| requests.finished += 1),
-            None if gone => {
-                self.cluster.command(Command::Cancel(sequence))?;
-                self.close(sequence, |requests| requests.cancelled += 1);
-            }
-            None => {}
+            self.close(sequence, |requests| requests.finished += 1);
+        }
+        // Told last: whoever sees the end finds it counted.
+        let gone = events.send(Ok(event)).is_err();
+        if gone && finished.is_none() {
+            self.cluster.command(Command::Cancel(sequence))?;
+            self.close(sequence, |requests| requests.cancelled += 1);
         }
         Ok(())
     }
