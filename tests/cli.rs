@@ -10,8 +10,21 @@ use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-const VERBS: [&str; 9] =
-    ["devices", "eval", "generate", "logits", "profile", "place", "bench", "selftest", "simulate"];
+const VERBS: [&str; 13] = [
+    "devices",
+    "eval",
+    "generate",
+    "logits",
+    "profile",
+    "place",
+    "bench",
+    "selftest",
+    "simulate",
+    "serve",
+    "doctor",
+    "completions",
+    "man",
+];
 
 fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_exflow"));
@@ -266,4 +279,75 @@ fn bench_in_its_three_formats() {
     let value: Value = serde_json::from_str(&out).expect("one JSON document");
     assert_eq!(value["settings"].as_array().map(Vec::len), Some(3));
     assert_eq!(value["same_tokens"], true);
+}
+
+#[test]
+fn completions_and_manual_know_every_verb() {
+    for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
+        let (out, err) = succeeded(&["completions", shell]);
+        assert!(VERBS.iter().all(|verb| out.contains(verb)) && err.is_empty(), "{shell}");
+    }
+    assert!(succeeded(&["man"]).0.contains(".TH exflow 1"));
+    let folder = tempfile::tempdir().expect("a folder");
+    succeeded(&["man", "--out", utf8(folder.path())]);
+    for verb in VERBS {
+        let page = fs::read_to_string(folder.path().join(format!("exflow-{verb}.1"))).expect(verb);
+        assert!(page.contains("Example:"), "{verb}");
+    }
+}
+
+#[test]
+fn doctor_checks_this_machine() {
+    let held = std::net::UdpSocket::bind("0.0.0.0:0").expect("a socket");
+    let port = held.local_addr().expect("an address").port().to_string();
+    let output = exflow(&["doctor", "--format", "json", "--port", &port, "--identity", "nowhere"]);
+    assert_eq!(output.status.code(), Some(1), "a port that is taken is a failure");
+    let value: Value = serde_json::from_slice(&output.stdout).expect("one JSON document");
+    let verdict = |name: &str| {
+        let checks = value["checks"].as_array().expect("checks");
+        checks.iter().find(|c| c["name"] == name).unwrap_or_else(|| panic!("{name}: {value}"))["verdict"]
+            .clone()
+    };
+    for name in ["driver", "device", "ranks", "clock"] {
+        assert_eq!(verdict(name), "ok", "{value}");
+    }
+    assert_eq!((verdict("port"), verdict("identity")), ("failed".into(), "failed".into()));
+}
+
+#[test]
+fn a_file_gives_flags_and_logs_and_traces_go_where_they_are_told() {
+    let folder = tiny();
+    let (config, trace) = (folder.file("exflow.toml"), folder.file("trace.json"));
+    let flags = format!(
+        "model = {:?}\nep-size = 2\n[generate]\nmax-tokens = 3\nignore-eos = true\n",
+        utf8(folder.path())
+    );
+    fs::write(&config, flags).expect("writes");
+    let args = ["generate", "--config", utf8(&config), "--prompt-ids", "1,2", "--format", "json"];
+    let (out, _) = succeeded(&[&args[..], &["--trace-out", utf8(&trace)]].concat());
+    let value: Value = serde_json::from_str(&out).expect("one JSON document");
+    assert_eq!(value["sequences"][0]["output_ids"].as_array().map(Vec::len), Some(3));
+    assert_eq!(value["stats"]["ranks"], 2);
+    let spans: Value = serde_json::from_str(&fs::read_to_string(&trace).expect("a trace")).expect("JSON");
+    for name in ["step", "layer", "dispatch", "arrive"] {
+        assert!(spans.as_array().expect("events").iter().any(|span| span["name"] == name), "{name}");
+    }
+    let (_, err) = succeeded(&[
+        "generate",
+        "--config",
+        utf8(&config),
+        "--prompt-ids",
+        "1",
+        "--log",
+        "debug",
+        "--log-format",
+        "json",
+    ]);
+    for line in err.lines().filter(|line| line.starts_with('{')) {
+        assert!(serde_json::from_str::<Value>(line).is_ok_and(|line| line["level"].is_string()), "{line}");
+    }
+    fs::write(&config, "modle = 'x'").expect("writes");
+    let output = exflow(&args);
+    let err = text(&output.stderr);
+    assert!(output.status.code() == Some(2) && err.contains("modle") && err.contains("exflow.toml"), "{err}");
 }

@@ -23,6 +23,7 @@ impl Stepper<'_> {
         routed: &Routed,
         decode: bool,
     ) -> Result<RoundId, EngineError> {
+        let _span = tracing::debug_span!("dispatch", layer, rows = rows.len()).entered();
         let (me, top_k, hidden) = (self.me(), self.spec().top_k, self.spec().hidden);
         let stride = 4 * self.spec().h4();
         let mut payloads: Vec<Writer> = (0..self.comm.world_size()).map(|_| Writer::default()).collect();
@@ -58,6 +59,7 @@ impl Stepper<'_> {
         layer: usize,
         own: usize,
     ) -> Result<Vec<RowFrame>, EngineError> {
+        let _span = tracing::debug_span!("arrive", layer, round = round.number).entered();
         let me = self.me();
         let hidden = self.spec().hidden;
         let mut arrived = Vec::new();
@@ -90,6 +92,7 @@ impl Stepper<'_> {
         work: &Work,
         decode: bool,
     ) -> Result<Vec<PartialFrame>, EngineError> {
+        let _span = tracing::debug_span!("combine", layer).entered();
         let (me, hidden, stride) = (self.me(), self.spec().hidden, 4 * self.spec().h4());
         let mut values = Vec::new();
         if !work.leaving.is_empty() {

@@ -98,6 +98,9 @@ impl Stepper<'_> {
 
     /// Runs one step over all layers and samples.
     pub(crate) fn run(&mut self, batch: &Batch) -> Result<Outcome, EngineError> {
+        let rows = batch.tokens.len();
+        let _span =
+            tracing::debug_span!("step", rank = self.me().index(), rows, decode = batch.decode).entered();
         self.decoder.reserve(batch.total, self.sequences.heads(batch.decode).min(batch.total))?;
         let rows: Vec<Row> = batch.tokens.iter().map(|(row, _)| *row).collect();
         let ids: Vec<[u32; 2]> = batch.tokens.iter().map(|(row, id)| [*id, row.position]).collect();
@@ -206,6 +209,7 @@ impl Stepper<'_> {
         decode: bool,
         captured: &mut Vec<Captured>,
     ) -> Result<Vec<Row>, EngineError> {
+        let _span = tracing::debug_span!("layer", layer, rows = rows.len()).entered();
         // The context of a prompt is made in the step itself; a decoded token's may still be on its way.
         self.await_contexts(layer, if decode { &rows } else { &[] })?;
         // A prompt is prefilled where it lives; its tokens become coherent when they decode.
@@ -241,6 +245,7 @@ impl Stepper<'_> {
             let (chosen, weights) = (Vec::new(), Vec::new());
             return Ok(Routed { chosen, weights, residual: Vec::new(), qkv: Vec::new(), routes: Vec::new() });
         }
+        let _span = tracing::debug_span!("attend", layer).entered();
         self.append_arrived(layer)?;
         let blocks = self.write_contexts(rows)?;
         let (count, top_k) = (rows.len(), self.spec().top_k);
