@@ -191,7 +191,7 @@ fn choices_seeds_stops_and_paths() {
     let tokens = with["choices"][0]["exflow"]["tokens"].as_array().expect("tokens");
     assert_eq!(tokens.len(), 12);
     assert!(tokens.iter().all(|t| t["path"].as_array().is_some_and(|hops| hops.len() == 2)), "{with}");
-    served.until("it is counted", |live| live.requests.finished == 9);
+    served.until("it is counted", |live| live.requests.finished == 15);
     let (status, affinity) = served.get("/api/affinity?layer=0");
     assert_eq!((status, &affinity["tokens"]), (200, &json!(14.0)));
     assert_eq!(served.get("/api/affinity?layer=1").0, 400);
