@@ -30,11 +30,11 @@ def visit(browser, width, scheme):
     page.locator("#prompt").press_sequentially("In the beginning")
     page.locator("#prompt").press("Enter")
     expect(page.locator(".said.user")).to_have_text("In the beginning")
-    page.wait_for_function("document.querySelectorAll('.token').length >= 3", timeout=30000)
+    expect(page.locator(".token").nth(2)).to_be_attached(timeout=30000)
     expect(page.locator("#stop")).to_be_enabled()
     expect(page.locator("#state")).to_have_text("at work", timeout=15000)
     page.screenshot(path=f"{out}/dashboard-{width}-{scheme}-streaming.png", full_page=True)
-    expect(page.locator(".said.assistant[data-done]")).to_be_visible(timeout=60000)
+    expect(page.locator(".said.assistant[data-done]")).to_be_attached(timeout=60000)
     assert page.locator(".token").count() > 10
 
     # A token by mouse, its neighbour by key: the way is drawn, a circle for each MoE layer.
@@ -59,7 +59,7 @@ def visit(browser, width, scheme):
     page.fill("#max-tokens", "400")
     page.fill("#prompt", "And then")
     page.click("#send")
-    page.wait_for_function("document.querySelectorAll('.said').length === 4 && document.querySelectorAll('.said')[3].children.length > 2", timeout=30000)
+    expect(page.locator(".said.assistant").nth(1).locator(".token").nth(2)).to_be_attached(timeout=30000)
     page.click("#stop")
     expect(page.locator("#send")).to_be_enabled()
     expect(page.locator("#state")).to_have_text("ready", timeout=15000)
