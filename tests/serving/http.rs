@@ -198,6 +198,32 @@ fn choices_seeds_stops_and_paths() {
 }
 
 #[test]
+fn log_probabilities_in_both_forms() {
+    let served = Served::start(|_, _| {});
+    let (status, whole) = served.post("/v1/completions", &completion(json!({ "logprobs": 2 })).to_string());
+    assert_eq!(status, 200, "{whole}");
+    let told = &whole["choices"][0]["logprobs"];
+    for list in ["tokens", "token_logprobs", "top_logprobs", "text_offset"] {
+        assert_eq!(told[list].as_array().map(Vec::len), Some(12), "{list} in {told}");
+    }
+    let chat = json!({ "messages": [{ "role": "user", "content": "abc" }], "max_tokens": 5, "temperature": 0,
+        "ignore_eos": true, "logprobs": true, "top_logprobs": 3, "stream": true });
+    let events = served.streamed("/v1/chat/completions", &chat);
+    let chunks = events.iter().filter_map(|e| serde_json::from_str::<Value>(e).ok());
+    let tokens: Vec<Value> =
+        chunks.filter_map(|c| c["choices"][0]["logprobs"]["content"].as_array().cloned()).flatten().collect();
+    assert_eq!(tokens.len(), 5);
+    for token in tokens {
+        let top = token["top_logprobs"].as_array().expect("the likeliest");
+        // Temperature 0 takes the likeliest, whose logarithm is at most 0.
+        assert!(top.len() == 3 && top[0]["logprob"] == token["logprob"], "{token}");
+        assert!(token["logprob"].as_f64().is_some_and(|x| x <= 0.0), "{token}");
+    }
+    let (status, answer) = served.post("/v1/completions", &completion(json!({ "logprobs": 99 })).to_string());
+    assert_eq!(status, 400, "{answer}");
+}
+
+#[test]
 fn errors_have_openais_form_and_status() {
     let served = Served::start(|_, engine| engine.max_waiting = 0);
     for (path, body, status, named) in [

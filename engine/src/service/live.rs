@@ -174,6 +174,11 @@ impl Meter {
         self.unreported = true;
     }
 
+    /// Something changed that the next report is to tell.
+    pub(super) fn touch(&mut self) {
+        self.unreported = true;
+    }
+
     /// A token came `now` seconds after its request, `gap` after the one before it.
     pub(super) fn token(&mut self, first: bool, now: f64, gap: f64, live: &mut LiveStats) {
         self.tokens += 1;

@@ -162,6 +162,7 @@ impl Owner {
     /// Forgets a request that is over.
     fn close(&mut self, sequence: u32, count: impl FnOnce(&mut super::RequestCounts)) {
         let Some(open) = self.open.remove(&sequence) else { return };
+        self.meter.touch();
         let mut state = self.shared.state();
         match open.output.first {
             Some(_) => state.live.running -= 1,

@@ -94,6 +94,9 @@ pub(super) struct Common {
     seed: Option<i64>,
     stop: Option<Stop>,
     ignore_eos: Option<bool>,
+    /// Chats say whether, completions how many.
+    logprobs: Option<Value>,
+    top_logprobs: Option<usize>,
     exflow: Option<Extension>,
     #[serde(flatten)]
     rest: Map<String, Value>,
@@ -227,6 +230,23 @@ impl Common {
         self.exflow.as_ref().is_some_and(|e| e.path)
     }
 
+    /// How many of the likeliest tokens each token comes with, where log-probabilities were asked for.
+    pub(super) fn logprobs(&self) -> Result<Option<usize>, ApiError> {
+        let top = self.top_logprobs.unwrap_or(0);
+        match &self.logprobs {
+            None | Some(Value::Null | Value::Bool(false)) if top > 0 => {
+                Err(ApiError::field("top_logprobs", "it needs \"logprobs\": true"))
+            }
+            None | Some(Value::Null | Value::Bool(false)) => Ok(None),
+            Some(Value::Bool(true)) => Ok(Some(top)),
+            Some(Value::Number(number)) => match number.as_u64() {
+                Some(count) => Ok(Some(count as usize)),
+                None => Err(ApiError::field("logprobs", "give a whole number of 0 or more")),
+            },
+            Some(_) => Err(ApiError::field("logprobs", "give true, false or a number")),
+        }
+    }
+
     /// As sent, else a new one each time.
     pub(super) fn seed(&self) -> u64 {
         self.seed.map_or_else(|| RandomState::new().hash_one(0), |seed| seed as u64)
@@ -282,7 +302,6 @@ mod tests {
             (json!({ "tools": [{ "type": "function" }] }), "tools"),
             (json!({ "logit_bias": { "5": 1 } }), "logit_bias"),
             (json!({ "presence_penalty": 0.5 }), "presence_penalty"),
-            (json!({ "logprobs": true }), "logprobs"),
             (json!({ "response_format": { "type": "json_object" } }), "response_format"),
             (json!({ "n": 0 }), "n: "),
             (json!({ "n": 1000 }), "n: "),
@@ -310,6 +329,21 @@ mod tests {
             (body.sampling(7).temperature, body.sampling(7).top_k, body.sampling(7).seed),
             (1.0, 0, 7)
         );
+    }
+
+    #[test]
+    fn log_probabilities_as_chats_and_completions_ask_for_them() {
+        for (fields, wanted) in [
+            (json!({}), Ok(None)),
+            (json!({ "logprobs": false }), Ok(None)),
+            (json!({ "logprobs": true }), Ok(Some(0))),
+            (json!({ "logprobs": true, "top_logprobs": 3 }), Ok(Some(3))),
+            (json!({ "logprobs": 5 }), Ok(Some(5))),
+            (json!({ "logprobs": -1 }), Err(())),
+            (json!({ "top_logprobs": 3 }), Err(())),
+        ] {
+            assert_eq!(common(fields.clone()).logprobs().map_err(drop), wanted, "{fields}");
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The addresses that OpenAI's clients know.
 
 mod body;
+mod logprobs;
 mod respond;
 
 use super::App;
@@ -52,6 +53,7 @@ async fn answer(
 ) -> Result<Response, ApiError> {
     let mut answer = Answer::new(app.clone(), kind, common, arrived);
     let seed = common.seed();
+    let logprobs = common.logprobs()?;
     for prompt in prompts {
         let room = room(app, &prompt)?;
         let max_tokens = common.max_tokens(kind.default_max_tokens()).map_or(room, |n| n.min(room));
@@ -64,7 +66,7 @@ async fn answer(
                 stop: common.stop(),
                 ignore_eos: common.ignore_eos(),
                 path: common.path(),
-                logprobs: None,
+                logprobs,
             };
             answer.choices.push(app.engine.submit(request)?);
         }

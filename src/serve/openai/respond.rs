@@ -2,6 +2,7 @@
 //! away, drops its sequences with it.
 
 use super::body::Common;
+use super::logprobs::Told;
 use crate::engine::{EngineError, FinishReason, TokenEvent, Tokens};
 use crate::serve::App;
 use crate::serve::error::ApiError;
@@ -72,6 +73,7 @@ struct Choice {
     tokens: usize,
     finish: Option<FinishReason>,
     path: Vec<Value>,
+    told: Told,
     last: Option<Instant>,
 }
 
@@ -94,7 +96,7 @@ impl Answer {
         let mut done: Vec<Choice> = self.choices.iter().map(|_| Choice::default()).collect();
         let mut events = merged(self.choices);
         while let Some((index, event)) = events.next().await {
-            done[index].take(&self.head, event?);
+            done[index].take(&self.head, &event?);
         }
         let completion_tokens = done.iter().map(|choice| choice.tokens).sum();
         let choices: Vec<Value> = done.iter().enumerate().map(|(i, c)| self.head.whole(i, c)).collect();
@@ -120,7 +122,7 @@ impl Answer {
         let events = merged(choices).map(Some).chain(stream::iter([None]));
         let pieces = events.scan(state, |state, event| {
             let pieces = match event {
-                Some((index, Ok(event))) => Some(state.pieces(index, event)),
+                Some((index, Ok(event))) => Some(state.pieces(index, &event)),
                 Some((_, Err(error))) => Some(vec![data(&ApiError::from(error).body())]),
                 None => Some(state.end()),
             };
@@ -141,16 +143,17 @@ struct Growing {
 }
 
 impl Growing {
-    fn pieces(&mut self, index: usize, event: TokenEvent) -> Vec<Event> {
-        let (text, finish) = (event.text.clone(), event.finish);
-        let path = self.head.path.then(|| way(&event));
-        self.done[index].take(&self.head, event);
+    fn pieces(&mut self, index: usize, event: &TokenEvent) -> Vec<Event> {
+        let path = self.head.path.then(|| way(event));
+        let logprobs = self.done[index].take(&self.head, event);
         let mut pieces = Vec::new();
-        if !text.is_empty() || path.is_some() {
-            pieces.push(data(&self.head.chunk(index, &text, None, None, path)));
+        if !event.text.is_empty() || path.is_some() || logprobs.is_some() {
+            let mut chunk = self.head.chunk(index, &event.text, None, None, path);
+            chunk["choices"][0]["logprobs"] = logprobs.into();
+            pieces.push(data(&chunk));
         }
-        if finish.is_some() {
-            pieces.push(data(&self.head.chunk(index, "", None, finish, None)));
+        if event.finish.is_some() {
+            pieces.push(data(&self.head.chunk(index, "", None, event.finish, None)));
         }
         pieces
     }
@@ -168,7 +171,8 @@ impl Growing {
 }
 
 impl Choice {
-    fn take(&mut self, head: &Head, event: TokenEvent) {
+    /// Takes in a token; gives its log-probabilities, where they were asked for.
+    fn take(&mut self, head: &Head, event: &TokenEvent) -> Option<Value> {
         let metrics = &head.app.metrics;
         let now = Instant::now();
         match self.last.replace(now) {
@@ -176,7 +180,7 @@ impl Choice {
             Some(before) => metrics.gap.observe((now - before).as_secs_f64()),
         }
         if head.path {
-            self.path.push(way(&event));
+            self.path.push(way(event));
         }
         self.tokens += usize::from(!event.ends_text);
         self.text += &event.text;
@@ -184,6 +188,7 @@ impl Choice {
         if self.finish.is_some() {
             metrics.whole.observe((now - head.arrived).as_secs_f64());
         }
+        self.told.take(head.kind, head.app.engine.text(), event)
     }
 }
 
@@ -203,11 +208,14 @@ impl Head {
             Kind::Chat => json!({
                 "index": index,
                 "message": { "role": "assistant", "content": choice.text, "refusal": null },
-                "logprobs": null,
+                "logprobs": choice.told.whole(self.kind),
                 "finish_reason": choice.finish,
             }),
             Kind::Completion => json!({
-                "index": index, "text": choice.text, "logprobs": null, "finish_reason": choice.finish,
+                "index": index,
+                "text": choice.text,
+                "logprobs": choice.told.whole(self.kind),
+                "finish_reason": choice.finish,
             }),
         };
         if self.path {

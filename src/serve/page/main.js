@@ -22,7 +22,8 @@ function tile(list, id, title, value, unit) {
 
 function spark(cell) {
   const top = Math.max(...history, 1);
-  const point = (value, i) => `${((100 * i) / (HISTORY - 1)).toFixed(1)},${(21 - (20 * value) / top).toFixed(1)}`;
+  const from = HISTORY - history.length; // the newest at the right
+  const point = (value, i) => `${((100 * (from + i)) / (HISTORY - 1)).toFixed(1)},${(21 - (20 * value) / top).toFixed(1)}`;
   const line = svg("svg", { viewBox: "0 0 100 22", preserveAspectRatio: "none", class: "spark", "aria-hidden": "true" });
   line.append(svg("path", { d: `M${history.map(point).join("L")}`, "vector-effect": "non-scaling-stroke" }));
   cell.append(line);
@@ -35,7 +36,7 @@ function figures(live) {
   const moving = live.running + live.waiting > 0;
   history.push(moving ? live.tokens_per_s : 0);
   if (history.length > HISTORY) history.shift();
-  spark(tile(list, "tokens-per-s", "Tokens per second", moving ? live.tokens_per_s.toFixed(1) : "0", ""));
+  spark(tile(list, "tokens-per-s", "Tokens/s", moving ? live.tokens_per_s.toFixed(1) : "0", ""));
   tile(list, "requests", "Run, wait", `${live.running}, ${live.waiting}`, "requests");
   tile(list, "batch", "Batch", live.batch.toFixed(1), "tokens");
   tile(list, "ttft", "First token", mean(live.ttft_ms_sum, live.ttft_count), "ms");

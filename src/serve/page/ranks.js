@@ -86,10 +86,12 @@ function table(model, live) {
     meter.setAttribute("aria-label", `K/V cache of rank ${rank}`);
     return html("tr", {},
       html("th", { scope: "row" }, swatch(rankColour(rank)), String(rank)),
-      html("td", { className: "name", textContent: model.adapters[rank] }),
       html("td", { title: `${count(own.kv_blocks_used)} of ${count(own.kv_blocks)} blocks` }, meter, ` ${percent(used)}`),
       html("td", { textContent: own.memory_bytes === null ? "not told" : bytes(own.memory_bytes) }),
       html("td", { textContent: pairs ? percent(own.pairs / pairs) : "–" }));
   };
   $("rank-table").tBodies[0].replaceChildren(...live.ranks.map(row));
+  const names = [...new Set(model.adapters)];
+  const ranksOf = (name) => live.ranks.map((_, rank) => rank).filter((rank) => model.adapters[rank] === name).join(", ");
+  $("adapters").textContent = names.map((name) => (names.length > 1 ? `${ranksOf(name)}: ${name}` : name)).join("; ");
 }
