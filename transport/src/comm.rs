@@ -84,6 +84,19 @@ impl fmt::Display for RoundId {
     }
 }
 
+/// What one rank sends another outside all rounds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Message {
+    /// The rank that sent it.
+    pub from: Rank,
+    /// What it is counted under; [`ByteClass::Kv`] where it came on the bulk stream.
+    pub class: ByteClass,
+    /// MoE layer that it belongs to, as the sender gave it; `u16::MAX` on the bulk stream.
+    pub layer: u16,
+    /// The bytes.
+    pub payload: Bytes,
+}
+
 /// A group of ranks that exchange rows.
 ///
 /// Calls block the calling thread (a rank's own thread, which has a GPU to wait for anyway) and end in
@@ -123,6 +136,21 @@ pub trait Communicator: Send {
 
     /// The next bulk payload from any peer; waits up to `timeout` (zero: only looks). `None` where none came.
     fn recv_bulk(&mut self, timeout: Duration) -> Result<Option<(Rank, Bytes)>, TransportError>;
+
+    /// Sends a message to `to`, of class Dispatch, Combine or Ids: ordered per peer, at the priority of rounds, and
+    /// without waiting for anything.
+    fn send_message(
+        &mut self,
+        to: Rank,
+        class: ByteClass,
+        layer: u16,
+        payload: Bytes,
+    ) -> Result<(), TransportError>;
+
+    /// The next message from any peer or, where there is none, the next bulk payload; waits up to `timeout` (zero:
+    /// only looks). `None` where nothing came; an error once a peer is gone, also one that left, and nothing
+    /// that came before is left.
+    fn recv_message(&mut self, timeout: Duration) -> Result<Option<Message>, TransportError>;
 
     /// Bytes and frames so far, by peer and class, as they were put on the wire.
     fn stats(&self) -> WireStats;

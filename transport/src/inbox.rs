@@ -9,6 +9,8 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
+mod messages;
+
 /// One rank's mailbox.
 #[derive(Debug)]
 pub(crate) struct Inbox {
@@ -37,6 +39,7 @@ pub(crate) struct InboxLimits {
 struct State {
     rounds: Rounds,
     bulk: VecDeque<(Rank, Bytes)>,
+    messages: messages::Messages,
     unread: Vec<usize>,
     unsent: Vec<usize>,
     stats: WireStats,
@@ -49,6 +52,7 @@ impl Inbox {
         let state = State {
             rounds: Rounds::new(rank, world, limits.rounds),
             bulk: VecDeque::new(),
+            messages: messages::Messages::new(world),
             unread: vec![0; world],
             unsent: vec![0; world],
             stats: WireStats::new(rank, world),

@@ -18,7 +18,7 @@ pub mod proto;
 pub mod quic;
 mod stats;
 
-pub use comm::{ByteClass, Communicator, RoundId};
+pub use comm::{ByteClass, Communicator, Message, RoundId};
 pub use error::{LossCause, TransportError};
 pub use proto::membership::Refusal;
 pub use proto::round::Violation;

@@ -2,7 +2,7 @@
 
 use crate::inbox::{Inbox, InboxLimits};
 use crate::proto::round::{Admission, RoundLimits};
-use crate::{Communicator, LossCause, RoundId, TransportError, WireStats};
+use crate::{ByteClass, Communicator, LossCause, Message, RoundId, TransportError, WireStats};
 use bytes::Bytes;
 use exflow_placement::Rank;
 use std::sync::Arc;
@@ -102,6 +102,22 @@ impl Communicator for LocalCommunicator {
 
     fn recv_bulk(&mut self, timeout: Duration) -> Result<Option<(Rank, Bytes)>, TransportError> {
         self.inbox().recv_bulk(timeout)
+    }
+
+    fn send_message(
+        &mut self,
+        to: Rank,
+        class: ByteClass,
+        layer: u16,
+        payload: Bytes,
+    ) -> Result<(), TransportError> {
+        self.inbox().send_message(to, class, payload.len())?;
+        self.inboxes[to.index()].deliver_message(self.rank, class, layer, payload);
+        Ok(())
+    }
+
+    fn recv_message(&mut self, timeout: Duration) -> Result<Option<Message>, TransportError> {
+        self.inbox().recv_message(timeout)
     }
 
     fn stats(&self) -> WireStats {

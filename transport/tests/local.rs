@@ -1,5 +1,7 @@
 //! Ranks of one process.
 
+mod support;
+
 use exflow_placement::Rank;
 use exflow_transport::{ByteClass, Communicator, RoundId, TransportError, local};
 use std::time::{Duration, Instant};
@@ -38,6 +40,11 @@ fn every_payload_arrives_and_is_counted() {
     assert_eq!(stats.class(ByteClass::Dispatch).payload_bytes_sent, 12 * (0..50).sum::<u64>());
     assert_eq!(stats.class(ByteClass::Ids).frames_sent, 12);
     assert_eq!(stats.class(ByteClass::Dispatch).wire_bytes_sent, 0);
+}
+
+#[test]
+fn messages_come_in_order_beside_rounds() {
+    support::bounded(|| support::talk(local::world(3)));
 }
 
 #[test]

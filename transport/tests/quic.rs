@@ -7,7 +7,7 @@ use exflow_transport::identity::ClusterAuthority;
 use exflow_transport::quic::{self, DriverThreads, QuicOptions};
 use exflow_transport::{ByteClass, Communicator, LossCause, TransportError};
 use std::time::{Duration, Instant};
-use support::{bounded, issued, on_threads, pair, quick, round, run_rounds};
+use support::{bounded, issued, on_threads, pair, quick, round, run_rounds, talk};
 
 #[test]
 fn every_payload_arrives_and_frames_are_counted_exactly() {
@@ -36,6 +36,11 @@ fn every_payload_arrives_and_frames_are_counted_exactly() {
             }
         }
     });
+}
+
+#[test]
+fn messages_come_in_order_beside_rounds() {
+    bounded(|| talk(quic::loopback_world(3, quick()).expect("world")));
 }
 
 #[test]

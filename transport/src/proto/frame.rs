@@ -10,7 +10,7 @@
 //! | 16 | 4 | epoch |
 //! | 20 | 2 | source rank |
 //! | 22 | 2 | zero |
-//! | 24 | 8 | number: of the round, or of the message on a bulk or control stream |
+//! | 24 | 8 | number: of the round; of the message on a bulk or control stream; with the top bit set: of a message between two ranks on the rows stream |
 //! | 32 | 4 | payload length in bytes |
 //! | 36 | 4 | FNV-1a over the 36 bytes before it |
 //!
@@ -24,6 +24,9 @@ use exflow_placement::Rank;
 
 /// Bytes of a frame header.
 pub const HEADER_BYTES: usize = 40;
+/// Set in [`FrameHeader::number`] of a point-to-point message on the rows stream; the rest counts messages to that
+/// peer, from 0.
+pub const MESSAGE: u64 = 1 << 63;
 /// Version of the frame layout.
 pub const FRAME_VERSION: u8 = 1;
 /// First bytes of every frame.

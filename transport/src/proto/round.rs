@@ -336,6 +336,11 @@ impl Rounds {
         })
     }
 
+    /// The first peer, by rank, that is gone for whatever reason.
+    pub fn first_gone(&self) -> Option<RoundFailure> {
+        self.fates.iter().enumerate().find_map(|(peer, fate)| failure_of(Rank::from(peer), fate))
+    }
+
     /// Looks whether a started round is complete, lost or too late; a round that is given out is over.
     pub fn poll(&mut self, number: u64, now: Duration) -> RoundPoll {
         let index = match number.checked_sub(self.oldest) {

@@ -6,9 +6,9 @@ use super::join::{Joined, Link};
 use super::links::{self, LinkContext, LinkSender, Outgoing};
 use super::wire::{CLOSE_FAILED, CLOSE_LEFT};
 use crate::inbox::Inbox;
-use crate::proto::frame::FrameHeader;
+use crate::proto::frame::{FrameHeader, MESSAGE};
 use crate::proto::membership::{Member, Roster, WorldName};
-use crate::{ByteClass, Communicator, RoundId, TransportError, WireStats};
+use crate::{ByteClass, Communicator, Message, RoundId, TransportError, WireStats};
 use bytes::Bytes;
 use exflow_placement::Rank;
 use quinn::{Connection, Endpoint};
@@ -71,6 +71,7 @@ pub struct QuicCommunicator {
 enum Command {
     Round(FrameHeader, Vec<(Rank, Bytes)>),
     Bulk(Rank, FrameHeader, Bytes),
+    Message(Rank, FrameHeader, Bytes),
     /// Close; with a reason: at once.
     Close(Option<String>),
 }
@@ -240,6 +241,22 @@ impl Communicator for QuicCommunicator {
         self.inbox.recv_bulk(timeout)
     }
 
+    fn send_message(
+        &mut self,
+        to: Rank,
+        class: ByteClass,
+        layer: u16,
+        payload: Bytes,
+    ) -> Result<(), TransportError> {
+        let number = MESSAGE | self.inbox.send_message(to, class, payload.len())?;
+        let header = self.header(RoundId { number, class, layer });
+        self.command(Command::Message(to, header, payload))
+    }
+
+    fn recv_message(&mut self, timeout: Duration) -> Result<Option<Message>, TransportError> {
+        self.inbox.recv_message(timeout)
+    }
+
     fn stats(&self) -> WireStats {
         self.inbox.stats()
     }
@@ -280,6 +297,9 @@ impl Pump {
                 }
                 Some(Command::Bulk(to, header, payload)) => {
                     self.send(to, header, payload, |sender| &sender.bulk)
+                }
+                Some(Command::Message(to, header, payload)) => {
+                    self.send(to, header, payload, |sender| &sender.rows);
                 }
                 Some(Command::Close(reason)) => break reason,
                 None => break None,

@@ -3,7 +3,7 @@
 use super::join::{Link, loss_cause};
 use super::wire::{self, CLOSE_PROTOCOL};
 use crate::inbox::Inbox;
-use crate::proto::frame::{Decoder, FrameHeader};
+use crate::proto::frame::{Decoder, FrameHeader, MESSAGE};
 use crate::proto::membership::{HELLO_CAP, WorldName};
 use crate::proto::round::Violation;
 use crate::{ByteClass, LossCause, RoundId};
@@ -157,6 +157,13 @@ impl Reader {
         while let Some(header) = self.header().await? {
             let round = RoundId { number: header.number, class: header.class, layer: header.layer };
             let inbox = Arc::clone(&self.context.inbox);
+            if header.number & MESSAGE != 0 {
+                inbox.admit_message(self.peer, header.class, header.number & !MESSAGE)?;
+                inbox.message_room(self.peer, header.length as usize).await;
+                let payload = self.payload().await?;
+                inbox.deliver_message(self.peer, header.class, header.layer, payload);
+                continue;
+            }
             inbox.admit_when_possible(self.peer, round, header.length).await?;
             let payload = self.payload().await?;
             inbox.deliver(self.peer, round, payload);

@@ -2,6 +2,7 @@
 
 #![allow(unreachable_pub, dead_code, reason = "each test uses a part of it")]
 
+use bytes::Bytes;
 use exflow_placement::Rank;
 use exflow_transport::identity::{ClusterAuthority, DEFAULT_VALIDITY, Identity};
 use exflow_transport::quic::{JoinOptions, Listener, QuicCommunicator, QuicOptions};
@@ -108,4 +109,64 @@ pub fn pair(
 
 pub fn issued(authority: &ClusterAuthority, rank: u16) -> Identity {
     authority.issue(Rank(rank), DEFAULT_VALIDITY).expect("identity")
+}
+
+/// Messages in all directions beside rounds and background bytes: all come, in order, counted; then rank 0 leaves and
+/// the others hear of it once they have read everything.
+pub fn talk<C: Communicator + 'static>(world: Vec<C>) {
+    const EACH: u32 = 60;
+    let n = world.len();
+    let stats = on_threads(world, move |mut comm| {
+        let rank = comm.rank().index();
+        let peers: Vec<usize> = (0..n).filter(|peer| *peer != rank).collect();
+        let class_of = |i: u32| [ByteClass::Dispatch, ByteClass::Combine, ByteClass::Ids][i as usize % 3];
+        for i in 0..EACH {
+            for &to in &peers {
+                let payload: Bytes = i.to_le_bytes().iter().copied().cycle().take(4 + i as usize * 9).collect();
+                comm.send_message(Rank::from(to), class_of(i), i as u16, payload).expect("send");
+                if i % 10 == 0 {
+                    comm.send_bulk(Rank::from(to), vec![i as u8; 3]).expect("send");
+                }
+            }
+            if i == EACH / 2 {
+                run_rounds(&mut comm, 0, 4, 50).expect("rounds between messages");
+            }
+        }
+        assert!(comm.send_message(Rank::from(peers[0]), ByteClass::Kv, 0, Bytes::new()).is_err());
+        assert!(comm.send_message(comm.rank(), ByteClass::Ids, 0, Bytes::new()).is_err());
+        let (mut next, mut bulk) = (vec![0; n], vec![0; n]);
+        while peers.iter().any(|&peer| next[peer] < EACH || bulk[peer] < EACH.div_ceil(10)) {
+            let message = comm.recv_message(Duration::from_secs(10)).expect("receive").expect("there");
+            let from = message.from.index();
+            if message.class == ByteClass::Kv {
+                assert_eq!(message.payload, vec![10 * bulk[from] as u8; 3]);
+                bulk[from] += 1;
+                continue;
+            }
+            let i = next[from];
+            assert_eq!((message.class, message.layer), (class_of(i), i as u16), "rank {rank} from {from}");
+            assert_eq!(message.payload[..4], i.to_le_bytes());
+            assert_eq!(message.payload.len(), 4 + i as usize * 9);
+            next[from] += 1;
+        }
+        let stats = comm.stats();
+        if rank == 0 {
+            return stats; // leaves
+        }
+        let left = loop {
+            match comm.recv_message(Duration::from_secs(10)) {
+                Ok(message) => assert_eq!(message, None),
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(left, TransportError::PeerLost { .. }), "{left}");
+        stats
+    });
+    for stats in stats {
+        let sent: u64 = [ByteClass::Dispatch, ByteClass::Combine].map(|c| stats.class(c).frames_sent).iter().sum();
+        let rounds = 4 * (n as u64 - 1);
+        assert_eq!(sent, (n as u64 - 1) * 2 * u64::from(EACH) / 3 + rounds);
+        assert_eq!(stats.class(ByteClass::Ids).frames_received, (n as u64 - 1) * u64::from(EACH) / 3);
+        assert_eq!(stats.exchanges(ByteClass::Dispatch), 2, "messages are no exchanges");
+    }
 }
