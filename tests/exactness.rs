@@ -7,7 +7,7 @@ use common::tiny::{Folder, Random, Stored, Tiny};
 use common::{Setup, generate, request, tokens};
 use exflow::engine::{
     Cluster, Combine, Feed, FinishReason, LogitsDump, NoProgress, PlacementSource, PlacementTable, Rank,
-    Request, RunStats, Strategy, TransportKind,
+    Request, RunStats, Schedule, Strategy, TransportKind,
 };
 use exflow_placement::LayerId;
 use serde_json::json;
@@ -390,11 +390,19 @@ fn every_split(top_k: usize, transport: TransportKind) {
             let both = [Strategy::Vanilla, Strategy::Coherent];
             // Over QUIC the strategies take turns: what differs there is the transport, not the plan.
             let turn = (n + ranks + top_k) % 2;
-            let strategies = if transport == TransportKind::Quic { &both[turn..=turn] } else { &both };
-            for &strategy in strategies {
-                let what = format!("top-{top_k}, {ranks} ranks, {transport}, {strategy:?}, {name}");
+            let (this, other) = (both[turn], both[1 - turn]);
+            let settings = match transport {
+                TransportKind::Quic => vec![(this, Schedule::Rounds), (other, Schedule::Flow)],
+                TransportKind::Local => {
+                    vec![(this, Schedule::Rounds), (other, Schedule::Rounds), (this, Schedule::Flow)]
+                }
+            };
+            for (strategy, schedule) in settings {
+                let what =
+                    format!("top-{top_k}, {ranks} ranks, {transport}, {strategy:?}, {schedule}, {name}");
                 let setup = Setup {
                     transport,
+                    schedule,
                     placement: placement.clone(),
                     ..Setup::new(base.folder.path(), ranks, strategy)
                 };
@@ -473,7 +481,12 @@ fn counted_as_it_went(
     assert_eq!(stats.expert_load, load, "{what}: rows worked on");
 
     // Exchanges: two a layer where tokens go home, one where they stay.
+    let flow = stats.schedule == "flow";
     match (strategy, k) {
+        _ if flow => {
+            let waits = stats.exchanges_per_layer;
+            assert!((0.0..=2.0).contains(&waits), "{what}: {waits} latencies a layer");
+        }
         (Strategy::Vanilla, _) => assert_eq!(stats.exchanges_per_layer, 2.0, "{what}"),
         (Strategy::Coherent, 1) => assert_eq!(stats.exchanges_per_layer, 1.0, "{what}"),
         (Strategy::Coherent, _) => {
@@ -500,7 +513,8 @@ fn counted_as_it_went(
             if (0..layers - 1).any(|l| table.ranks_of(LayerId::from(l)).len() > 1) {
                 assert!(each.kv > 0.0, "{what}: contexts are kept coherent");
             }
-            if k == 1 {
+            // In flow, tokens return home until their prompt has reached all.
+            if k == 1 && !flow {
                 assert_eq!(each.combine, 0.0, "{what}: nothing to combine");
                 assert!(dispatched >= row * crossings as f64, "{what}: {dispatched} bytes dispatched");
             }

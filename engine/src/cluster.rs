@@ -313,6 +313,7 @@ impl Shared<'_> {
             table: self.table.clone(),
             strategy: self.options.strategy,
             combine: self.options.combine,
+            schedule: self.options.schedule,
             cache_blocks: cache_blocks(&self.options, &self.spec),
         };
         let failures = events.clone();
@@ -387,7 +388,8 @@ fn join(options: &ClusterOptions) -> Result<Vec<Box<dyn Communicator>>, EngineEr
     Ok(match options.transport {
         TransportKind::Local => boxed(exflow_transport::local::world(options.ranks)),
         TransportKind::Quic => {
-            let quic = exflow_transport::quic::QuicOptions::loopback();
+            let loopback = exflow_transport::quic::QuicOptions::loopback();
+            let quic = exflow_transport::quic::QuicOptions { link: options.link, ..loopback };
             boxed(exflow_transport::quic::loopback_world(options.ranks, quic)?)
         }
     })

@@ -37,7 +37,7 @@ pub use gpu::{DeviceMemory, DeviceReport, Probe, devices, prepare_process, probe
 pub use logits::{LayerRouting, LogitsDump};
 pub use model::{ModelSpec, spec};
 pub use options::{
-    ClusterOptions, Combine, Dtype, Feed, NoProgress, PlacementSource, Progress, TransportKind,
+    ClusterOptions, Combine, Dtype, Feed, NoProgress, PlacementSource, Progress, Schedule, TransportKind,
 };
 pub use runtime::FinishReason;
 pub use sampling::{Logprobs, MAX_LOGPROBS, Sampling};

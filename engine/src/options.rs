@@ -2,6 +2,7 @@
 
 use crate::EngineError;
 use exflow_placement::{PlacementTable, Strategy};
+use exflow_transport::link::LinkSpec;
 use serde::Serialize;
 use std::fmt;
 use std::path::PathBuf;
@@ -92,6 +93,15 @@ words! {
     }
 }
 words! {
+    /// What a rank waits for.
+    Schedule, "schedule" {
+        /// Each exchange is one that all ranks take part in: the paper's form.
+        Rounds = "rounds",
+        /// No exchange is a barrier: a rank works on whatever tokens are ready.
+        Flow = "flow"
+    }
+}
+words! {
     /// How [`Cluster::logits`](crate::Cluster::logits) feeds the ids.
     Feed, "feed" {
         /// All at once.
@@ -124,6 +134,10 @@ pub struct ClusterOptions {
     pub strategy: Strategy,
     /// How the outputs of a token's experts come together.
     pub combine: Combine,
+    /// What a rank waits for.
+    pub schedule: Schedule,
+    /// Shapes what each rank sends (QUIC only); `None`: as fast as it goes.
+    pub link: Option<LinkSpec>,
     /// Where each expert goes.
     pub placement: PlacementSource,
     /// Part of an adapter's name, or its index in [`devices`](crate::devices); `None`: the best one.
@@ -144,6 +158,8 @@ impl ClusterOptions {
             transport: TransportKind::Local,
             strategy: Strategy::Coherent,
             combine: Combine::Exact,
+            schedule: Schedule::Rounds,
+            link: None,
             placement: PlacementSource::RoundRobin,
             adapter: None,
             dtype: Dtype::F32,

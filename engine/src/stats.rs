@@ -1,7 +1,7 @@
 //! The figures of a run, made from every rank's counts.
 
 use crate::Cluster;
-use crate::options::{PlacementSource, TransportKind};
+use crate::options::{PlacementSource, Schedule, TransportKind};
 use crate::runtime::{RankStats, class_bytes, row_exchanges};
 use exflow_placement::Rank;
 use exflow_transport::{ByteClass, WireStats};
@@ -40,6 +40,8 @@ impl<T> BytesByClass<T> {
 pub struct RunStats {
     /// `vanilla` or `coherent`.
     pub strategy: String,
+    /// `rounds` or `flow`.
+    pub schedule: String,
     /// `round_robin`, `linear`, a path, or `table`.
     pub placement: String,
     /// `local` or `quic`.
@@ -62,7 +64,8 @@ pub struct RunStats {
     pub ttft_ms: f64,
     /// Mean milliseconds per token after the first.
     pub tpot_ms: f64,
-    /// All-to-all rounds (dispatch and combine) per MoE layer and decode step, counted by the transport.
+    /// All-to-all rounds (dispatch and combine) per MoE layer and decode step, counted by the transport. In flow there
+    /// are none: one-way latencies that a decode token waits for, per MoE layer.
     pub exchanges_per_layer: f64,
     /// The same for prefill steps.
     pub prefill_exchanges_per_layer: f64,
@@ -76,6 +79,14 @@ pub struct RunStats {
     pub decode_bytes_per_token: BytesByClass<f64>,
     /// `[R][R]` bytes from row rank to column rank.
     pub traffic: Vec<Vec<u64>>,
+    /// Milliseconds that the busiest rank computed per decode step; in flow: per submission, mean over the ranks.
+    pub compute_ms_per_step: f64,
+    /// In flow: rows in one submission, mean; 0 in rounds.
+    pub rows_per_hop: f64,
+    /// In flow: share of the time that ranks worked, mean; 0 in rounds.
+    pub busy_share: f64,
+    /// In flow: frames that were dropped because their sequence had ended.
+    pub dropped_frames: u64,
     /// `[R]` (token, expert) pairs worked on by each rank.
     pub expert_load: Vec<u64>,
 }
@@ -109,6 +120,7 @@ pub(crate) fn summarise(
     let tpot = |(first, last, n): &&(f64, f64, usize)| 1e3 * (last - first) / (*n as f64 - 1.0);
     RunStats {
         strategy: options.strategy.to_string(),
+        schedule: options.schedule.to_string(),
         placement: match &options.placement {
             PlacementSource::Table(_) => cluster.placement().source.clone().unwrap_or_else(|| "table".into()),
             other => other.to_string(),
@@ -118,7 +130,7 @@ pub(crate) fn summarise(
         ranks: options.ranks,
         link: match options.transport {
             TransportKind::Local => "local".into(),
-            TransportKind::Quic => "loopback".into(),
+            TransportKind::Quic => options.link.map_or_else(|| "loopback".into(), |link| link.to_string()),
         },
         prompt_tokens,
         output_tokens: times.iter().map(|(_, _, n)| *n as u64).sum(),
@@ -126,7 +138,10 @@ pub(crate) fn summarise(
         tokens_per_s: ratio(decode_tokens, decode_seconds),
         ttft_ms: 1e3 * ratio(times.iter().map(|(first, _, _)| first).sum(), times.len() as f64),
         tpot_ms: ratio(later.iter().map(tpot).sum(), later.len() as f64),
-        exchanges_per_layer: ratio(row_exchanges(&decode_wire) as f64, steps(|r| r.decode_steps) * layers),
+        exchanges_per_layer: match options.schedule {
+            Schedule::Flow if options.ranks > 1 => ratio(sum(|r| r.latencies), decode_tokens * layers),
+            _ => ratio(row_exchanges(&decode_wire) as f64, steps(|r| r.decode_steps) * layers),
+        },
         prefill_exchanges_per_layer: ratio(
             row_exchanges(&prefill_wire) as f64,
             steps(|r| r.prefill_steps) * layers,
@@ -148,8 +163,27 @@ pub(crate) fn summarise(
             ratio(bytes as f64, tokens)
         }),
         traffic: traffic(&wire, options.ranks),
+        compute_ms_per_step: compute_ms(reports, options.schedule == Schedule::Flow && options.ranks > 1),
+        rows_per_hop: ratio(sum(|r| r.hop_rows), sum(|r| r.hops)),
+        busy_share: {
+            let (busy, idle) = reports.iter().fold((0.0, 0.0), |t, r| (t.0 + r.busy_seconds, t.1 + r.idle_seconds));
+            ratio(busy, busy + idle)
+        },
+        dropped_frames: reports.iter().map(|r| r.dropped).sum(),
         expert_load: reports.iter().map(|r| r.pairs).collect(),
     }
+}
+
+fn compute_ms(reports: &[RankStats], flow: bool) -> f64 {
+    if flow {
+        let (busy, hops) = reports.iter().fold((0.0, 0), |t, r| (t.0 + r.busy_seconds, t.1 + r.hops));
+        return 1e3 * ratio(busy, hops as f64);
+    }
+    let of = |r: &RankStats| {
+        let wait = r.decode_wire.wait(ByteClass::Dispatch) + r.decode_wire.wait(ByteClass::Combine);
+        ratio((r.decode_seconds - wait.as_secs_f64()).max(0.0), r.decode_steps as f64)
+    };
+    1e3 * reports.iter().map(of).fold(0.0, f64::max)
 }
 
 pub(crate) fn traffic(wire: &WireStats, ranks: usize) -> Vec<Vec<u64>> {

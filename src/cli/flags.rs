@@ -3,7 +3,8 @@
 use super::failure::Failure;
 use super::output;
 use clap::ValueEnum;
-use exflow::engine::{ClusterOptions, Combine, Dtype, PlacementSource, Strategy, TransportKind};
+use exflow::engine::{ClusterOptions, Combine, Dtype, PlacementSource, Schedule, Strategy, TransportKind};
+use exflow::transport::link::LinkSpec;
 use std::path::{Path, PathBuf};
 
 /// Which model, on how many ranks, joined and placed how.
@@ -24,6 +25,12 @@ pub(crate) struct RankFlags {
     /// exact: bit-identical to one rank; sum: fewer bytes, other rounding
     #[arg(long, value_enum, default_value = "exact")]
     pub(crate) combine: CombineFlag,
+    /// rounds: every exchange waits for all ranks; flow: a rank works on whatever is ready
+    #[arg(long, value_enum, default_value = "rounds")]
+    pub(crate) schedule: ScheduleFlag,
+    /// Shapes what each rank sends (with --transport quic): lan, wifi, wan, or latency=5ms,rate=100mbit,…
+    #[arg(long, value_name = "LINK", value_parser = link)]
+    pub(crate) link: Option<LinkSpec>,
     /// Where experts live: a table file, round_robin or linear
     #[arg(long, value_name = "FILE|round_robin|linear", default_value = "round_robin", value_parser = placement)]
     pub(crate) placement: PlacementSource,
@@ -46,6 +53,8 @@ impl RankFlags {
         options.transport = self.transport.into();
         options.strategy = self.strategy.into();
         options.combine = self.combine.into();
+        options.schedule = self.schedule.into();
+        options.link = self.link;
         options.placement = self.placement.clone();
         options.adapter = self.adapter.clone();
         options.dtype = self.dtype.into();
@@ -113,6 +122,26 @@ impl From<DtypeFlag> for Dtype {
             DtypeFlag::F16 => Self::F16,
         }
     }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ScheduleFlag {
+    Rounds,
+    Flow,
+}
+
+impl From<ScheduleFlag> for Schedule {
+    fn from(flag: ScheduleFlag) -> Self {
+        match flag {
+            ScheduleFlag::Rounds => Self::Rounds,
+            ScheduleFlag::Flow => Self::Flow,
+        }
+    }
+}
+
+/// A link to order.
+pub(crate) fn link(text: &str) -> Result<LinkSpec, String> {
+    text.parse().map_err(|error: exflow::transport::TransportError| error.to_string())
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -67,7 +67,7 @@ impl Verb {
             Self::Logits(args) => args.ranks.ep_size,
             Self::Eval(args) => args.ranks.ep_size,
             Self::Profile(args) => args.ranks.ep_size,
-            Self::Bench(args) => args.ep_size,
+            Self::Bench(args) => args.device_ranks(),
             Self::Devices(_) | Self::Place(_) | Self::Simulate(_) | Self::Selftest(_) => 1,
             Self::Completions(_) | Self::Man(_) | Self::Doctor(_) => 1,
         }
@@ -82,7 +82,7 @@ impl Verb {
             Self::Logits(args) => Some(&mut args.ranks.model),
             Self::Eval(args) => Some(&mut args.ranks.model),
             Self::Profile(args) => Some(&mut args.ranks.model),
-            Self::Bench(args) => Some(&mut args.model),
+            Self::Bench(args) => args.model.as_mut(),
             Self::Devices(_) | Self::Place(_) | Self::Simulate(_) | Self::Selftest(_) => None,
             Self::Completions(_) | Self::Man(_) | Self::Doctor(_) => None,
         }

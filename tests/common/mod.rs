@@ -7,7 +7,7 @@ pub(crate) mod tiny;
 
 use exflow::engine::{
     Cluster, ClusterOptions, Combine, FinishReason, Generation, NoProgress, PlacementSource, Request,
-    Strategy, TransportKind,
+    Schedule, Strategy, TransportKind,
 };
 use std::path::{Path, PathBuf};
 use std::sync::Once;
@@ -30,6 +30,7 @@ pub(crate) struct Setup<'a> {
     pub(crate) transport: TransportKind,
     pub(crate) strategy: Strategy,
     pub(crate) combine: Combine,
+    pub(crate) schedule: Schedule,
     pub(crate) placement: PlacementSource,
 }
 
@@ -45,6 +46,7 @@ impl<'a> Setup<'a> {
             transport: TransportKind::Local,
             strategy,
             combine: Combine::Exact,
+            schedule: Schedule::Rounds,
             placement: PlacementSource::RoundRobin,
         }
     }
@@ -56,6 +58,7 @@ impl<'a> Setup<'a> {
         options.transport = self.transport;
         options.strategy = self.strategy;
         options.combine = self.combine;
+        options.schedule = self.schedule;
         options.placement = self.placement.clone();
         Cluster::start(options, &NoProgress)
             .unwrap_or_else(|e| panic!("a cluster of {} ranks: {e}", self.ranks))

@@ -2,6 +2,7 @@
 
 mod coherence;
 mod experts;
+mod flow;
 mod frames;
 mod rounds;
 mod scheduler;

@@ -19,8 +19,7 @@ struct Gathered {
 
 impl Worker {
     pub(super) fn run_rounds(mut self) -> Result<(), EngineError> {
-        self.gather(Gathered::default())?; // all have their weights
-        self.tell(Event::Ready(self.comm.rank(), self.decoder.gpu.name().to_owned()));
+        self.meet()?;
         while !self.stopping {
             let outcome = self.step()?;
             let directives = self.decide();
@@ -95,6 +94,13 @@ impl Worker {
             }
         }
         batch
+    }
+
+    /// Waits until all have their weights.
+    pub(super) fn meet(&mut self) -> Result<(), EngineError> {
+        self.gather(Gathered::default())?;
+        self.tell(Event::Ready(self.comm.rank(), self.decoder.gpu.name().to_owned()));
+        Ok(())
     }
 
     /// Everybody's sampled ids, then rank 0's directives, carried out by everybody in the same order.

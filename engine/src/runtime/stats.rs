@@ -21,6 +21,15 @@ pub(crate) struct RankStats {
     pub(crate) stays: u64,
     /// Rows and partials of decode tokens that went over a link.
     pub(crate) crossings: u64,
+    /// In flow: one-way latencies that decode tokens waited for, all layers together.
+    pub(crate) latencies: u64,
+    /// In flow: submissions, the rows in them, and the time spent in them and in waiting.
+    pub(crate) hops: u64,
+    pub(crate) hop_rows: u64,
+    pub(crate) busy_seconds: f64,
+    pub(crate) idle_seconds: f64,
+    /// In flow: frames of sequences that had ended.
+    pub(crate) dropped: u64,
     /// (token, expert) pairs worked on.
     pub(crate) pairs: u64,
     /// KV cache blocks in use and there are, when the counts were reported.

@@ -6,7 +6,7 @@ use super::sequence::{Admission, FinishReason, Order, Sampled, Sequences};
 use super::stats::RankStats;
 use crate::EngineError;
 use crate::model::decoder::Decoder;
-use crate::options::Combine;
+use crate::options::{Combine, Schedule};
 use crate::sampling::Logprobs;
 use exflow_placement::{PlacementTable, Rank, Strategy};
 use exflow_transport::{Communicator, WireStats};
@@ -62,6 +62,7 @@ pub(crate) struct WorkerOptions {
     pub(crate) table: PlacementTable,
     pub(crate) strategy: Strategy,
     pub(crate) combine: Combine,
+    pub(crate) schedule: Schedule,
     pub(crate) cache_blocks: usize,
 }
 
@@ -115,7 +116,11 @@ impl Worker {
 
     /// Runs until rank 0 says stop.
     pub(crate) fn run(self) -> Result<(), EngineError> {
-        self.run_rounds()
+        // One rank has nobody to wait for: a whole step is one submission.
+        match (self.options.schedule, self.comm.world_size()) {
+            (Schedule::Flow, 2..) => self.run_flow(),
+            _ => self.run_rounds(),
+        }
     }
 
     pub(super) fn tell(&self, event: Event) {

@@ -103,7 +103,7 @@ impl Stepper<'_> {
     }
 
     /// Sends the rows' keys and values to the rest of the layer's domain, in the background.
-    pub(super) fn spread_contexts(
+    pub(crate) fn spread_contexts(
         &mut self,
         layer: usize,
         rows: &[Row],

@@ -140,7 +140,7 @@ impl Stepper<'_> {
 }
 
 /// Partials that a token's next residence must expect from other ranks.
-pub(super) fn expected(route: &Route, combine: Combine) -> u16 {
+pub(crate) fn expected(route: &Route, combine: Combine) -> u16 {
     let remote = route.serving.iter().filter(|rank| **rank != route.next);
     match combine {
         Combine::Exact => remote.count() as u16,

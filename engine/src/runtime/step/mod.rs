@@ -3,7 +3,11 @@
 mod contexts;
 mod exchange;
 mod experts;
+mod hop;
 mod sample;
+
+pub(crate) use exchange::expected;
+pub(crate) use hop::Hopped;
 
 use super::coherence::Coherence;
 use super::experts::PairList;
@@ -23,7 +27,7 @@ pub(crate) struct Row {
     pub(crate) sequence: u32,
     pub(crate) position: u32,
     /// The rank that served its main choice at the layer before.
-    main: Option<Rank>,
+    pub(crate) main: Option<Rank>,
 }
 
 /// Which tokens a step works on.
@@ -63,11 +67,11 @@ impl Row {
 }
 
 /// What the device said of a layer's rows.
-struct Routed {
-    chosen: Vec<u32>,
-    weights: Vec<f32>,
+pub(crate) struct Routed {
+    pub(crate) chosen: Vec<u32>,
+    pub(crate) weights: Vec<f32>,
     /// `[T, H]`, padded; this and the choices are empty at a dense layer.
-    residual: Vec<f32>,
+    pub(crate) residual: Vec<f32>,
     /// `[T]` of queries, then keys and values; empty where nobody needs them.
     qkv: Vec<f32>,
     routes: Vec<Route>,
@@ -249,7 +253,7 @@ impl Stepper<'_> {
         self.append_arrived(layer)?;
         let blocks = self.write_contexts(rows)?;
         let (count, top_k) = (rows.len(), self.spec().top_k);
-        let spread = self.strategy == Strategy::Coherent;
+        let spread = self.spreads();
         let decoder = &*self.decoder;
         let mut r = decoder.record();
         if layer == 0 {
@@ -282,6 +286,11 @@ impl Stepper<'_> {
         };
         let routes = moe.map(|index| (0..count).map(|t| route(t, index)).collect()).unwrap_or_default();
         Ok(Routed { chosen, weights, residual, qkv, routes })
+    }
+
+    /// Whether keys and values travel.
+    fn spreads(&self) -> bool {
+        self.strategy == Strategy::Coherent
     }
 
     fn count_stays(&mut self, rows: &[Row], routed: &Routed) {

@@ -1,16 +1,18 @@
-//! `exflow bench`: strategies and placements side by side.
+//! `exflow bench`: strategies and placements side by side; its sub-verbs measure one part each.
+
+mod strategies;
 
 use super::failure::Failure;
 use super::flags::{self, Transport};
 use super::output;
-use clap::ValueEnum;
+use clap::{Subcommand, ValueEnum};
 use exflow::engine::{Cluster, ClusterOptions, Request, Strategy};
 use exflow::placement::SolveOptions;
 use exflow::progress::Bars;
 use exflow::report::{ModelFacts, ReportData, rate_text};
 use exflow::study::{self, Corpus, Document, OwnText, Setting, Study, markdown_table, text_table};
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Prompts where none are given; beginnings that any language model of English can go on from.
@@ -25,20 +27,30 @@ const PROMPTS: [&str; 8] = [
     "If the file is",
 ];
 
+/// Parts that can be measured alone.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Part {
+    Strategies(strategies::Args),
+}
+
 /// Runs vanilla and coherent with round-robin, and coherent with a solved placement, interleaved
 #[derive(Debug, clap::Args)]
 #[command(
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
     after_help = "Profiles on --text and on text that the model writes itself, solves the placement, then prints\n\
                         medians; every run must produce the same tokens. docs/METHODOLOGY.md defines the figures.\n\n\
                         Example:\n  exflow bench -m examples/models/gpt-moe-16e --ep-size 4 -r 5 --format md"
 )]
 pub(crate) struct Args {
+    #[command(subcommand)]
+    part: Option<Part>,
     /// Model folder: config.json, *.safetensors, tokenizer.json; or a name on the Hub
-    #[arg(short, long, value_name = "DIR|ORG/NAME")]
-    pub(super) model: PathBuf,
+    #[arg(short, long, value_name = "DIR|ORG/NAME", required = true)]
+    pub(super) model: Option<PathBuf>,
     /// Ranks that the experts are spread over
     #[arg(long, value_name = "R", default_value_t = 4, value_parser = flags::ranks)]
-    pub(crate) ep_size: usize,
+    ep_size: usize,
     /// What joins the ranks of this process
     #[arg(long, value_enum, default_value = "quic")]
     transport: Transport,
@@ -81,7 +93,29 @@ enum Format {
     Md,
 }
 
+impl Args {
+    /// Ranks with a device of their own that this process will host.
+    pub(crate) fn device_ranks(&self) -> usize {
+        match &self.part {
+            Some(Part::Strategies(args)) => args.device_ranks(),
+            None => self.ep_size,
+        }
+    }
+
+    /// The model's folder, which is there where no part alone is measured.
+    fn model(&self) -> &Path {
+        self.model.as_deref().unwrap_or(Path::new("."))
+    }
+}
+
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
+    match &args.part {
+        Some(Part::Strategies(args)) => strategies::run(args),
+        None => three(args),
+    }
+}
+
+fn three(args: &Args) -> Result<(), Failure> {
     let documents = args
         .text
         .iter()
@@ -101,7 +135,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
 
 fn measure(args: &Args, documents: &[Document]) -> Result<Study, Failure> {
     let bars = Bars::new();
-    let mut options = ClusterOptions::new(&args.model);
+    let mut options = ClusterOptions::new(args.model());
     options.ranks = args.ep_size;
     options.transport = args.transport.into();
     options.strategy = Strategy::Vanilla;
@@ -116,7 +150,7 @@ fn measure(args: &Args, documents: &[Document]) -> Result<Study, Failure> {
     let solve = SolveOptions { seed: args.seed, time_limit: args.time_limit, ..SolveOptions::default() };
     let mut placed = study::place(&profiled, cluster.spec().experts, args.ep_size, &solve, &bars)?;
     placed.table.model_digest = Some(cluster.spec().digest.clone());
-    let facts = ModelFacts::of(cluster.spec(), &args.model);
+    let facts = ModelFacts::of(cluster.spec(), args.model());
     drop(cluster);
     let settings = Setting::three(&placed.table);
     let compared =

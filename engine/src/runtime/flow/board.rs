@@ -1,0 +1,400 @@
+//! What a rank knows of tokens under way, without device, wire or clock: which it can work on now, which still wait for
+//! partials, and what came before its time.
+//!
+//! A token between two layers is a member of a [`Unit`] on exactly one rank, its residence. Ranks that only serve some
+//! of its experts hold a [`Serve`] each. Nothing here is ordered between peers: a partial may come before its row, and
+//! either before rank 0's word that the sequence exists, or after the word that it ended.
+
+use super::super::frames::{Choice, PartialFrame, RowFrame};
+use exflow_placement::Rank;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+/// A token between two layers.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Token {
+    pub(crate) sequence: u32,
+    pub(crate) position: u32,
+    /// Its id, which the embedding needs.
+    pub(crate) id: u32,
+    /// The rank that served its main choice at the layer before.
+    pub(crate) main: Option<Rank>,
+    /// `[H]` residual stream before the FFN of the layer that it is leaving; empty before the first.
+    pub(crate) residual: Vec<f32>,
+    /// Experts of this rank that are still to run for it.
+    pub(crate) choices: Vec<Choice>,
+    /// Partials that are there: place in router order, `[H]`.
+    pub(crate) partials: Vec<(u16, Vec<f32>)>,
+    /// Partials that are still to come.
+    pub(crate) missing: u16,
+}
+
+/// Tokens that go through a layer together: one decoded token, or a chunk of a prompt.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Unit {
+    /// The layer that is entered next; the number of layers: the head.
+    pub(crate) stage: usize,
+    pub(crate) prefill: bool,
+    /// Consecutive positions of one sequence.
+    pub(crate) tokens: Vec<Token>,
+    /// When it became what it is, in picks.
+    since: u64,
+}
+
+impl Unit {
+    fn key(&self) -> (u32, u32) {
+        (self.tokens[0].sequence, self.tokens[0].position)
+    }
+
+    fn is_whole(&self) -> bool {
+        self.tokens.iter().all(|token| token.missing == 0)
+    }
+}
+
+/// Experts of this rank that are to run for a token that is, or will be, elsewhere (or here, where other ranks'
+/// partials are waited for at the same time).
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Serve {
+    /// The layer of the experts, plus one: what the token enters next.
+    pub(crate) stage: usize,
+    pub(crate) prefill: bool,
+    pub(crate) frame: RowFrame,
+    since: u64,
+}
+
+/// What can be done in one go.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Picked {
+    pub(crate) stage: usize,
+    pub(crate) prefill: bool,
+    pub(crate) units: Vec<Unit>,
+    pub(crate) serves: Vec<Serve>,
+}
+
+impl Picked {
+    /// Rows that the device will work on.
+    pub(crate) fn rows(&self) -> usize {
+        self.units.iter().map(|unit| unit.tokens.len()).sum::<usize>() + self.serves.len()
+    }
+
+    /// The tokens of all units, in order.
+    pub(crate) fn tokens(&self) -> impl Iterator<Item = &Token> {
+        self.units.iter().flat_map(|unit| &unit.tokens)
+    }
+}
+
+/// A frame of a sequence that rank 0 has not announced here yet.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Early<K> {
+    Row { layer: u16, prefill: bool, frame: RowFrame },
+    Partial { layer: u16, frame: PartialFrame },
+    /// Something else of the sequence, which the board hands back.
+    Other(K),
+}
+
+/// How a sequence stands at this rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Standing {
+    /// Rank 0's word of it has not come yet.
+    Unheard,
+    Running,
+    Ended,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Board<K> {
+    me: Rank,
+    /// By first token.
+    units: BTreeMap<(u32, u32), Unit>,
+    /// The first position of the unit that a position is in, where units have several.
+    chunks: HashMap<(u32, u32), u32>,
+    serves: Vec<Serve>,
+    /// Partials that overtook their row, by (sequence, position, layer).
+    orphans: HashMap<(u32, u32, u16), Vec<PartialFrame>>,
+    early: HashMap<u32, Vec<Early<K>>>,
+    running: BTreeSet<u32>,
+    /// Ids below are known, and so are those above.
+    known_below: u32,
+    known: BTreeSet<u32>,
+    /// Frames of sequences that had ended.
+    pub(crate) dropped: u64,
+    picks: u64,
+    was_prefill: bool,
+}
+
+/// Who has waited for so many picks goes next, wherever it is in the model.
+const PATIENCE: u64 = 16;
+/// Rows of one pick, unless a single unit has more.
+const MOST_ROWS: usize = 256;
+
+impl<K> Board<K> {
+    pub(crate) fn new(me: Rank) -> Self {
+        Self {
+            me,
+            units: BTreeMap::new(),
+            chunks: HashMap::new(),
+            serves: Vec::new(),
+            orphans: HashMap::new(),
+            early: HashMap::new(),
+            running: BTreeSet::new(),
+            known_below: 0,
+            known: BTreeSet::new(),
+            dropped: 0,
+            picks: 0,
+            was_prefill: false,
+        }
+    }
+
+    /// How a sequence stands here.
+    pub(crate) fn standing(&self, sequence: u32) -> Standing {
+        match self.running.contains(&sequence) {
+            true => Standing::Running,
+            false if sequence < self.known_below || self.known.contains(&sequence) => Standing::Ended,
+            false => Standing::Unheard,
+        }
+    }
+
+    /// Rank 0 announced a sequence: takes in the frames of it that came before, and hands back the others.
+    pub(crate) fn admit(&mut self, sequence: u32) -> Vec<K> {
+        self.running.insert(sequence);
+        self.known.insert(sequence);
+        while self.known.remove(&self.known_below) {
+            self.known_below += 1;
+        }
+        let mut others = Vec::new();
+        for early in self.early.remove(&sequence).unwrap_or_default() {
+            match early {
+                Early::Row { layer, prefill, frame } => self.row(layer, prefill, frame),
+                Early::Partial { layer, frame } => self.partial(layer, frame),
+                Early::Other(other) => others.push(other),
+            }
+        }
+        others
+    }
+
+    /// Rank 0 ended a sequence: what there is of it goes, what comes of it from now on is dropped.
+    pub(crate) fn end(&mut self, sequence: u32) {
+        self.running.remove(&sequence);
+        self.units.retain(|(id, _), _| *id != sequence);
+        self.chunks.retain(|(id, _), _| *id != sequence);
+        self.serves.retain(|serve| serve.frame.sequence != sequence);
+        self.orphans.retain(|(id, _, _), _| *id != sequence);
+        self.early.remove(&sequence);
+    }
+
+    /// Keeps something of a sequence that is not known yet, counts it where the sequence ended, and hands it back where
+    /// it runs.
+    pub(crate) fn other(&mut self, sequence: u32, other: K) -> Option<K> {
+        match self.standing(sequence) {
+            Standing::Running => return Some(other),
+            Standing::Unheard => self.early.entry(sequence).or_default().push(Early::Other(other)),
+            Standing::Ended => self.dropped += 1,
+        }
+        None
+    }
+
+    /// A token begins here.
+    pub(crate) fn start(&mut self, prefill: bool, tokens: Vec<Token>) {
+        self.put(Unit { stage: 0, prefill, tokens, since: self.picks });
+    }
+
+    fn put(&mut self, unit: Unit) {
+        let (sequence, first) = unit.key();
+        if unit.tokens.len() > 1 {
+            self.chunks.extend(unit.tokens.iter().map(|token| ((sequence, token.position), first)));
+        }
+        self.units.insert((sequence, first), unit);
+    }
+
+    /// A row came, for experts of `layer`.
+    pub(crate) fn row(&mut self, layer: u16, prefill: bool, frame: RowFrame) {
+        match self.standing(frame.sequence) {
+            Standing::Running => {}
+            Standing::Ended => return self.dropped += 1,
+            Standing::Unheard => {
+                let early = Early::Row { layer, prefill, frame };
+                return self.early.entry(early.sequence()).or_default().push(early);
+            }
+        }
+        let stage = usize::from(layer) + 1;
+        if frame.next != self.me {
+            self.serves.push(Serve { stage, prefill, frame, since: self.picks });
+            return;
+        }
+        let mut token = Token {
+            sequence: frame.sequence,
+            position: frame.position,
+            id: 0,
+            main: Some(frame.main),
+            residual: frame.residual,
+            choices: frame.choices,
+            partials: Vec::new(),
+            missing: frame.expects,
+        };
+        self.split(stage, prefill, &mut token);
+        for orphan in self.orphans.remove(&(token.sequence, token.position, layer)).unwrap_or_default() {
+            token.add(orphan);
+        }
+        self.put(Unit { stage, prefill, tokens: vec![token], since: self.picks });
+    }
+
+    /// Experts that are here run at once also where a token waits for other ranks' partials.
+    fn split(&mut self, stage: usize, prefill: bool, token: &mut Token) {
+        if token.missing == 0 || token.choices.is_empty() {
+            return;
+        }
+        token.missing += token.choices.len() as u16;
+        let frame = RowFrame {
+            sequence: token.sequence,
+            position: token.position,
+            next: self.me,
+            main: token.main.unwrap_or(self.me),
+            expects: 0,
+            choices: std::mem::take(&mut token.choices),
+            residual: token.residual.clone(),
+        };
+        self.serves.push(Serve { stage, prefill, frame, since: self.picks });
+    }
+
+    /// A partial of an expert of `layer` came.
+    pub(crate) fn partial(&mut self, layer: u16, frame: PartialFrame) {
+        let (sequence, position) = (frame.sequence, frame.position);
+        match self.standing(sequence) {
+            Standing::Running => {}
+            Standing::Ended => return self.dropped += 1,
+            Standing::Unheard => {
+                return self.early.entry(sequence).or_default().push(Early::Partial { layer, frame });
+            }
+        }
+        let first = self.chunks.get(&(sequence, position)).copied().unwrap_or(position);
+        let picks = self.picks;
+        match self.units.get_mut(&(sequence, first)).filter(|unit| unit.stage == usize::from(layer) + 1) {
+            Some(unit) => {
+                unit.tokens[(position - first) as usize].add(frame);
+                unit.since = picks;
+            }
+            None => self.orphans.entry((sequence, position, layer)).or_default().push(frame),
+        }
+    }
+
+    /// A unit that was picked goes on to its next layer, its tokens with what their routes say of this rank.
+    pub(crate) fn go_on(&mut self, mut unit: Unit) {
+        unit.stage += 1;
+        unit.since = self.picks;
+        let (stage, prefill) = (unit.stage, unit.prefill);
+        for token in &mut unit.tokens {
+            self.split(stage, prefill, token);
+            // In the exact order of coming, a partial can be here before this rank has taken note of the row.
+            let key = (token.sequence, token.position, stage as u16 - 1);
+            for orphan in self.orphans.remove(&key).unwrap_or_default() {
+                token.add(orphan);
+            }
+        }
+        self.put(unit);
+    }
+
+    /// Takes off the board what is to be done next: all that is ready at one layer. `ready` says whether a unit that
+    /// has all its partials may go, as far as its contexts are concerned.
+    ///
+    /// The earliest layer goes first, so that those behind catch up and share launches; but nobody waits for more than
+    /// a bounded number of picks, and prompts and decoded tokens take turns.
+    pub(crate) fn pick(&mut self, ready: impl Fn(&Unit) -> bool) -> Option<Picked> {
+        let units = self.units.iter().filter(|(_, unit)| unit.is_whole() && ready(unit));
+        let units: Vec<_> = units.map(|(key, unit)| (*key, unit.stage, unit.prefill, unit.since)).collect();
+        let all = units.iter().map(|&(_, stage, prefill, since)| (stage, prefill, since));
+        let serves = self.serves.iter().map(|serve| (serve.stage, serve.prefill, serve.since));
+        let all: Vec<_> = all.chain(serves).collect();
+        let oldest = all.iter().min_by_key(|(_, _, since)| *since)?;
+        let (stage, prefill) = match self.picks - oldest.2 >= PATIENCE {
+            true => (oldest.0, oldest.1),
+            false => {
+                let turn = !self.was_prefill;
+                let first = all.iter().min_by_key(|(stage, prefill, _)| (*prefill != turn, *stage))?;
+                (first.0, first.1)
+            }
+        };
+        self.picks += 1;
+        self.was_prefill = prefill;
+        let mut picked = Picked { stage, prefill, ..Picked::default() };
+        for (key, ..) in units.into_iter().filter(|u| (u.1, u.2) == (stage, prefill)) {
+            if picked.rows() > 0 && picked.rows() >= MOST_ROWS {
+                break;
+            }
+            if let Some(unit) = self.units.remove(&key) {
+                if unit.tokens.len() > 1 {
+                    for token in &unit.tokens {
+                        self.chunks.remove(&(key.0, token.position));
+                    }
+                }
+                picked.units.push(unit);
+            }
+        }
+        let room = MOST_ROWS.saturating_sub(picked.rows()).max(usize::from(picked.units.is_empty()));
+        let mut left = room;
+        let mut rest = Vec::new();
+        for serve in self.serves.drain(..) {
+            match (serve.stage, serve.prefill) == (stage, prefill) && left > 0 {
+                true => {
+                    left -= 1;
+                    picked.serves.push(serve);
+                }
+                false => rest.push(serve),
+            }
+        }
+        self.serves = rest;
+        Some(picked)
+    }
+
+    /// Whether tokens of a sequence are being prefilled here.
+    pub(crate) fn prefills(&self, sequence: u32) -> bool {
+        self.units.range((sequence, 0)..=(sequence, u32::MAX)).any(|(_, unit)| unit.prefill)
+    }
+
+    /// Whether nothing is under way here.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.units.is_empty() && self.serves.is_empty()
+    }
+
+    /// A token that waits, for an error that says so: (sequence, position, the layer that it is to enter, partials
+    /// that it misses).
+    pub(crate) fn waiting(&self) -> Option<(u32, u32, usize, u16)> {
+        let unit = self.units.values().min_by_key(|unit| unit.since)?;
+        let token = unit.tokens.iter().find(|t| t.missing > 0).unwrap_or(&unit.tokens[0]);
+        Some((token.sequence, token.position, unit.stage, token.missing))
+    }
+}
+
+impl Token {
+    /// At the beginning of a token's way.
+    pub(crate) fn new(sequence: u32, position: u32, id: u32) -> Self {
+        Self {
+            sequence,
+            position,
+            id,
+            main: None,
+            residual: Vec::new(),
+            choices: Vec::new(),
+            partials: Vec::new(),
+            missing: 0,
+        }
+    }
+
+    fn add(&mut self, partial: PartialFrame) {
+        self.missing = self.missing.saturating_sub(1);
+        self.partials.push((partial.k, partial.values));
+    }
+}
+
+impl<K> Early<K> {
+    fn sequence(&self) -> u32 {
+        match self {
+            Self::Row { frame, .. } => frame.sequence,
+            Self::Partial { frame, .. } => frame.sequence,
+            Self::Other(_) => u32::MAX,
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "board_tests.rs"]
+mod tests;

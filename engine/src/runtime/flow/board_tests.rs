@@ -1,0 +1,399 @@
+//! A world of boards without devices: a made-up model whose sums are exact, a network that delivers in any order that
+//! keeps each link's, and the ordering hazards of flow. Nothing may hang, and tokens must be those of one rank.
+
+use super::super::depart;
+use super::*;
+use crate::options::Combine;
+use crate::runtime::coherence::Coherence;
+use exflow_placement::{ExpertId, LayerId, PlacementTable, Route, Strategy};
+use proptest::prelude::*;
+use std::collections::VecDeque;
+
+const LAYERS: usize = 4;
+const EXPERTS: usize = 6;
+const PROMPT: u32 = 3;
+
+fn mix(parts: &[u64]) -> u64 {
+    parts.iter().fold(0x9e37_79b9, |h, p| {
+        let h = (h ^ p).wrapping_mul(0xd134_2543_de82_ef95);
+        h ^ (h >> 29)
+    })
+}
+
+/// Whole numbers, so that no order of adding changes a sum; what is tested is that nothing is added twice or not.
+fn whole(parts: &[u64]) -> f32 {
+    (mix(parts) % 1000) as f32
+}
+
+fn embed(id: u32, position: u32) -> f32 {
+    whole(&[1, u64::from(id), u64::from(position)])
+}
+
+fn attend(layer: usize, x: f32, context: f32) -> f32 {
+    (x + whole(&[2, layer as u64]) + context) % 4096.0
+}
+
+fn made(layer: usize, x: f32) -> f32 {
+    whole(&[3, layer as u64, x as u64])
+}
+
+fn choose(layer: usize, x: f32, top_k: usize) -> Vec<Choice> {
+    let first = mix(&[4, layer as u64, x as u64]) as usize % EXPERTS;
+    let choice = |k| Choice { k: k as u16, expert: ((first + k * 2) % EXPERTS) as u16, weight: (top_k - k) as f32 };
+    (0..top_k).map(choice).collect()
+}
+
+fn serve(layer: usize, choice: &Choice, x: f32) -> f32 {
+    choice.weight * whole(&[5, layer as u64, u64::from(choice.expert), x as u64])
+}
+
+fn sample(x: f32) -> u32 {
+    mix(&[6, x as u64]) as u32 % 64
+}
+
+/// What one rank says.
+fn alone(sequence: u32, tokens: usize, top_k: usize) -> Vec<u32> {
+    let mut kv = [0.0; LAYERS];
+    let mut out = Vec::new();
+    for position in 0..PROMPT + tokens as u32 - 1 {
+        let id = out.last().copied().filter(|_| position >= PROMPT).unwrap_or(sequence * 7 + position);
+        let mut x = embed(id, position);
+        for (layer, kv) in kv.iter_mut().enumerate() {
+            x = attend(layer, x, *kv % 64.0);
+            *kv += made(layer, x);
+            x += choose(layer, x, top_k).iter().map(|c| serve(layer, c, x)).sum::<f32>();
+        }
+        if position + 1 >= PROMPT {
+            out.push(sample(x));
+        }
+    }
+    out
+}
+
+enum Wire {
+    Row(u16, bool, RowFrame),
+    Partial(u16, PartialFrame),
+    Admit(u32),
+    End(u32),
+}
+
+type Kv = (u32, u32, usize, f32);
+
+struct Place {
+    board: Board<Kv>,
+    coherence: Coherence,
+    kv: HashMap<(u32, usize, u32), f32>,
+}
+
+struct World {
+    places: Vec<Place>,
+    table: PlacementTable,
+    strategy: Strategy,
+    top_k: usize,
+    /// Rows, partials and orders, by (from, to); keys and values beside them.
+    rows: BTreeMap<(usize, usize), VecDeque<Wire>>,
+    bulk: BTreeMap<(usize, usize), VecDeque<Kv>>,
+    said: BTreeMap<u32, Vec<u32>>,
+    want: BTreeMap<u32, usize>,
+    random: u64,
+    /// Keys and values go only where nothing else can.
+    starve: bool,
+}
+
+impl World {
+    fn new(ranks: usize, strategy: Strategy, top_k: usize, seed: u64, starve: bool) -> Self {
+        let place = |rank| Place {
+            board: Board::new(Rank::from(rank)),
+            coherence: Coherence::default(),
+            kv: HashMap::new(),
+        };
+        Self {
+            places: (0..ranks).map(place).collect(),
+            table: PlacementTable::round_robin(LAYERS, EXPERTS, ranks),
+            strategy,
+            top_k,
+            rows: BTreeMap::new(),
+            bulk: BTreeMap::new(),
+            said: BTreeMap::new(),
+            want: BTreeMap::new(),
+            random: seed,
+            starve,
+        }
+    }
+
+    fn draw(&mut self, below: usize) -> usize {
+        self.random = mix(&[self.random, 17]);
+        (self.random >> 7) as usize % below.max(1)
+    }
+
+    fn tell(&mut self, from: usize, to: usize, wire: Wire) {
+        self.rows.entry((from, to)).or_default().push_back(wire);
+    }
+
+    /// Rank 0's word goes to all; to itself at once.
+    fn announce(&mut self, order: impl Fn() -> Wire) {
+        (1..self.places.len()).for_each(|to| self.tell(0, to, order()));
+        self.arrive(0, order());
+    }
+
+    fn submit(&mut self, sequence: u32, tokens: usize) {
+        self.want.insert(sequence, tokens);
+        self.said.insert(sequence, Vec::new());
+        self.announce(|| Wire::Admit(sequence));
+    }
+
+    fn home(&self, sequence: u32) -> usize {
+        sequence as usize % self.places.len()
+    }
+
+    fn arrive(&mut self, to: usize, wire: Wire) {
+        let home = self.home(match &wire {
+            Wire::Admit(sequence) => *sequence,
+            _ => 0,
+        });
+        let place = &mut self.places[to];
+        match wire {
+            Wire::Row(layer, prefill, frame) => place.board.row(layer, prefill, frame),
+            Wire::Partial(layer, frame) => place.board.partial(layer, frame),
+            Wire::Admit(sequence) => {
+                for kv in place.board.admit(sequence) {
+                    place.take(kv);
+                }
+                if home == to {
+                    let token = |position| Token::new(sequence, position, sequence * 7 + position);
+                    place.board.start(true, (0..PROMPT).map(token).collect());
+                }
+            }
+            Wire::End(sequence) => {
+                place.board.end(sequence);
+                place.coherence.forget(sequence);
+                place.kv.retain(|(id, _, _), _| *id != sequence);
+            }
+        }
+    }
+
+    /// One random thing happens; false where nothing can.
+    fn happen(&mut self) -> bool {
+        let links: Vec<_> = self.rows.iter().filter(|(_, q)| !q.is_empty()).map(|(link, _)| (*link, false)).collect();
+        let bulk: Vec<_> = self.bulk.iter().filter(|(_, q)| !q.is_empty()).map(|(link, _)| (*link, true)).collect();
+        let ranks = self.places.len();
+        let mut events: Vec<((usize, usize), bool)> = links;
+        if !self.starve || events.is_empty() {
+            events.extend(bulk.iter().copied());
+        }
+        let first = self.draw(events.len() + ranks);
+        for at in 0..events.len() + ranks {
+            let at = (first + at) % (events.len() + ranks);
+            match events.get(at) {
+                Some(&(link, false)) => {
+                    if let Some(wire) = self.rows.get_mut(&link).and_then(VecDeque::pop_front) {
+                        self.arrive(link.1, wire);
+                        return true;
+                    }
+                }
+                Some(&(link, true)) => {
+                    if let Some(kv) = self.bulk.get_mut(&link).and_then(VecDeque::pop_front) {
+                        let place = &mut self.places[link.1];
+                        if let Some(kv) = place.board.other(kv.0, kv) {
+                            place.take(kv);
+                        }
+                        return true;
+                    }
+                }
+                None if self.work(at - events.len()) => return true,
+                None => {}
+            }
+        }
+        // Where only starved keys and values are left, they go.
+        match bulk.first() {
+            Some(&(link, _)) if self.starve => {
+                let kv = self.bulk.get_mut(&link).and_then(VecDeque::pop_front).expect("not empty");
+                let place = &mut self.places[link.1];
+                if let Some(kv) = place.board.other(kv.0, kv) {
+                    place.take(kv);
+                }
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn work(&mut self, rank: usize) -> bool {
+        let place = &mut self.places[rank];
+        let coherence = &place.coherence;
+        let picked = place.board.pick(|unit| {
+            let first = &unit.tokens[0];
+            unit.stage == LAYERS || coherence.is_complete(unit.stage as u16, first.sequence, first.position)
+        });
+        let Some(picked) = picked else { return false };
+        let me = Rank::from(rank);
+        if let Some(layer) = picked.stage.checked_sub(1) {
+            let values: Vec<f32> = picked
+                .serves
+                .iter()
+                .flat_map(|s| s.frame.choices.iter().map(|c| serve(layer, c, s.frame.residual[0])))
+                .collect();
+            for (to, frame) in depart::partials(me, &picked.serves, &values, (1, 1), Combine::Exact) {
+                match to == me {
+                    true => self.places[rank].board.partial(layer as u16, frame),
+                    false => self.tell(rank, to.index(), Wire::Partial(layer as u16, frame)),
+                }
+            }
+        }
+        for unit in picked.units {
+            self.advance(rank, picked.stage, unit);
+        }
+        true
+    }
+
+    fn advance(&mut self, rank: usize, stage: usize, mut unit: Unit) {
+        let me = Rank::from(rank);
+        let mut stays = true;
+        for token in &mut unit.tokens {
+            let (sequence, position) = (token.sequence, token.position);
+            let mut x = match stage.checked_sub(1) {
+                None => embed(token.id, position),
+                Some(layer) => {
+                    let x = token.residual[0];
+                    let own: f32 = token.choices.iter().map(|c| serve(layer, c, x)).sum();
+                    assert_eq!(token.choices.len() + token.partials.len(), self.top_k, "each expert once");
+                    x + own + token.partials.iter().map(|p| p.1[0]).sum::<f32>()
+                }
+            };
+            if stage == LAYERS {
+                if position + 1 >= PROMPT {
+                    self.sampled(rank, sequence, position, sample(x));
+                }
+                continue;
+            }
+            let place = &mut self.places[rank];
+            let context: f32 = (0..position).map(|p| place.kv[&(sequence, stage, p)]).sum();
+            x = attend(stage, x, context % 64.0);
+            let kv = (sequence, position, stage, made(stage, x));
+            place.kv.insert((sequence, stage, position), kv.3);
+            place.coherence.note(stage as u16, sequence, position);
+            let choices = choose(stage, x, self.top_k);
+            let experts: Vec<_> = choices.iter().map(|c| ExpertId(c.expert)).collect();
+            let weights: Vec<_> = choices.iter().map(|c| c.weight).collect();
+            let strategy = if unit.prefill { Strategy::Vanilla } else { self.strategy };
+            let route: Route = self.table.route(strategy, LayerId::from(stage), me, &experts, &weights);
+            let (rows, stay) = depart::depart(me, token, &route, &choices, Combine::Exact, &[x]);
+            stays &= stay;
+            for (to, row) in rows {
+                self.tell(rank, to.index(), Wire::Row(stage as u16, unit.prefill, row));
+            }
+            if self.strategy == Strategy::Coherent {
+                for to in (0..self.places.len()).filter(|to| *to != rank) {
+                    self.bulk.entry((rank, to)).or_default().push_back(kv);
+                }
+            }
+        }
+        if stage < LAYERS && stays {
+            self.places[rank].board.go_on(unit);
+        }
+    }
+
+    fn sampled(&mut self, rank: usize, sequence: u32, position: u32, id: u32) {
+        let said = self.said.get_mut(&sequence).expect("it was submitted");
+        assert_eq!(said.len() as u32, position + 1 - PROMPT, "one token after the other");
+        said.push(id);
+        if said.len() < self.want[&sequence] {
+            self.places[rank].board.start(false, vec![Token::new(sequence, position + 1, id)]);
+        }
+    }
+}
+
+impl Place {
+    fn take(&mut self, (sequence, position, layer, value): Kv) {
+        self.kv.insert((sequence, layer, position), value);
+        self.coherence.note(layer as u16, sequence, position);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_order_of_events_gives_the_tokens_of_one_rank(
+        ranks in 1_usize..5,
+        coherent in any::<bool>(),
+        top_k in 1_usize..4,
+        starve in any::<bool>(),
+        seed in any::<u64>(),
+        lengths in proptest::collection::vec(1_usize..7, 1..6),
+        ended in proptest::option::of((0_u32..6, 0_usize..400)),
+    ) {
+        let strategy = if coherent { Strategy::Coherent } else { Strategy::Vanilla };
+        let mut world = World::new(ranks, strategy, top_k, seed, starve);
+        for (sequence, &tokens) in lengths.iter().enumerate() {
+            world.submit(sequence as u32, tokens);
+        }
+        let mut events = 0;
+        while world.happen() {
+            events += 1;
+            prop_assert!(events < 100_000, "it goes round in circles");
+            if let Some((sequence, _)) = ended.filter(|(_, at)| *at == events) {
+                world.announce(|| Wire::End(sequence));
+            }
+        }
+        let gone = ended.filter(|(_, at)| *at <= events).map(|(sequence, _)| sequence);
+        for (sequence, &tokens) in lengths.iter().enumerate() {
+            let (id, expected) = (sequence as u32, alone(sequence as u32, tokens, top_k));
+            match gone == Some(id) {
+                true => prop_assert!(expected.starts_with(&world.said[&id])),
+                false => prop_assert_eq!(&world.said[&id], &expected),
+            }
+        }
+        for place in &world.places {
+            prop_assert!(place.board.is_empty(), "{:?} waits", place.board.waiting());
+            prop_assert!(place.board.orphans.is_empty() && place.board.early.values().all(Vec::is_empty));
+        }
+    }
+}
+
+fn row(sequence: u32, next: u16, expects: u16) -> RowFrame {
+    let choices = vec![Choice { k: 0, expert: 0, weight: 1.0 }];
+    RowFrame { sequence, position: 9, next: Rank(next), main: Rank(next), expects, choices, residual: vec![1.0] }
+}
+
+#[test]
+fn a_partial_before_its_row_is_kept_and_one_of_an_ended_sequence_is_counted() {
+    let mut board: Board<()> = Board::new(Rank(1));
+    let partial = |sequence| PartialFrame { sequence, position: 9, k: 1, values: vec![2.0] };
+    board.partial(3, partial(4)); // before rank 0's word, and before its row
+    board.row(3, false, row(4, 1, 1));
+    assert!(board.pick(|_| true).is_none() && board.standing(4) == Standing::Unheard);
+    assert!(board.admit(4).is_empty());
+    // Its own expert runs first, then it is whole.
+    let own = board.pick(|_| true).expect("its own expert");
+    assert_eq!((own.units.len(), own.serves.len(), own.stage), (0, 1, 4));
+    board.partial(3, PartialFrame { k: 0, ..partial(4) });
+    let whole = board.pick(|_| true).expect("all partials are there");
+    assert_eq!(whole.units[0].tokens[0].partials.len(), 2);
+
+    board.end(4);
+    board.partial(3, partial(4));
+    board.row(3, false, row(4, 0, 0));
+    assert_eq!((board.dropped, board.standing(4)), (2, Standing::Ended));
+    assert!(board.is_empty() && board.orphans.is_empty());
+}
+
+#[test]
+fn nobody_is_passed_over_for_ever() {
+    let mut board: Board<()> = Board::new(Rank(0));
+    for sequence in 0..2 {
+        board.admit(sequence);
+    }
+    board.row(6, false, row(0, 0, 0)); // near the end of the model
+    let mut picks = 0;
+    loop {
+        board.row(0, false, row(1, 2, 0)); // there is always work at the first layers
+        let picked = board.pick(|_| true).expect("there is work");
+        picks += 1;
+        if picked.stage == 7 {
+            break;
+        }
+        assert!(picks <= PATIENCE + 1, "passed over {picks} times");
+    }
+    assert!(picks > PATIENCE, "the earliest layer goes first until then");
+}
