@@ -166,7 +166,8 @@ pub(crate) fn summarise(
         compute_ms_per_step: compute_ms(reports, options.schedule == Schedule::Flow && options.ranks > 1),
         rows_per_hop: ratio(sum(|r| r.hop_rows), sum(|r| r.hops)),
         busy_share: {
-            let (busy, idle) = reports.iter().fold((0.0, 0.0), |t, r| (t.0 + r.busy_seconds, t.1 + r.idle_seconds));
+            let (busy, idle) =
+                reports.iter().fold((0.0, 0.0), |t, r| (t.0 + r.busy_seconds, t.1 + r.idle_seconds));
             ratio(busy, busy + idle)
         },
         dropped_frames: reports.iter().map(|r| r.dropped).sum(),

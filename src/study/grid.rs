@@ -3,8 +3,8 @@
 
 use super::StudyError;
 use exflow_engine::{
-    BytesByClass, Cluster, ClusterOptions, PlacementSource, PlacementTable, Progress, Request, RunStats, Schedule,
-    Strategy,
+    BytesByClass, Cluster, ClusterOptions, PlacementSource, PlacementTable, Progress, Request, RunStats,
+    Schedule, Strategy,
 };
 use serde::{Deserialize, Serialize};
 use std::time::Instant;
@@ -192,8 +192,12 @@ impl Grid {
 }
 
 fn requests(prompts: &[Vec<u32>], max_tokens: usize) -> Vec<Request> {
-    let request =
-        |ids: &Vec<u32>| Request { prompt_ids: ids.clone(), max_tokens, ignore_eos: true, ..Request::default() };
+    let request = |ids: &Vec<u32>| Request {
+        prompt_ids: ids.clone(),
+        max_tokens,
+        ignore_eos: true,
+        ..Request::default()
+    };
     prompts.iter().map(request).collect()
 }
 
@@ -213,7 +217,8 @@ fn rate(times: &Times) -> f64 {
     let firsts = times.iter().filter_map(|t| t.first().copied());
     let lasts = times.iter().filter_map(|t| t.last().copied());
     let (begin, end) = (firsts.clone().fold(0.0, f64::max), lasts.clone().fold(f64::INFINITY, f64::min));
-    let within = |begin: f64, end: f64| times.iter().flatten().filter(|t| **t > begin && **t <= end).count() as f64;
+    let within =
+        |begin: f64, end: f64| times.iter().flatten().filter(|t| **t > begin && **t <= end).count() as f64;
     if end > begin && within(begin, end) > 0.0 {
         return within(begin, end) / (end - begin);
     }

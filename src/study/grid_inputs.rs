@@ -174,7 +174,9 @@ impl SyntheticModel {
             add("post_attention_layernorm", vec![h], 0.0);
             add("block_sparse_moe.gate", vec![self.experts, h], fan(3.0, h));
             for expert in 0..self.experts {
-                for (name, shape, inputs) in [("w1", vec![i, h], h), ("w2", vec![h, i], i), ("w3", vec![i, h], h)] {
+                for (name, shape, inputs) in
+                    [("w1", vec![i, h], h), ("w2", vec![h, i], i), ("w3", vec![i, h], h)]
+                {
                     add(&format!("block_sparse_moe.experts.{expert}.{name}"), shape, fan(1.0, inputs));
                 }
             }

@@ -15,10 +15,12 @@ use std::time::Duration;
 
 /// Measures every strategy with every schedule and table, interleaved, on links to order
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Each cell (model, ranks, link) runs in a process of its own, one rank per host on the shaped links: what each\n\
+#[command(
+    after_help = "Each cell (model, ranks, link) runs in a process of its own, one rank per host on the shaped links: what each\n\
                         rank sends is delayed and slowed. All settings of a cell take turns and must say the same tokens.\n\
                         docs/METHODOLOGY.md defines the figures.\n\n\
-                        Example:\n  exflow bench strategies --ranks 4 --sequences 8 --links wan,local --format json")]
+                        Example:\n  exflow bench strategies --ranks 4 --sequences 8 --links wan,local --format json"
+)]
 pub(crate) struct Args {
     /// Models: bundled, synthetic-gqa, or folders
     #[arg(long, value_name = "MODEL", value_delimiter = ',', default_values_t = ["bundled".to_owned(), "synthetic-gqa".to_owned()])]
@@ -200,8 +202,9 @@ struct Scratch(PathBuf);
 impl Scratch {
     fn new() -> Result<Self, Failure> {
         let path = std::env::temp_dir().join(format!("exflow-strategies-{}", std::process::id()));
-        std::fs::create_dir_all(&path)
-            .map_err(|e| Failure::Run(format!("{}: {e}; set TMPDIR to a folder that can be written", path.display())))?;
+        std::fs::create_dir_all(&path).map_err(|e| {
+            Failure::Run(format!("{}: {e}; set TMPDIR to a folder that can be written", path.display()))
+        })?;
         Ok(Self(path))
     }
 }
@@ -307,7 +310,8 @@ fn child(
 
 /// The child's part: one model, world size and link.
 fn cell(args: &Args, folder: &Path) -> Result<(), Failure> {
-    let (Some(model), Some(&ranks), Some(&link)) = (args.models.first(), args.ranks.first(), args.links.first())
+    let (Some(model), Some(&ranks), Some(&link)) =
+        (args.models.first(), args.ranks.first(), args.links.first())
     else {
         return Err(Failure::Input("a cell needs a model, a world size and a link".into()));
     };
@@ -355,8 +359,21 @@ fn baselines(rows: &[GridRow], row: &GridRow) -> (f64, f64) {
 }
 
 const COLUMNS: [&str; 15] = [
-    "setting", "tokens/s", "range", "× best vanilla", "× vanilla in rounds", "floor", "TTFT ms", "2nd ms", "TPOT p50",
-    "p99", "waits/layer", "crossings", "stay", "dispatch+combine B", "K/V B",
+    "setting",
+    "tokens/s",
+    "range",
+    "× best vanilla",
+    "× vanilla in rounds",
+    "floor",
+    "TTFT ms",
+    "2nd ms",
+    "TPOT p50",
+    "p99",
+    "waits/layer",
+    "crossings",
+    "stay",
+    "dispatch+combine B",
+    "K/V B",
 ];
 
 fn cells(rows: &[GridRow], row: &GridRow) -> [String; 15] {
@@ -398,7 +415,8 @@ fn by_cell(rows: &[GridRow]) -> Vec<(String, Vec<&GridRow>)> {
 fn markdown(rows: &[GridRow]) -> String {
     let mut text = String::new();
     for (name, of) in by_cell(rows) {
-        let _ = writeln!(text, "### {name}\n\n| {} |\n|{}", COLUMNS.join(" | "), "---|".repeat(COLUMNS.len()));
+        let _ =
+            writeln!(text, "### {name}\n\n| {} |\n|{}", COLUMNS.join(" | "), "---|".repeat(COLUMNS.len()));
         for row in of {
             let _ = writeln!(text, "| {} |", cells(rows, row).join(" | "));
         }

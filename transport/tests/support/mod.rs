@@ -122,7 +122,8 @@ pub fn talk<C: Communicator + 'static>(world: Vec<C>) {
         let class_of = |i: u32| [ByteClass::Dispatch, ByteClass::Combine, ByteClass::Ids][i as usize % 3];
         for i in 0..EACH {
             for &to in &peers {
-                let payload: Bytes = i.to_le_bytes().iter().copied().cycle().take(4 + i as usize * 9).collect();
+                let payload: Bytes =
+                    i.to_le_bytes().iter().copied().cycle().take(4 + i as usize * 9).collect();
                 comm.send_message(Rank::from(to), class_of(i), i as u16, payload).expect("send");
                 if i % 10 == 0 {
                     comm.send_bulk(Rank::from(to), vec![i as u8; 3]).expect("send");
@@ -163,7 +164,8 @@ pub fn talk<C: Communicator + 'static>(world: Vec<C>) {
         stats
     });
     for stats in stats {
-        let sent: u64 = [ByteClass::Dispatch, ByteClass::Combine].map(|c| stats.class(c).frames_sent).iter().sum();
+        let sent: u64 =
+            [ByteClass::Dispatch, ByteClass::Combine].map(|c| stats.class(c).frames_sent).iter().sum();
         let rounds = 4 * (n as u64 - 1);
         assert_eq!(sent, (n as u64 - 1) * 2 * u64::from(EACH) / 3 + rounds);
         assert_eq!(stats.class(ByteClass::Ids).frames_received, (n as u64 - 1) * u64::from(EACH) / 3);

@@ -85,8 +85,15 @@ impl Picked {
 /// A frame of a sequence that rank 0 has not announced here yet.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Early<K> {
-    Row { layer: u16, prefill: bool, frame: RowFrame },
-    Partial { layer: u16, frame: PartialFrame },
+    Row {
+        layer: u16,
+        prefill: bool,
+        frame: RowFrame,
+    },
+    Partial {
+        layer: u16,
+        frame: PartialFrame,
+    },
     /// Something else of the sequence, which the board hands back.
     Other(K),
 }

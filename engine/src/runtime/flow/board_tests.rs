@@ -39,7 +39,8 @@ fn made(layer: usize, x: f32) -> f32 {
 
 fn choose(layer: usize, x: f32, top_k: usize) -> Vec<Choice> {
     let first = mix(&[4, layer as u64, x as u64]) as usize % EXPERTS;
-    let choice = |k| Choice { k: k as u16, expert: ((first + k * 2) % EXPERTS) as u16, weight: (top_k - k) as f32 };
+    let choice =
+        |k| Choice { k: k as u16, expert: ((first + k * 2) % EXPERTS) as u16, weight: (top_k - k) as f32 };
     (0..top_k).map(choice).collect()
 }
 
@@ -174,8 +175,10 @@ impl World {
 
     /// One random thing happens; false where nothing can.
     fn happen(&mut self) -> bool {
-        let links: Vec<_> = self.rows.iter().filter(|(_, q)| !q.is_empty()).map(|(link, _)| (*link, false)).collect();
-        let bulk: Vec<_> = self.bulk.iter().filter(|(_, q)| !q.is_empty()).map(|(link, _)| (*link, true)).collect();
+        let links: Vec<_> =
+            self.rows.iter().filter(|(_, q)| !q.is_empty()).map(|(link, _)| (*link, false)).collect();
+        let bulk: Vec<_> =
+            self.bulk.iter().filter(|(_, q)| !q.is_empty()).map(|(link, _)| (*link, true)).collect();
         let ranks = self.places.len();
         let mut events: Vec<((usize, usize), bool)> = links;
         if !self.starve || events.is_empty() {
@@ -353,7 +356,15 @@ proptest! {
 
 fn row(sequence: u32, next: u16, expects: u16) -> RowFrame {
     let choices = vec![Choice { k: 0, expert: 0, weight: 1.0 }];
-    RowFrame { sequence, position: 9, next: Rank(next), main: Rank(next), expects, choices, residual: vec![1.0] }
+    RowFrame {
+        sequence,
+        position: 9,
+        next: Rank(next),
+        main: Rank(next),
+        expects,
+        choices,
+        residual: vec![1.0],
+    }
 }
 
 #[test]

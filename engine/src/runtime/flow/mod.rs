@@ -139,8 +139,9 @@ impl Worker {
         let hidden = spec.hidden;
         match class {
             ByteClass::Ids => {
-                let note = postcard::from_bytes(&payload)
-                    .map_err(|e| EngineError::Internal(format!("rank {from} sent what cannot be read: {e}")))?;
+                let note = postcard::from_bytes(&payload).map_err(|e| {
+                    EngineError::Internal(format!("rank {from} sent what cannot be read: {e}"))
+                })?;
                 self.take_note(flow, from, note)?;
             }
             ByteClass::Kv => {
@@ -223,7 +224,9 @@ impl Worker {
     /// Takes note of the sampled ids of a sequence as far as none is missing.
     fn count_in_order(&mut self, flow: &mut Flow, sequence: u32) {
         while let Some(running) = self.sequences.running.get(&sequence) {
-            let Some((from, sampled)) = flow.notes.next(sequence, running.output.len() as u32) else { return };
+            let Some((from, sampled)) = flow.notes.next(sequence, running.output.len() as u32) else {
+                return;
+            };
             self.count(sampled, from);
             flow.changed = true;
         }
@@ -324,7 +327,10 @@ impl Worker {
 
     fn note_to_all(&mut self, note: &Note) -> Result<(), EngineError> {
         let me = self.comm.rank();
-        (0..self.comm.world_size()).map(Rank::from).filter(|to| *to != me).try_for_each(|to| self.note_to(to, note))
+        (0..self.comm.world_size())
+            .map(Rank::from)
+            .filter(|to| *to != me)
+            .try_for_each(|to| self.note_to(to, note))
     }
 
     /// What can be done now.
@@ -385,7 +391,12 @@ impl Worker {
     }
 
     /// Partials of what was served go to where their tokens are.
-    fn send_partials(&mut self, flow: &mut Flow, picked: &Picked, hopped: &Hopped) -> Result<(), EngineError> {
+    fn send_partials(
+        &mut self,
+        flow: &mut Flow,
+        picked: &Picked,
+        hopped: &Hopped,
+    ) -> Result<(), EngineError> {
         let Some(layer) = picked.stage.checked_sub(1).filter(|_| !picked.serves.is_empty()) else {
             return Ok(());
         };
@@ -480,7 +491,12 @@ impl Worker {
     }
 
     /// What was sampled is told to all, and each token's successor begins here.
-    fn finish(&mut self, flow: &mut Flow, units: Vec<Unit>, sampled: Vec<Sampled>) -> Result<(), EngineError> {
+    fn finish(
+        &mut self,
+        flow: &mut Flow,
+        units: Vec<Unit>,
+        sampled: Vec<Sampled>,
+    ) -> Result<(), EngineError> {
         let me = self.comm.rank();
         for sampled in sampled {
             let id = sampled.sequence;
