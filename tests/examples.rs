@@ -4,15 +4,20 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// The examples that this build made beside the command.
-fn folder() -> PathBuf {
-    Path::new(env!("CARGO_BIN_EXE_exflow")).with_file_name("examples")
+/// An example's program. `cargo test` makes them all before it runs tests; with `--test` alone they are made here.
+fn program(name: &str) -> PathBuf {
+    let folder = Path::new(env!("CARGO_BIN_EXE_exflow")).with_file_name("examples");
+    let program = folder.join(name).with_extension(std::env::consts::EXE_EXTENSION);
+    if !program.is_file() {
+        let build = ["build", "--workspace", "--quiet", "--locked", "--example", name];
+        let built = Command::new(env!("CARGO")).args(build).current_dir(env!("CARGO_MANIFEST_DIR")).status();
+        assert!(built.expect("cargo").success(), "{name}");
+    }
+    program
 }
 
 fn said(name: &str, args: &[&str], stdin: &str) -> String {
-    let program = folder().join(name).with_extension(std::env::consts::EXE_EXTENSION);
-    assert!(program.is_file(), "cargo test builds examples: {}", program.display());
-    let mut child = Command::new(&program)
+    let mut child = Command::new(program(name))
         .args(args)
         .current_dir(env!("CARGO_MANIFEST_DIR"))
         .stdin(Stdio::piped())
