@@ -7,7 +7,7 @@ use exflow::engine::{Engine, EngineOptions};
 use exflow::progress::Bars;
 use exflow::serve::{ServeError, ServeOptions, Server};
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Serves a model as OpenAI's API, with a dashboard
@@ -85,14 +85,20 @@ async fn serve(engine: Engine, args: &Args) -> Result<(), Failure> {
     Ok(())
 }
 
-/// What clients call the model: as told, else the folder's name.
+/// What clients call the model: as told, else its name on the Hub, else the folder's name.
 fn name(args: &Args) -> String {
-    let folder = || {
-        let path = std::path::absolute(&args.ranks.model).unwrap_or_else(|_| args.ranks.model.clone());
-        let file = || path.file_name().map(|name| name.to_string_lossy().into_owned());
-        exflow::hub::name_of(&path).or_else(file).unwrap_or_else(|| "model".into())
-    };
-    args.served_model_name.clone().unwrap_or_else(folder)
+    args.served_model_name.clone().unwrap_or_else(|| name_of(&args.ranks.model))
+}
+
+fn name_of(model: &Path) -> String {
+    let path = std::path::absolute(model).unwrap_or_else(|_| model.to_owned());
+    let parts = || path.iter().filter_map(|part| part.to_str());
+    // The Hub's cache: models--ORG--NAME/snapshots/REVISION.
+    let on_the_hub = parts().find_map(|part| part.strip_prefix("models--"));
+    match on_the_hub {
+        Some(name) => name.replacen("--", "/", 1),
+        None => parts().next_back().unwrap_or("model").to_owned(),
+    }
 }
 
 /// Comes back at the first Ctrl-C or SIGTERM; the second one ends the process.
@@ -133,5 +139,16 @@ impl From<ServeError> for Failure {
             ServeError::Origin(_) => Self::Input(error.to_string()),
             _ => Self::Run(error.to_string()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn models_are_called_as_people_know_them() {
+        assert_eq!(name_of(Path::new("/models/olmoe/")), "olmoe");
+        assert_eq!(name_of(Path::new("/cache/models--allenai--OLMoE-1B/snapshots/0abc")), "allenai/OLMoE-1B");
     }
 }

@@ -34,6 +34,7 @@ pub(super) async fn model(State(app): State<Arc<App>>) -> Json<Value> {
         "text": app.engine.text().is_some(),
         "ranks": options.ranks,
         "strategy": options.strategy.to_string(),
+        "schedule": options.schedule.to_string(),
         "transport": options.transport.to_string(),
         "combine": options.combine.to_string(),
         "placement": options.placement.to_string(),

@@ -49,7 +49,7 @@ const CLASSES = [["dispatch", 215], ["combine", 28], ["kv", 152], ["ids", 265], 
 
 function plan(model, live) {
   const list = $("plan");
-  tile(list, "strategy", "Strategy", model.strategy, model.schedule || "");
+  tile(list, "strategy", "Strategy", model.strategy, `in ${model.schedule === "flow" ? "flow" : "rounds"}`);
   tile(list, "placement-name", "Placement", model.placement, "");
   tile(list, "exchanges", "Exchanges per MoE layer", model.ranks > 1 ? live.exchanges_per_layer.toFixed(2) : "none", "");
   tile(list, "stay", "Transitions that stay", model.ranks > 1 ? percent(live.stay_rate) : "all", "");
