@@ -11,6 +11,7 @@ mod flags;
 mod generate;
 mod log;
 mod logits;
+mod os;
 mod output;
 mod place;
 mod profile;

@@ -2,7 +2,7 @@
 
 use super::failure::Failure;
 use super::flags::{self, RankFlags};
-use super::output;
+use super::{os, output};
 use exflow::engine::{Engine, EngineOptions};
 use exflow::progress::Bars;
 use exflow::serve::{ServeError, ServeOptions, Server};
@@ -103,33 +103,12 @@ fn name_of(model: &Path) -> String {
 
 /// Comes back at the first Ctrl-C or SIGTERM; the second one ends the process.
 async fn asked_to_stop() {
-    one_signal().await;
+    os::asked_to_end().await;
     output::note("finishing the requests that run; once more to end at once");
     tokio::spawn(async {
-        one_signal().await;
+        os::asked_to_end().await;
         std::process::exit(1);
     });
-}
-
-#[cfg(unix)]
-async fn one_signal() {
-    use tokio::signal::unix::{SignalKind, signal};
-    let Ok(mut terminate) = signal(SignalKind::terminate()) else { return ctrl_c().await };
-    tokio::select! {
-        () = ctrl_c() => {}
-        _ = terminate.recv() => {}
-    }
-}
-
-#[cfg(not(unix))]
-async fn one_signal() {
-    ctrl_c().await;
-}
-
-async fn ctrl_c() {
-    if tokio::signal::ctrl_c().await.is_err() {
-        std::future::pending::<()>().await; // a system that has no such thing
-    }
 }
 
 impl From<ServeError> for Failure {
