@@ -24,7 +24,8 @@ const AHEAD: usize = BLOCK / 2;
 
 /// Rank 0's policy.
 pub(crate) struct Scheduler {
-    ranks: usize,
+    /// Ranks that prompts may be prefilled on.
+    homes: Vec<Rank>,
     /// V, by which captured logits are bounded.
     vocab: usize,
     next_id: u32,
@@ -44,10 +45,10 @@ struct Draft<'a> {
 }
 
 impl Scheduler {
-    /// For a world of `ranks` and a vocabulary of `vocab`.
-    pub(crate) fn new(ranks: usize, vocab: usize) -> Self {
+    /// For a world in which `homes` may prefill, and a vocabulary of `vocab`.
+    pub(crate) fn new(homes: Vec<Rank>, vocab: usize) -> Self {
         let (waiting, cancelled) = (BTreeMap::new(), Vec::new());
-        Self { ranks, vocab, next_id: 0, waiting, cancelled, prefilling: false }
+        Self { homes, vocab, next_id: 0, waiting, cancelled, prefilling: false }
     }
 
     /// Takes a request in. Its `id` and `home` are set when it starts.
@@ -82,6 +83,8 @@ impl Scheduler {
         for (&id, sequence) in &sequences.running {
             if sequence.finished.is_some() || self.cancelled.contains(&sequence.start.request) {
                 draft.take_back(Order::End(id));
+            } else if sequence.stale {
+                draft.take_back(Order::Preempt(id));
             }
         }
         self.cancelled.clear();
@@ -96,10 +99,10 @@ impl Scheduler {
 
     /// Starts those that wait, as far as there is room for their texts so far and a block more for everyone.
     fn admit(&mut self, draft: &mut Draft<'_>) {
-        let mut context = vec![0; self.ranks];
+        let mut context: BTreeMap<Rank, usize> = self.homes.iter().map(|&home| (home, 0)).collect();
         let mut running = 0;
         for (_, sequence) in draft.staying() {
-            context[sequence.start.home.index()] += sequence.tokens();
+            *context.entry(sequence.start.home).or_default() += sequence.tokens();
             running += 1;
         }
         while let Some(next) = self.waiting.first_entry() {
@@ -112,9 +115,8 @@ impl Scheduler {
             let mut start = next.remove();
             start.id = self.next_id;
             self.next_id += 1;
-            let home = (0..self.ranks).min_by_key(|&rank| context[rank]).unwrap_or(0);
-            context[home] += start.prompt.len();
-            start.home = Rank::from(home);
+            start.home = self.homes.iter().copied().min_by_key(|home| context[home]).unwrap_or(Rank(0));
+            *context.entry(start.home).or_default() += start.prompt.len();
             running += 1;
             draft.free -= blocks_at_start(&start);
             // What its replay will take is spoken for, though it is granted later.

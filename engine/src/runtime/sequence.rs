@@ -96,6 +96,8 @@ pub(crate) struct Sequence {
     pub(crate) ordered: u32,
     /// Why it ended; its blocks are its own until rank 0 ends it.
     pub(crate) finished: Option<FinishReason>,
+    /// Its text outgrew what its keys were made for: it waits until rank 0 has it replayed.
+    pub(crate) stale: bool,
     /// Cache blocks, by position / [`BLOCK`].
     blocks: Vec<u32>,
 }
@@ -124,7 +126,7 @@ impl Sequence {
 
     /// The next decode step's token and its position; none while it is prefilled, or once it ended.
     pub(crate) fn next_token(&self) -> Option<(u32, u32)> {
-        let token = *self.output.last().filter(|_| self.finished.is_none())?;
+        let token = *self.output.last().filter(|_| self.finished.is_none() && !self.stale)?;
         Some((token, self.tokens() as u32 - 1))
     }
 
@@ -136,11 +138,12 @@ impl Sequence {
     /// What to submit so that it goes on where it was: its tokens are replayed, and not told again.
     pub(crate) fn again(self) -> Admission {
         let told = self.start.told.max(self.output.len() as u32);
+        let known = if self.stale { self.tokens() as u32 } else { self.start.known };
         let forced = match self.output.len() > self.start.forced.len() {
             true => self.output,
             false => self.start.forced,
         };
-        Admission { forced, told, ..self.start }
+        Admission { forced, told, known, ..self.start }
     }
 }
 
@@ -157,12 +160,19 @@ pub(crate) struct Sequences {
     all: usize,
     pub(super) context: usize,
     eos: Vec<u32>,
+    /// Tokens beyond which all keys of a text are made anew.
+    remade_beyond: Option<usize>,
 }
 
 impl Sequences {
     pub(crate) fn new(blocks: usize, context: usize, eos: Vec<u32>) -> Self {
         let free = (0..blocks as u32).rev().collect();
-        Self { running: BTreeMap::new(), free, all: blocks, context, eos }
+        Self { running: BTreeMap::new(), free, all: blocks, context, eos, remade_beyond: None }
+    }
+
+    /// Has texts that grow beyond so many tokens replayed, so that all of their keys are made for the longer text.
+    pub(crate) fn remade_beyond(self, tokens: Option<usize>) -> Self {
+        Self { remade_beyond: tokens, ..self }
     }
 
     /// Cache blocks that sequences hold, and that there are.
@@ -189,6 +199,7 @@ impl Sequences {
                     prefilled: 0,
                     ordered: 0,
                     finished: None,
+                    stale: false,
                     blocks,
                     start,
                 };
@@ -245,6 +256,8 @@ impl Sequences {
             true => Some(FinishReason::Stop),
             false => full.then_some(FinishReason::Length),
         };
+        let outgrown = |limit| sequence.tokens() > limit && (sequence.start.known as usize) <= limit;
+        sequence.stale = sequence.finished.is_none() && self.remade_beyond.is_some_and(outgrown);
         let (request, told) = (sequence.start.request, sequence.start.told as usize);
         Some(Counted { request, token, finish: sequence.finished, new: index >= told })
     }

@@ -96,8 +96,10 @@ impl Worker {
         commands: Option<Receiver<Command>>,
     ) -> Self {
         let spec = &decoder.spec;
-        let sequences = Sequences::new(options.cache_blocks, spec.max_positions, spec.eos.clone());
-        let scheduler = Scheduler::new(options.table.ranks, spec.vocab_size);
+        let remade_beyond = spec.attention.rope.as_ref().and_then(|rope| rope.remade_beyond());
+        let sequences = Sequences::new(options.cache_blocks, spec.max_positions, spec.eos.clone())
+            .remade_beyond(remade_beyond);
+        let scheduler = Scheduler::new((0..options.table.ranks).map(Rank::from).collect(), spec.vocab_size);
         Self {
             decoder,
             reported: comm.stats(),

@@ -76,6 +76,14 @@ impl RopeSpec {
         self.dim / 2
     }
 
+    /// Tokens beyond which transformers makes all keys of a text anew: phimoe's, whose scales change there.
+    pub(crate) fn remade_beyond(&self) -> Option<usize> {
+        match &self.scaling {
+            RopeScaling::Long { original, mscale: Some(_), .. } => Some(*original as usize),
+            _ => None,
+        }
+    }
+
     /// Cosine and sine of every pair at `position` of a sequence whose step knows `length` positions.
     pub(crate) fn turns(&self, position: u32, length: usize) -> Vec<[f32; 2]> {
         let factor =
