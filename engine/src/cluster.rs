@@ -291,13 +291,13 @@ impl Shared<'_> {
             done += elements;
             self.progress.update(&stage, done, total, "elements");
         };
-        let weights =
-            ModelWeights::load(&self.spec, &self.store, &gpu, &experts, self.options.dtype, &mut read)?;
+        let held_as = (self.options.dtype, self.options.quant);
+        let weights = ModelWeights::load(&self.spec, &self.store, &gpu, &experts, held_as, &mut read)?;
         Decoder::new(
             gpu,
             self.spec.clone(),
             weights,
-            cache_blocks(&self.options, &self.spec) * crate::runtime::BLOCK,
+            (cache_blocks(&self.options, &self.spec) * crate::runtime::BLOCK, self.options.kv_dtype.into()),
         )
     }
 

@@ -8,6 +8,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test may panic"))]
 
+mod bench;
 mod chat;
 mod cluster;
 mod error;
@@ -28,6 +29,7 @@ mod weights;
 #[cfg(test)]
 mod hostile_tests;
 
+pub use bench::{DeviceRates, KernelRate, bench_device, bench_kernels};
 pub use chat::{ChatTemplate, Message};
 pub use cluster::Cluster;
 pub use error::EngineError;
@@ -37,7 +39,8 @@ pub use gpu::{DeviceMemory, DeviceReport, Probe, devices, prepare_process, probe
 pub use logits::{LayerRouting, LogitsDump};
 pub use model::{ModelSpec, spec};
 pub use options::{
-    ClusterOptions, Combine, Dtype, Feed, NoProgress, PlacementSource, Progress, Schedule, TransportKind,
+    ClusterOptions, Combine, Dtype, Feed, KvDtype, NoProgress, PlacementSource, Progress, Quant, Schedule,
+    TransportKind,
 };
 pub use runtime::FinishReason;
 pub use sampling::{Logprobs, MAX_LOGPROBS, Sampling};

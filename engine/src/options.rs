@@ -2,6 +2,7 @@
 
 use crate::EngineError;
 use exflow_placement::{PlacementTable, Strategy};
+use exflow_shaders::Cache;
 use exflow_transport::link::LinkSpec;
 use serde::Serialize;
 use std::fmt;
@@ -121,6 +122,38 @@ words! {
     }
 }
 
+words! {
+    /// Matrices quantised while they are loaded: blocks of 32 weights along a row share an f16 scale.
+    Quant, "quantisation" {
+        /// A byte a weight.
+        Q8_0 = "q8_0",
+        /// Half a byte a weight.
+        Q4_0 = "q4_0"
+    }
+}
+
+words! {
+    /// How the cache holds keys and values; whoever makes them rounds them first, so that every rank holds the same.
+    KvDtype, "type of the cache" {
+        /// 4 bytes a value.
+        F32 = "f32",
+        /// 2 bytes.
+        F16 = "f16",
+        /// A byte, and a scale for 32 values.
+        Q8 = "q8"
+    }
+}
+
+impl From<KvDtype> for Cache {
+    fn from(dtype: KvDtype) -> Self {
+        match dtype {
+            KvDtype::F32 => Self::F32,
+            KvDtype::F16 => Self::F16,
+            KvDtype::Q8 => Self::Q8,
+        }
+    }
+}
+
 /// What to run and how.
 #[derive(Debug, Clone)]
 pub struct ClusterOptions {
@@ -144,6 +177,10 @@ pub struct ClusterOptions {
     pub adapter: Option<String>,
     /// How matrices lie on the device.
     pub dtype: Dtype,
+    /// What matrices are rounded to in its place.
+    pub quant: Option<Quant>,
+    /// How the cache holds keys and values.
+    pub kv_dtype: KvDtype,
     /// Positions that the KV cache of every rank holds, for all sequences together; `None`: 16 contexts, but at
     /// most 16,384 positions.
     pub cache_positions: Option<usize>,
@@ -163,6 +200,8 @@ impl ClusterOptions {
             placement: PlacementSource::RoundRobin,
             adapter: None,
             dtype: Dtype::F32,
+            quant: None,
+            kv_dtype: KvDtype::F32,
             cache_positions: None,
         }
     }

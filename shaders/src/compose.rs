@@ -1,7 +1,8 @@
 //! From kernel texts to plain WGSL: imports and variants by WESL, validation by naga. The only file that knows
 //! how kernel text is put together.
 
-use crate::kernel::{Activation, Kernel, SHARED, Variant};
+use crate::Cache;
+use crate::kernel::{Activation, Kernel, RowTile, SHARED, Values, Variant, Weights};
 use crate::reflect::{self, Binding};
 use std::borrow::Cow;
 use wesl::syntax::{ModulePath, PathOrigin};
@@ -46,7 +47,8 @@ pub fn module(kernel: Kernel, variant: Variant) -> Result<Module, ComposeError> 
     let invalid = |reason: String| ComposeError::Invalid { kernel: kernel.name(), reason };
     let ir = naga::front::wgsl::parse_str(&wgsl).map_err(|e| invalid(e.emit_to_string(&wgsl)))?;
     // f16 in pairs, as WGSL itself has it (`unpack2x16float`): no device lacks it that wgpu runs on.
-    let capabilities = naga::valid::Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+    let mut capabilities = naga::valid::Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+    capabilities.set(naga::valid::Capabilities::SUBGROUP, variant.subgroup);
     naga::valid::Validator::new(naga::valid::ValidationFlags::all(), capabilities)
         .validate(&ir)
         .map_err(|e| invalid(e.emit_to_string(&wgsl)))?;
@@ -75,11 +77,19 @@ fn compose(kernel: Kernel, variant: Variant) -> Result<String, ComposeError> {
     Ok(compiled.syntax.to_string())
 }
 
-fn flags(variant: Variant) -> [(&'static str, bool); 5] {
+fn flags(variant: Variant) -> [(&'static str, bool); 13] {
     [
-        ("tile8", variant.tile8),
-        ("half", variant.half),
-        ("wide", variant.wide),
+        ("tile8", variant.tile == RowTile::Eight),
+        ("tile16", variant.tile == RowTile::Sixteen),
+        ("tile32", variant.tile == RowTile::ThirtyTwo),
+        ("subgroup", variant.subgroup),
+        ("half", variant.weights == Weights::F16),
+        ("q8", variant.weights == Weights::Q8),
+        ("q4", variant.weights == Weights::Q4),
+        ("kv16", variant.cache == Cache::F16),
+        ("kv8", variant.cache == Cache::Q8),
+        ("narrow", variant.values == Values::Narrow),
+        ("wide", variant.values == Values::Wide),
         ("swiglu", variant.activation == Activation::SwiGlu),
         ("clamped_glu", variant.activation == Activation::ClampedGlu),
     ]
@@ -116,8 +126,8 @@ mod tests {
     #[test]
     fn tile_variants_differ_in_text() {
         let plain = module(Kernel::Linear, Variant::default()).expect("composes").wgsl;
-        let tiled =
-            module(Kernel::Linear, Variant { tile8: true, ..Variant::default() }).expect("composes").wgsl;
+        let tile = RowTile::Eight;
+        let tiled = module(Kernel::Linear, Variant { tile, ..Variant::default() }).expect("composes").wgsl;
         assert_ne!(plain, tiled);
     }
 }

@@ -1,5 +1,7 @@
 //! The list of kernels and their variants.
 
+use crate::Cache;
+
 /// A kernel; its text is `wgsl/{name}.wgsl`, its twin `src/reference/{name}.rs`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Kernel {
@@ -31,21 +33,133 @@ pub enum Kernel {
     Combine,
     /// Greedy choice of the next token.
     Argmax,
+    /// What the adapter's arithmetic allows; no part of a step.
+    Probe,
 }
 
 /// What a kernel is specialised by besides `override` numbers. Variants that differ in
-/// `tile8` or `wide` alone give equal bits.
+/// `tile`, `subgroup` or `values` alone give equal bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct Variant {
-    /// A lane works on eight rows at once instead of one (matrix kernels only; others ignore it).
-    pub tile8: bool,
+    /// Rows that a lane works on at once (matrix kernels only; others ignore it).
+    pub tile: RowTile,
     /// What stands between an expert's matrices (`expert_up` only; others ignore it).
     pub activation: Activation,
-    /// Weights lie in f16 (kernels of matrices only; others ignore it).
-    pub half: bool,
-    /// Values of up to 512 columns a head instead of 256 (`attention` only; others ignore it).
-    pub wide: bool,
+    /// How weights lie (kernels of matrices only; others ignore it).
+    pub weights: Weights,
+    /// How many columns the values of a head have at most (`attention` only; others ignore it).
+    pub values: Values,
+    /// How the cache holds keys and values (`kv_append` and `attention` only; others ignore it).
+    pub cache: Cache,
+    /// Lanes hand each other what they loaded, in subgroups of eight or more (`attention`, and matrix kernels with
+    /// tiles of eight rows or more; others ignore it).
+    pub subgroup: bool,
 }
+
+/// How many rows a lane of a matrix kernel works on at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub enum RowTile {
+    /// 1.
+    #[default]
+    One,
+    /// 8.
+    Eight,
+    /// 16.
+    Sixteen,
+    /// 32.
+    ThirtyTwo,
+}
+
+impl RowTile {
+    /// How many.
+    pub fn rows(self) -> usize {
+        match self {
+            Self::One => 1,
+            Self::Eight => 8,
+            Self::Sixteen => 16,
+            Self::ThirtyTwo => 32,
+        }
+    }
+}
+
+/// How many columns the values of a head have at most: so many fit into the registers of `attention.wgsl`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub enum Values {
+    /// 64 with subgroups, as [`Values::Medium`] without.
+    Narrow,
+    /// 256.
+    #[default]
+    Medium,
+    /// 512.
+    Wide,
+}
+
+impl Values {
+    /// The least that holds `columns`.
+    pub fn of(columns: usize) -> Self {
+        match columns {
+            0..=64 => Self::Narrow,
+            65..=256 => Self::Medium,
+            _ => Self::Wide,
+        }
+    }
+}
+
+/// How a matrix lies in its buffer (`shared/weight.wgsl`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub enum Weights {
+    /// 4 bytes a weight.
+    #[default]
+    F32,
+    /// 2 bytes a weight.
+    F16,
+    /// A byte a weight, and an f16 scale for 32 of them.
+    Q8,
+    /// Half a byte a weight, and an f16 scale for 32 of them.
+    Q4,
+}
+
+impl Weights {
+    /// Every way.
+    pub const ALL: [Weights; 4] = [Self::F32, Self::F16, Self::Q8, Self::Q4];
+
+    /// Weights in a unit of 16 bytes.
+    pub fn per_unit(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 => 8,
+            Self::Q8 => 16,
+            Self::Q4 => 32,
+        }
+    }
+
+    /// Whether 32 weights share a scale.
+    pub fn has_scales(self) -> bool {
+        matches!(self, Self::Q8 | Self::Q4)
+    }
+
+    /// Units that hold the weights of a row of `columns` columns, and units from a row to the next: behind the
+    /// weights stand eight scales a unit.
+    pub fn units(self, columns: usize) -> (usize, usize) {
+        match self.has_scales() {
+            false => {
+                let units = columns.div_ceil(self.per_unit());
+                (units, units)
+            }
+            true => {
+                let blocks = columns.div_ceil(QUANT_BLOCK);
+                let units = blocks * QUANT_BLOCK / self.per_unit();
+                (units, units + blocks.div_ceil(8))
+            }
+        }
+    }
+}
+
+/// Weights that share a scale.
+pub const QUANT_BLOCK: usize = 32;
+
+/// vec4s of columns that a lane of a matrix kernel makes.
+pub const LANE_COLUMNS4: usize = 2;
 
 /// What stands between the matrices of an expert or of a dense FFN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
@@ -69,23 +183,34 @@ impl Activation {
 impl Variant {
     /// Rows that a lane of a matrix kernel works on at once.
     pub fn tile_rows(self) -> usize {
-        if self.tile8 { 8 } else { 1 }
+        self.tile.rows()
     }
 
     /// What is left of it where `kernel` differs.
     pub fn of(self, kernel: Kernel) -> Self {
+        let tile = if kernel.is_tiled() { self.tile } else { RowTile::One };
         Self {
-            tile8: self.tile8 && kernel.is_tiled(),
+            tile,
             activation: if kernel == Kernel::ExpertUp { self.activation } else { Activation::default() },
-            half: self.half && kernel.has_weights(),
-            wide: self.wide && kernel == Kernel::Attention,
+            weights: match kernel {
+                Kernel::Probe if self.weights == Weights::Q8 => Weights::Q8,
+                _ if kernel.has_weights() => self.weights,
+                _ => Weights::F32,
+            },
+            values: if kernel == Kernel::Attention { self.values } else { Values::default() },
+            cache: match kernel {
+                Kernel::KvAppend | Kernel::Attention => self.cache,
+                _ => Cache::F32,
+            },
+            subgroup: self.subgroup
+                && (kernel == Kernel::Attention || kernel.has_weights() && tile != RowTile::One),
         }
     }
 }
 
 impl Kernel {
-    /// Every kernel, in the order in which a decode step runs them.
-    pub const ALL: [Kernel; 14] = [
+    /// Every kernel, in the order in which a decode step runs them; the probe last.
+    pub const ALL: [Kernel; 15] = [
         Kernel::Embed,
         Kernel::Norm,
         Kernel::Linear,
@@ -100,6 +225,7 @@ impl Kernel {
         Kernel::ExpertDown,
         Kernel::Combine,
         Kernel::Argmax,
+        Kernel::Probe,
     ];
 
     /// The kernel's name, which is also its file's.
@@ -119,41 +245,70 @@ impl Kernel {
             Kernel::ExpertDown => "expert_down",
             Kernel::Combine => "combine",
             Kernel::Argmax => "argmax",
+            Kernel::Probe => "probe",
         }
     }
 
-    /// Whether the kernel has a variant for eight rows a lane.
+    /// Whether the kernel has variants for several rows a lane.
     pub fn is_tiled(self) -> bool {
         matches!(self, Kernel::Linear | Kernel::ExpertPermute | Kernel::ExpertUp | Kernel::ExpertDown)
     }
 
-    /// Whether the kernel reads a matrix that may lie in f16.
+    /// Whether the kernel reads a matrix that may lie in another type than f32.
     pub fn has_weights(self) -> bool {
         self.is_tiled() && self != Kernel::ExpertPermute
     }
 
-    /// Whether the tiled variant forms the same sums as the plain one, bit for bit.
-    pub fn sums_in_tiles(self) -> bool {
-        self.has_weights()
+    /// Whether variants with tiles or subgroups form the same sums as the plain one, bit for bit.
+    pub fn sums_alike(self) -> bool {
+        self.has_weights() || self == Kernel::Attention
     }
 
-    /// The variants that differ for this kernel; those that differ in `tile8` alone follow each other.
+    /// The variants of this kernel that are worth telling apart; those that differ in `tile` and `subgroup` alone
+    /// follow each other, the plain one first.
     pub fn variants(self) -> Vec<Variant> {
-        let mut variants = vec![Variant::default()];
+        let plain = Variant::default();
+        let mut bases = vec![plain];
         if self == Kernel::ExpertUp {
-            let of = |activation| Variant { activation, ..Variant::default() };
-            variants.extend([Activation::SwiGlu, Activation::ClampedGlu].map(of));
+            let of = |activation| Variant { activation, ..plain };
+            bases.extend([Activation::SwiGlu, Activation::ClampedGlu].map(of));
         }
         if self == Kernel::Attention {
-            variants.push(Variant { wide: true, ..Variant::default() });
+            let narrow = Variant { values: Values::Narrow, subgroup: true, ..plain };
+            let wide = Variant { values: Values::Wide, ..plain };
+            let with = |v: Variant| Variant { subgroup: true, ..v };
+            bases.extend([with(plain), narrow, wide, with(wide)]);
+            for cache in [Cache::F16, Cache::Q8] {
+                bases.extend([plain, narrow, wide, with(wide)].map(|v| Variant { cache, ..v }));
+            }
+        }
+        if self == Kernel::KvAppend {
+            bases.extend([Cache::F16, Cache::Q8].map(|cache| Variant { cache, ..plain }));
+        }
+        if self == Kernel::Probe {
+            bases.push(Variant { weights: Weights::Q8, ..plain });
         }
         if self.has_weights() {
-            variants = variants.into_iter().flat_map(|v| [v, Variant { half: true, ..v }]).collect();
+            bases.extend(Weights::ALL[1..].iter().map(|&weights| Variant { weights, ..plain }));
         }
-        if self.is_tiled() {
-            variants = variants.into_iter().flat_map(|v| [v, Variant { tile8: true, ..v }]).collect();
+        let tiles = [RowTile::Eight, RowTile::Sixteen, RowTile::ThirtyTwo];
+        let with_tiles = |base: Variant| {
+            let tiled = tiles.iter().flat_map(move |&tile| {
+                let without = Variant { tile, ..base };
+                let with = Variant { subgroup: true, ..without };
+                let both = self.has_weights() && (base == plain || tile == RowTile::Eight);
+                match (self.has_weights(), both) {
+                    (true, false) => vec![with],
+                    (true, true) => vec![without, with],
+                    (false, _) => vec![without],
+                }
+            });
+            std::iter::once(base).chain(tiled)
+        };
+        match self.is_tiled() {
+            true => bases.into_iter().flat_map(with_tiles).collect(),
+            false => bases,
         }
-        variants
     }
 
     /// Whether `override WORKGROUP` sets the kernel's workgroup size; the others fix it, as their order of
@@ -169,6 +324,7 @@ impl Kernel {
                 | Kernel::Rope
                 | Kernel::SharedGate
                 | Kernel::Combine
+                | Kernel::Probe
         )
     }
 
@@ -188,13 +344,16 @@ impl Kernel {
             Kernel::ExpertDown => include_str!("../wgsl/expert_down.wgsl"),
             Kernel::Combine => include_str!("../wgsl/combine.wgsl"),
             Kernel::Argmax => include_str!("../wgsl/argmax.wgsl"),
+            Kernel::Probe => include_str!("../wgsl/probe.wgsl"),
         }
     }
 }
 
 /// Texts that kernels import, by name under `shared/`.
-pub(crate) const SHARED: [(&str, &str); 4] = [
+pub(crate) const SHARED: [(&str, &str); 6] = [
     ("weight", include_str!("../wgsl/shared/weight.wgsl")),
+    ("cached", include_str!("../wgsl/shared/cached.wgsl")),
+    ("product", include_str!("../wgsl/shared/product.wgsl")),
     ("tile", include_str!("../wgsl/shared/tile.wgsl")),
     ("activation", include_str!("../wgsl/shared/activation.wgsl")),
     ("pair", include_str!("../wgsl/shared/pair.wgsl")),

@@ -4,23 +4,23 @@
 //! Sums have one stated order (written in each kernel), so that a row has the same bits in a batch of any
 //! size, on any rank. Rows are padded to whole `vec4`s; the padding of weights is zero.
 
+mod cached;
 mod compose;
 mod kernel;
 pub mod params;
 pub mod reference;
 mod reflect;
 
+pub use cached::Cache;
 pub use compose::{ComposeError, Module, module};
-pub use kernel::{Activation, Kernel, Variant};
+pub use kernel::{Activation, Kernel, LANE_COLUMNS4, QUANT_BLOCK, RowTile, Values, Variant, Weights};
 pub use reflect::{Access, Binding};
 
 /// Positions per block of the paged KV cache, as `attention.wgsl` has it.
 pub const KV_BLOCK: usize = 16;
 
-/// The largest values per head that `attention.wgsl` holds in registers, and those of its plain variant.
+/// The largest values per head that `attention.wgsl` holds in registers.
 pub const MAX_HEAD_SIZE: usize = 512;
-/// The largest values per head that the plain variant of `attention.wgsl` holds.
-pub const PLAIN_HEAD_SIZE: usize = 256;
 
 /// The most groups of experts that a router may choose among (`router.wgsl`).
 pub const MAX_GROUPS: usize = 64;

@@ -22,12 +22,12 @@ macro_rules! params {
 
 params! {
     /// Parameters of `embed.wgsl`.
-    Embed { rows: u32, width4: u32, has_positions: u32, scale: f32 }
+    Embed { rows: u32, width4: u32, vocab4: u32, has_positions: u32, scale: f32 }
     /// Parameters of `norm.wgsl`.
     Norm { rows: u32, width: u32, width4: u32, first_row: u32, centred: u32, eps: f32 }
     /// Parameters of `linear.wgsl`.
     Linear {
-        rows: u32, k4: u32, n4: u32, x_stride4: u32, x_head4: u32, y_stride4: u32, y_offset4: u32, y_head4: u32,
+        rows: u32, k4: u32, n4: u32, w_units: u32, w_stride: u32, x_stride4: u32, x_head4: u32, y_stride4: u32, y_offset4: u32, y_head4: u32,
         has_bias: u32, has_residual: u32, scale: f32,
     }
     /// Parameters of `part_norm.wgsl`.
@@ -49,15 +49,19 @@ params! {
     /// Parameters of `expert_permute.wgsl`.
     ExpertPermute { pairs: u32, top_k: u32, experts: u32, up_groups: u32, down_groups: u32 }
     /// Parameters of `expert_up.wgsl`.
-    ExpertUp { h4: u32, i4: u32, first_tile: u32, has_bias: u32 }
+    ExpertUp { h4: u32, i4: u32, w_units: u32, w_stride: u32, first_tile: u32, has_bias: u32 }
     /// Parameters of `shared_gate.wgsl`.
     SharedGate { h4: u32, first: u32, count: u32 }
     /// Parameters of `expert_down.wgsl`.
-    ExpertDown { i4: u32, h4: u32, first_tile: u32, has_bias: u32, scale: f32 }
+    ExpertDown {
+        i4: u32, h4: u32, w_units: u32, w_stride: u32, first_tile: u32, has_bias: u32, scale: f32,
+    }
     /// Parameters of `combine.wgsl`.
     Combine { rows: u32, h4: u32, top_k: u32 }
     /// Parameters of `argmax.wgsl`.
     Argmax { vocab: u32, stride: u32 }
+    /// Parameters of `probe.wgsl`.
+    Probe { rounds: u32, factor: f32, bytes: u32 }
 }
 
 /// What `router.wgsl` makes of the products (its `score`).

@@ -4,12 +4,14 @@
 //
 // Query heads share key heads in groups. Values may be a part of the keys (a latent), a context may be cut to a
 // window, and a head may have a sink: a score that takes weight and gives no value.
+import package::shared::cached::{Cached, cached_stride};
+
 struct Params {
     group: u32,         // query heads per key head
     d4: u32,            // of a query and a key, in vec4s
     v4: u32,            // of a value
     q_stride4: u32,     // of a row of q
-    cache_stride4: u32, // of a row of the cache
+    cache_stride4: u32, // of a row of the cache, in vec4s of values
     v_offset4: u32,     // of the values in a row of the cache
     v_head4: u32,       // from a key head's values to the next's
     table_stride: u32,  // blocks per row of the block table
@@ -23,20 +25,128 @@ struct Query {
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;         // [T, q_stride/4], head h at h * d4
-@group(0) @binding(2) var<storage, read> cache: array<vec4<f32>>;     // [slots, cache_stride/4], key head at h * d4
+@group(0) @binding(2) var<storage, read> cache: array<Cached>;        // [slots, cached_stride], key head at h * d4
 @group(0) @binding(3) var<storage, read> queries: array<Query>;       // [T]
 @group(0) @binding(4) var<storage, read> block_table: array<u32>;     // [rows, table_stride] block numbers
 @group(0) @binding(5) var<storage, read> sinks: array<f32>;           // [heads], any buffer without
 @group(0) @binding(6) var<storage, read_write> out: array<vec4<f32>>; // [T, heads * v4]
 
-const LANES: u32 = 32u;
+const LANES: u32 = 32u;  // positions of a tile
 const BLOCK: u32 = 16u;  // positions per cache block
-@if(wide) const COLUMNS: u32 = 4u; // values of up to 512
-@else const COLUMNS: u32 = 2u;     // values of up to 256: two vec4s a lane
-var<workgroup> scores: array<f32, 32>;
-var<workgroup> slots: array<u32, 32>;
 
-@compute @workgroup_size(LANES)
+@if(subgroup && narrow) const COLUMNS: u32 = 2u;      // vec4s of values that a lane makes: of up to 64 columns,
+@elif(subgroup && wide) const COLUMNS: u32 = 16u;     // 512,
+@elif(subgroup) const COLUMNS: u32 = 8u;              // or 256 by eight lanes,
+@elif(wide) const COLUMNS: u32 = 4u;                  // 512
+@else const COLUMNS: u32 = 2u;                        // or 256 by 32 lanes
+
+// Four values of a row of the cache.
+fn cached(slot: u32, column: u32) -> vec4<f32> {
+    let row = slot * cached_stride(p.cache_stride4);
+    @if(kv16) {
+        let two = cache[row + column];
+        return vec4<f32>(unpack2x16float(two.x), unpack2x16float(two.y));
+    }
+    @elif(kv8) {
+        let scale = bitcast<f32>(cache[row + p.cache_stride4 + column / 8u]);
+        return vec4<f32>(unpack4xI8(cache[row + column])) * scale;
+    }
+    @else {
+        return cache[row + column];
+    }
+}
+
+// The cache slot of a position.
+fn slot_of(query: Query, position: u32) -> u32 {
+    return block_table[query.table_row * p.table_stride + position / BLOCK] * BLOCK + position % BLOCK;
+}
+
+// The same sums as below with eight lanes that hand each other queries, weights and slots: a lane has four positions
+// of a tile, eight apart. Work is cut where a tile has fewer than 32 positions, by eights.
+@if(subgroup) @compute @workgroup_size(8)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let token = group.y;
+    let head = group.x;
+    let query = queries[token];
+    let first = query.position + 1u - min(query.position + 1u, p.window);
+    let key_head = head / p.group;
+    let q_base = token * p.q_stride4 + head * p.d4;
+    var acc: array<vec4<f32>, COLUMNS>;
+    var running_max = -3.0e38;
+    var denominator = 0.0;
+    if p.has_sinks != 0u {
+        running_max = sinks[head];
+        denominator = 1.0;
+    }
+
+    for (var tile = first / LANES * LANES; tile <= query.position; tile += LANES) {
+        let from_block = (max(first, tile) - tile) / 8u;
+        let to_block = (min(LANES, query.position - tile + 1u) + 7u) / 8u;
+        var scores = vec4<f32>(running_max);
+        var seen = vec4<bool>(false);
+        var slots = vec4<u32>(0u);
+        for (var j = from_block; j < to_block; j++) {
+            let at = tile + 8u * j + lane;
+            let slot = slot_of(query, clamp(at, first, query.position));
+            let k_base = key_head * p.d4;
+            var sum = vec4<f32>(0.0);
+            for (var d = 0u; d < p.d4; d += 8u) {
+                let mine = q[q_base + min(d + lane, p.d4 - 1u)];
+                for (var e = 0u; e < 8u; e++) {
+                    // Beyond the last column 0 is added.
+                    let value = select(vec4<f32>(0.0), subgroupShuffle(mine, e), d + e < p.d4);
+                    sum = fma(value, cached(slot, k_base + min(d + e, p.d4 - 1u)), sum);
+                }
+            }
+            let score = ((sum.x + sum.y) + (sum.z + sum.w)) * p.scale;
+            let here = vec4<u32>(j) == vec4<u32>(0u, 1u, 2u, 3u);
+            let counts = at >= first && at <= query.position;
+            scores = select(scores, vec4<f32>(score), here & vec4<bool>(counts));
+            seen = select(seen, vec4<bool>(counts), here);
+            slots = select(slots, vec4<u32>(slot), here);
+        }
+        let largest = max(max(scores.x, scores.y), max(scores.z, scores.w));
+        let tile_max = max(running_max, subgroupMax(largest));
+        let correction = exp(running_max - tile_max);
+        running_max = tile_max;
+        denominator *= correction;
+        for (var c = 0u; c < COLUMNS; c++) {
+            acc[c] *= correction;
+        }
+        let weights = select(vec4<f32>(0.0), exp(scores - vec4<f32>(tile_max)), seen);
+        for (var j = from_block; j < to_block; j++) {
+            let eight = weights[j];
+            let eight_slots = slots[j];
+            for (var i = 0u; i < 8u; i++) {
+                let weight = subgroupShuffle(eight, i);
+                denominator += weight;
+                let slot = subgroupShuffle(eight_slots, i);
+                let v_base = p.v_offset4 + key_head * p.v_head4;
+                for (var c = 0u; c < COLUMNS; c++) {
+                    let column = c * 8u + lane;
+                    acc[c] = fma(vec4<f32>(weight), cached(slot, v_base + min(column, p.v4 - 1u)), acc[c]);
+                }
+            }
+        }
+    }
+
+    let out_base = (token * groups.x + head) * p.v4;
+    for (var c = 0u; c < COLUMNS; c++) {
+        let column = c * 8u + lane;
+        if column < p.v4 {
+            out[out_base + column] = acc[c] / denominator;
+        }
+    }
+}
+
+@if(!subgroup) var<workgroup> scores: array<f32, 32>;
+@if(!subgroup) var<workgroup> slots: array<u32, 32>;
+
+@if(!subgroup) @compute @workgroup_size(LANES)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
@@ -63,10 +173,10 @@ fn main(
             let position = tile + lane;
             let slot = block_table[query.table_row * p.table_stride + position / BLOCK] * BLOCK + position % BLOCK;
             slots[lane] = slot;
-            let k_base = slot * p.cache_stride4 + key_head * p.d4;
+            let k_base = key_head * p.d4;
             var sum = vec4<f32>(0.0);
             for (var d = 0u; d < p.d4; d++) {
-                sum = fma(q[q_base + d], cache[k_base + d], sum);
+                sum = fma(q[q_base + d], cached(slot, k_base + d), sum);
             }
             scores[lane] = ((sum.x + sum.y) + (sum.z + sum.w)) * p.scale;
         }
@@ -85,11 +195,11 @@ fn main(
         for (var i = from_lane; i < to_lane; i++) {
             let weight = exp(scores[i] - tile_max);
             denominator += weight;
-            let v_base = slots[i] * p.cache_stride4 + p.v_offset4 + key_head * p.v_head4;
+            let v_base = p.v_offset4 + key_head * p.v_head4;
             for (var c = 0u; c < COLUMNS; c++) {
                 let column = c * LANES + lane;
                 if column < p.v4 {
-                    acc[c] = fma(vec4<f32>(weight), cache[v_base + column], acc[c]);
+                    acc[c] = fma(vec4<f32>(weight), cached(slots[i], v_base + column), acc[c]);
                 }
             }
         }

@@ -1,13 +1,16 @@
 // x[t] = wte[token[t]] * scale (+ wpe[position[t]])
+import package::shared::weight::{column_start, column_step};
+
 struct Params {
     rows: u32,          // T
     width4: u32,        // H / 4
+    vocab4: u32,        // ceil(V / 4)
     has_positions: u32, // 0: positions are rotary, wpe is any buffer
     scale: f32,
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> tokens: array<vec2<u32>>;  // [T] (token id, position)
-@group(0) @binding(2) var<storage, read> wte: array<vec4<f32>>;     // [V, H/4]
+@group(0) @binding(2) var<storage, read> wte: array<vec4<f32>>;     // [V, H/4], as any matrix in f32
 @group(0) @binding(3) var<storage, read> wpe: array<vec4<f32>>;     // [S, H/4]
 @group(0) @binding(4) var<storage, read_write> x: array<vec4<f32>>; // [T, H/4]
 
@@ -21,7 +24,9 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
         return;
     }
     let token = tokens[row];
-    var value = wte[token.x * p.width4 + column] * p.scale;
+    let four = token.x / 4u;
+    let at = column_start(four, p.width4) + (4u * column + token.x % 4u) * column_step(four, p.vocab4);
+    var value = wte[at] * p.scale;
     if p.has_positions != 0u {
         value += wpe[token.y * p.width4 + column];
     }

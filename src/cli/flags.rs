@@ -3,7 +3,9 @@
 use super::failure::Failure;
 use super::output;
 use clap::ValueEnum;
-use exflow::engine::{ClusterOptions, Combine, Dtype, PlacementSource, Schedule, Strategy, TransportKind};
+use exflow::engine::{
+    ClusterOptions, Combine, Dtype, KvDtype, PlacementSource, Quant, Schedule, Strategy, TransportKind,
+};
 use exflow::transport::link::LinkSpec;
 use std::path::{Path, PathBuf};
 
@@ -40,6 +42,12 @@ pub(crate) struct RankFlags {
     /// How matrices lie on the device: f32, or f16 in half the memory
     #[arg(long, value_enum, default_value = "f32")]
     pub(crate) dtype: DtypeFlag,
+    /// Matrices rounded on load to blocks of 32 weights that share a scale, in place of --dtype
+    #[arg(long, value_enum)]
+    pub(crate) quant: Option<QuantFlag>,
+    /// How the cache, and frames that carry keys and values, hold them
+    #[arg(long, value_enum, default_value = "f32")]
+    pub(crate) kv_dtype: KvFlag,
     /// Positions of KV cache on every rank, for all sequences together [default: 16 contexts, at most 16384]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) ctx_size: Option<u32>,
@@ -58,8 +66,17 @@ impl RankFlags {
         options.placement = self.placement.clone();
         options.adapter = self.adapter.clone();
         options.dtype = self.dtype.into();
+        options.quant = self.quant.map(Into::into);
+        options.kv_dtype = self.kv_dtype.into();
         options.cache_positions = self.ctx_size.map(|n| n as usize);
         options
+    }
+
+    /// Ranks for which the driver is to be set up: 0 for one rank with matrices so large that a pool of threads pays
+    /// on adapters that are CPUs (`exflow::engine::prepare_process`).
+    pub(crate) fn hosted(&self) -> usize {
+        let is_large = || weight_bytes(&self.model) >= LARGE_MODEL_BYTES;
+        if self.ep_size == 1 && is_large() { 0 } else { self.ep_size }
     }
 
     /// Says which placement is in use where it decides anything.
@@ -77,6 +94,16 @@ impl RankFlags {
             PlacementSource::Table(_) => "placement: given".to_owned(),
         });
     }
+}
+
+/// Where the time of matrix products outweighs the 45 µs that each launch pays for the pool.
+const LARGE_MODEL_BYTES: u64 = 128 << 20;
+
+/// Bytes of a model folder's weights; 0 where it cannot be read, which others will tell.
+fn weight_bytes(folder: &Path) -> u64 {
+    let files = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let weights = files.filter(|file| file.path().extension().is_some_and(|e| e == "safetensors"));
+    weights.filter_map(|file| std::fs::metadata(file.path()).ok()).map(|data| data.len()).sum()
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -142,6 +169,40 @@ impl From<ScheduleFlag> for Schedule {
 /// A link to order.
 pub(crate) fn link(text: &str) -> Result<LinkSpec, String> {
     text.parse().map_err(|error: exflow::transport::TransportError| error.to_string())
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum QuantFlag {
+    #[value(name = "q8_0")]
+    Q8_0,
+    #[value(name = "q4_0")]
+    Q4_0,
+}
+
+impl From<QuantFlag> for Quant {
+    fn from(flag: QuantFlag) -> Self {
+        match flag {
+            QuantFlag::Q8_0 => Self::Q8_0,
+            QuantFlag::Q4_0 => Self::Q4_0,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KvFlag {
+    F32,
+    F16,
+    Q8,
+}
+
+impl From<KvFlag> for KvDtype {
+    fn from(flag: KvFlag) -> Self {
+        match flag {
+            KvFlag::F32 => Self::F32,
+            KvFlag::F16 => Self::F16,
+            KvFlag::Q8 => Self::Q8,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

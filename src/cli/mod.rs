@@ -59,15 +59,15 @@ enum Verb {
 }
 
 impl Verb {
-    /// Ranks that this process will host; decides how the driver is set up.
+    /// Ranks that this process will host, 0 for one with large matrices; decides how the driver is set up.
     fn ranks(&self) -> usize {
         match self {
-            Self::Generate(args) => args.ranks.ep_size,
+            Self::Generate(args) => args.ranks.hosted(),
             #[cfg(feature = "server")]
-            Self::Serve(args) => args.ranks.ep_size,
-            Self::Logits(args) => args.ranks.ep_size,
-            Self::Eval(args) => args.ranks.ep_size,
-            Self::Profile(args) => args.ranks.ep_size,
+            Self::Serve(args) => args.ranks.hosted(),
+            Self::Logits(args) => args.ranks.hosted(),
+            Self::Eval(args) => args.ranks.hosted(),
+            Self::Profile(args) => args.ranks.hosted(),
             Self::Bench(args) => args.device_ranks(),
             Self::Devices(_) | Self::Place(_) | Self::Simulate(_) | Self::Selftest(_) => 1,
             Self::Completions(_) | Self::Man(_) | Self::Doctor(_) => 1,
@@ -83,7 +83,7 @@ impl Verb {
             Self::Logits(args) => Some(&mut args.ranks.model),
             Self::Eval(args) => Some(&mut args.ranks.model),
             Self::Profile(args) => Some(&mut args.ranks.model),
-            Self::Bench(args) => args.model.as_mut(),
+            Self::Bench(args) => args.model_mut(),
             Self::Devices(_) | Self::Place(_) | Self::Simulate(_) | Self::Selftest(_) => None,
             Self::Completions(_) | Self::Man(_) | Self::Doctor(_) => None,
         }

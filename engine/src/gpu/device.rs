@@ -19,6 +19,7 @@ pub(crate) struct Gpu {
     limits: wgpu::Limits,
     name: String,
     is_cpu: bool,
+    hands_over: bool,
 }
 
 impl Gpu {
@@ -30,6 +31,7 @@ impl Gpu {
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("exflow rank"),
             required_limits: limits.clone(),
+            required_features: adapter.features() & wgpu::Features::SUBGROUP,
             ..Default::default()
         };
         let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).map_err(|e| {
@@ -47,6 +49,8 @@ impl Gpu {
         }));
         Ok(Self {
             is_cpu: report.kind == "cpu",
+            hands_over: device.features().contains(wgpu::Features::SUBGROUP)
+                && report.subgroup.is_some_and(|(smallest, _)| smallest >= 8),
             name: report.name,
             pipelines: RefCell::default(),
             staging: RefCell::default(),
@@ -78,6 +82,16 @@ impl Gpu {
     /// one or two subgroups.
     pub(crate) fn workgroup(&self) -> u32 {
         if self.is_cpu { 8 } else { 64 }
+    }
+
+    /// Whether the adapter is a CPU, which wants groups of one vector.
+    pub(crate) fn is_cpu(&self) -> bool {
+        self.is_cpu
+    }
+
+    /// Whether lanes can hand each other values: subgroups of eight lanes at least.
+    pub(super) fn hands_over(&self) -> bool {
+        self.hands_over
     }
 
     pub(super) fn uniform_alignment(&self) -> u64 {

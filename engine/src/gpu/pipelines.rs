@@ -24,13 +24,18 @@ const MAX_BIND_GROUPS: usize = 4096;
 
 impl Gpu {
     pub(super) fn pipeline(&self, kernel: Kernel, variant: Variant) -> Result<Pipeline, EngineError> {
-        let variant = variant.of(kernel);
+        let variant = self.runs(kernel, variant);
         if let Some(found) = self.pipelines.borrow().pipelines.get(&(kernel, variant)) {
             return Ok(found.clone());
         }
         let made = self.make_pipeline(kernel, variant)?;
         self.pipelines.borrow_mut().pipelines.insert((kernel, variant), made.clone());
         Ok(made)
+    }
+
+    /// The variant that this device runs in its place: the same bits.
+    fn runs(&self, kernel: Kernel, variant: Variant) -> Variant {
+        Variant { subgroup: variant.subgroup && self.hands_over(), ..variant }.of(kernel)
     }
 
     fn make_pipeline(&self, kernel: Kernel, variant: Variant) -> Result<Pipeline, EngineError> {
@@ -78,7 +83,7 @@ impl Gpu {
         params: &Buffer,
         buffers: &[&Buffer],
     ) -> wgpu::BindGroup {
-        let variant = variant.of(kernel);
+        let variant = self.runs(kernel, variant);
         let ids = std::iter::once(params.id).chain(buffers.iter().map(|b| b.id)).collect();
         let mut cache = self.pipelines.borrow_mut();
         if cache.bind_groups.len() > MAX_BIND_GROUPS {

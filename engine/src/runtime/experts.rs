@@ -1,6 +1,6 @@
 //! Lists of (token, expert) pairs for one launch of this rank's experts.
 
-use crate::model::decoder::{ExpertBatch, tile_for};
+use crate::model::decoder::{ExpertBatch, tile_for_each};
 use exflow_shaders::params::{Pair, Tile};
 
 /// Pairs sorted by local expert and cut into tiles, ready for upload behind those of earlier batches.
@@ -17,7 +17,7 @@ impl PairList {
     pub(crate) fn new(mut pairs: Vec<Pair>, pairs_before: usize, tiles_before: usize) -> Self {
         pairs.sort_by_key(|pair| pair.expert);
         let distinct = pairs.chunk_by(|a, b| a.expert == b.expert).count();
-        let variant = tile_for(pairs.len() / distinct.max(1));
+        let variant = tile_for_each(pairs.len() / distinct.max(1));
         let mut tiles = Vec::new();
         let mut first = 0;
         for group in pairs.chunk_by(|a, b| a.expert == b.expert) {

@@ -2,6 +2,7 @@
 
 use crate::EngineError;
 use exflow_placement::Rank;
+use exflow_shaders::Cache;
 
 /// One chosen expert of a row, served by the rank that the row goes to.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -154,12 +155,23 @@ impl<'a> Reader<'a> {
         Ok(partials)
     }
 
-    /// Keys and values, `width` values a row.
-    pub(crate) fn kv(mut self, width: usize) -> Result<KvFrame, EngineError> {
+    /// Keys and values, `width` values a row, as the cache holds them.
+    pub(crate) fn kv(mut self, width: usize, cache: Cache) -> Result<KvFrame, EngineError> {
         let layer = self.u16()?;
         let mut rows = Vec::new();
         while !self.bytes.is_empty() {
-            rows.push((self.u32()?, self.u32()?, self.floats(width)?));
+            let (sequence, position) = (self.u32()?, self.u32()?);
+            let words = self.take(4 * cache.words(width))?;
+            let words: Vec<u32> =
+                words.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+            let values = cache.unpack(&words, width);
+            if values.iter().any(|v| !v.is_finite()) {
+                return Err(EngineError::Internal(format!(
+                    "rank {} sent keys that are not finite",
+                    self.from
+                )));
+            }
+            rows.push((sequence, position, values));
         }
         Ok(KvFrame { layer, rows })
     }

@@ -3,20 +3,21 @@
 use super::{Bench, D4, H, H4, KV, N, N4, Values, WIDTH, error};
 use crate::EngineError;
 use exflow_shaders::params::{self, Query};
-use exflow_shaders::{KV_BLOCK, Kernel, Variant, reference};
+use exflow_shaders::{KV_BLOCK, Kernel, Values, Variant, reference};
 
 impl Bench {
     pub(super) fn embed(&self, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
-        let (wte, wpe) = (v.floats(17 * H), v.floats(70 * H));
+        let (wte, wpe) = (v.floats(44 * H), v.floats(70 * H));
+        let (packed, _) = self.matrix(Variant::default(), &wte, (44, H))?;
         let tokens: Vec<[u32; 2]> =
-            v.below(17, rows).into_iter().enumerate().map(|(i, id)| [id, i as u32]).collect();
+            v.below(42, rows).into_iter().enumerate().map(|(i, id)| [id, i as u32]).collect();
         let mut worst = 0f64;
         for (has_positions, scale) in [(1, 1.0), (0, 12.0)] {
-            let p = params::Embed { rows: rows as u32, width4: H4 as u32, has_positions, scale };
+            let p = params::Embed { rows: rows as u32, width4: H4 as u32, vocab4: 11, has_positions, scale };
             let mut expected = vec![0.0; rows * H];
             reference::embed(&p, &tokens, &wte, &wpe, &mut expected);
             let out = self.up(&vec![0f32; rows * H])?;
-            let buffers = [&self.up(&tokens)?, &self.up(&wte)?, &self.up(&wpe)?, &out];
+            let buffers = [&self.up(&tokens)?, &packed, &self.up(&wpe)?, &out];
             let groups = [self.columns(H4), rows as u32, 1];
             let got = self.run(Kernel::Embed, Variant::default(), &p, &buffers, groups, rows * H)?;
             worst = worst.max(error(&expected, &got));
@@ -90,12 +91,14 @@ impl Bench {
             let (x_stride4, y_offset4) = if heads == 1 { (H4, 0) } else { (2 * H4 + 1, 3) };
             let y_stride4 = heads * N4 + y_offset4;
             let x = v.floats(rows * 4 * x_stride4);
-            let (weights, w) = self.matrix(variant, v.floats(heads * N * H))?;
+            let (weights, w) = self.matrix(variant, &v.floats(heads * N * H), (N, H))?;
             let (bias, residual) = (v.floats(heads * N), v.floats(rows * 4 * y_stride4));
             let p = params::Linear {
                 rows: rows as u32,
                 k4: H4 as u32,
                 n4: N4 as u32,
+                w_units: variant.weights.units(H).0 as u32,
+                w_stride: variant.weights.units(H).1 as u32,
                 x_stride4: x_stride4 as u32,
                 x_head4: H4 as u32,
                 y_stride4: y_stride4 as u32,
@@ -109,7 +112,7 @@ impl Bench {
             reference::linear(&p, heads, &x, &w, &bias, &residual, &mut expected);
             let out = self.up(&vec![0f32; expected.len()])?;
             let buffers = [&self.up(&x)?, &weights, &self.up(&bias)?, &self.up(&residual)?, &out];
-            let groups = [self.columns(N4), rows.div_ceil(variant.tile_rows()) as u32, heads as u32];
+            let groups = [self.matrix_columns(N4), rows.div_ceil(variant.tile_rows()) as u32, heads as u32];
             let got = self.run(Kernel::Linear, variant, &p, &buffers, groups, expected.len())?;
             worst = worst.max(error(&expected, &got));
         }
@@ -127,7 +130,7 @@ impl Bench {
         let positions = v.below(blocks * KV_BLOCK, rows);
         let query = |(i, position)| Query { position, table_row: i as u32 % 2 };
         let queries: Vec<Query> = positions.into_iter().enumerate().map(query).collect();
-        let (d4, v4) = if variant.wide { (75, 70) } else { (D4, D4) };
+        let (d4, v4) = if variant.values == Values::Wide { (75, 70) } else { (D4, D4) };
         let mut worst = 0f64;
         // A key head each; shared key heads in a window with sinks; values that are a part of the keys.
         for (heads, group, window, has_sinks, latent) in
@@ -136,7 +139,8 @@ impl Bench {
             let kv_heads = heads / group;
             let cache4 = kv_heads * d4 + if latent { 0 } else { kv_heads * v4 };
             let q_stride4 = heads * d4 + cache4;
-            let (q, cache) = (v.floats(rows * 4 * q_stride4), v.floats(2 * blocks * KV_BLOCK * 4 * cache4));
+            let (q, slots) = (v.floats(rows * 4 * q_stride4), 2 * blocks * KV_BLOCK);
+            let (packed, cache) = self.cache(variant, &v.floats(slots * 4 * cache4), 4 * cache4)?;
             let sinks = v.floats(heads);
             let p = params::Attention {
                 group: group as u32,
@@ -154,8 +158,8 @@ impl Bench {
             let mut expected = vec![0.0; rows * heads * 4 * p.v4 as usize];
             reference::attention(&p, heads, &q, &cache, &queries, &table, &sinks, &mut expected);
             let out = self.up(&vec![0f32; expected.len()])?;
-            let (q, cache, sinks) = (self.up(&q)?, self.up(&cache)?, self.up(&sinks)?);
-            let buffers = [&q, &cache, &self.up(&queries)?, &self.up(&table)?, &sinks, &out];
+            let (q, sinks) = (self.up(&q)?, self.up(&sinks)?);
+            let buffers = [&q, &packed, &self.up(&queries)?, &self.up(&table)?, &sinks, &out];
             let groups = [heads as u32, rows as u32, 1];
             let got = self.run(Kernel::Attention, variant, &p, &buffers, groups, expected.len())?;
             worst = worst.max(error(&expected, &got));
@@ -163,18 +167,23 @@ impl Bench {
         Ok(worst)
     }
 
-    pub(super) fn kv_append(&self, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
+    pub(super) fn kv_append(
+        &self,
+        variant: Variant,
+        rows: usize,
+        v: &mut Values,
+    ) -> Result<f64, EngineError> {
         let source = v.floats(rows * 3 * KV);
         let slots: Vec<u32> = (0..rows as u32).map(|i| (i * 7 + 3) % 80).collect();
         let (width4, stride4, offset4) = (2 * KV as u32 / 4, 3 * KV as u32 / 4, KV as u32 / 4);
         let p = params::KvAppend { rows: rows as u32, width4, stride4, offset4 };
-        let mut expected = vec![0.0; 80 * 2 * KV];
-        reference::kv_append(&p, &source, &slots, &mut expected);
-        let out = self.up(&vec![0f32; expected.len()])?;
+        let mut expected = vec![0; 80 * variant.cache.words(2 * KV)];
+        reference::kv_append(&p, variant.cache, &source, &slots, &mut expected);
+        let out = self.up(&vec![0u32; expected.len()])?;
         let buffers = [&self.up(&source)?, &self.up(&slots)?, &out];
         let groups = [self.columns(width4 as usize), rows as u32, 1];
-        let count = expected.len();
-        Ok(error(&expected, &self.run(Kernel::KvAppend, Variant::default(), &p, &buffers, groups, count)?))
+        let got = self.run::<_, u32>(Kernel::KvAppend, variant, &p, &buffers, groups, expected.len())?;
+        Ok(f64::from(u8::from(got != expected)))
     }
 
     pub(super) fn argmax(&self, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
@@ -189,5 +198,15 @@ impl Bench {
         let got: Vec<u32> =
             self.run(Kernel::Argmax, Variant::default(), &p, &buffers, [rows as u32, 1, 1], rows)?;
         Ok(if got == expected { 0.0 } else { 1.0 })
+    }
+
+    pub(super) fn probe(&self, variant: Variant, rows: usize) -> Result<f64, EngineError> {
+        let p = params::Probe { rounds: rows as u32, factor: 0.5, bytes: 0x01fe_037f };
+        let lanes = 2 * self.gpu.workgroup() as usize;
+        let mut expected = vec![[0f32; 4]; lanes];
+        reference::probe(&p, variant.weights, &mut expected);
+        let out = self.up(&expected.iter().map(|_| [0f32; 4]).collect::<Vec<_>>())?;
+        let got = self.run::<_, f32>(Kernel::Probe, variant, &p, &[&out], [2, 1, 1], 4 * lanes)?;
+        Ok(error(bytemuck::cast_slice(&expected), &got))
     }
 }

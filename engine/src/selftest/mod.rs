@@ -5,9 +5,10 @@ mod moe;
 
 use crate::EngineError;
 use crate::gpu::{Buffer, Gpu, Recording, devices};
+use crate::weights::pack;
 use bytemuck::Pod;
 use exflow_shaders::params::Tile;
-use exflow_shaders::{Kernel, Variant};
+use exflow_shaders::{Cache, Kernel, LANE_COLUMNS4, RowTile, Variant, Weights};
 use serde::Serialize;
 use std::cell::RefCell;
 
@@ -48,9 +49,9 @@ pub fn selftest(adapter: Option<&str>, sink: &mut dyn FnMut(&KernelCheck)) -> Re
                 for variant in kernel.variants() {
                     let mut check = bench.check(kernel, variant, rows)?;
                     let got = bench.last.take();
-                    if !variant.tile8 {
+                    if variant.tile == RowTile::One && !variant.subgroup {
                         bits = Some(got);
-                    } else if kernel.sums_in_tiles() && bits.as_ref() != Some(&got) {
+                    } else if kernel.sums_alike() && bits.as_ref() != Some(&got) {
                         (check.max_error, check.passed) = (f64::INFINITY, false);
                         check.case += ": bits differ from the plain variant's";
                     }
@@ -111,7 +112,7 @@ impl Bench {
             Kernel::Rope => self.rope(rows, &mut values)?,
             Kernel::SharedGate => self.shared_gate(rows, &mut values)?,
             Kernel::Linear => self.linear(variant, rows, &mut values)?,
-            Kernel::KvAppend => self.kv_append(rows, &mut values)?,
+            Kernel::KvAppend => self.kv_append(variant, rows, &mut values)?,
             Kernel::Attention => self.attention(variant, rows, &mut values)?,
             Kernel::Router => self.router(rows, &mut values)?,
             Kernel::ExpertPermute => self.expert_permute(variant, rows, &mut values)?,
@@ -119,19 +120,26 @@ impl Bench {
             Kernel::ExpertDown => self.expert_down(variant, rows, &mut values)?,
             Kernel::Combine => self.combine(rows, &mut values)?,
             Kernel::Argmax => self.argmax(rows, &mut values)?,
+            Kernel::Probe => self.probe(variant, rows)?,
         };
         let mut variant_text = String::new();
         if kernel == Kernel::ExpertUp {
             variant_text += &format!(", {:?}", variant.activation);
         }
-        if variant.half {
-            variant_text += ", f16 weights";
+        if variant.weights != Weights::F32 {
+            variant_text += &format!(", {:?} weights", variant.weights);
         }
-        if variant.wide {
-            variant_text += ", wide";
+        if kernel == Kernel::Attention {
+            variant_text += &format!(", {:?} values", variant.values);
         }
-        if variant.tile8 {
-            variant_text += ", tile of 8";
+        if variant.tile != RowTile::One {
+            variant_text += &format!(", tile of {}", variant.tile_rows());
+        }
+        if variant.cache != Cache::F32 {
+            variant_text += &format!(", {:?} cache", variant.cache);
+        }
+        if variant.subgroup {
+            variant_text += ", subgroup";
         }
         Ok(KernelCheck {
             adapter: self.gpu.name().to_owned(),
@@ -148,13 +156,24 @@ impl Bench {
     }
 
     /// A matrix as the variant reads it, and the numbers that it stands for.
-    fn matrix(&self, variant: Variant, values: Vec<f32>) -> Result<(Buffer, Vec<f32>), EngineError> {
-        if !variant.half {
-            return Ok((self.up(&values)?, values));
-        }
-        let halves: Vec<half::f16> = values.into_iter().map(half::f16::from_f32).collect();
-        let rounded = halves.iter().map(|v| v.to_f32()).collect();
-        Ok((self.up(&halves)?, rounded))
+    fn matrix(
+        &self,
+        variant: Variant,
+        values: &[f32],
+        (height, columns): (usize, usize),
+    ) -> Result<(Buffer, Vec<f32>), EngineError> {
+        let (form, shape) = (variant.weights, pack::Shape { height, columns });
+        let beyond = |value| EngineError::Internal(format!("{value} is beyond what f16 holds"));
+        let units = pack::pack(form, values, shape).map_err(beyond)?;
+        Ok((self.up(&units)?, pack::unpack(form, &units, shape)))
+    }
+
+    /// Rows of `width` values as the variant's cache holds them, and the numbers that they stand for.
+    fn cache(&self, variant: Variant, rows: &[f32], width: usize) -> Result<(Buffer, Vec<f32>), EngineError> {
+        let form = variant.cache;
+        let words: Vec<Vec<u32>> = rows.chunks_exact(width).map(|row| form.pack(row)).collect();
+        let values = words.iter().flat_map(|row| form.unpack(row, width)).collect();
+        Ok((self.up(&words.concat())?, values))
     }
 
     /// Runs one launch and returns `count` elements of its last buffer.
@@ -178,6 +197,10 @@ impl Bench {
 
     fn columns(&self, width4: usize) -> u32 {
         (width4 as u32).div_ceil(self.gpu.workgroup())
+    }
+
+    fn matrix_columns(&self, n4: usize) -> u32 {
+        self.columns(n4.div_ceil(LANE_COLUMNS4))
     }
 }
 

@@ -80,17 +80,19 @@ impl Bench {
         let matrices = variant.activation.matrices();
         // Sums beyond 7, so that clamps act.
         let x: Vec<f32> = v.floats(rows * H).iter().map(|x| 3.0 * x).collect();
-        let (weights, w1) = self.matrix(variant, v.floats(EXPERTS * matrices * N * H))?;
+        let (weights, w1) = self.matrix(variant, &v.floats(EXPERTS * matrices * N * H), (N, H))?;
         let b1 = v.floats(EXPERTS * matrices * N);
         let mut worst = 0f64;
         for has_bias in [0, 1] {
-            let p = params::ExpertUp { h4: H4 as u32, i4: N4 as u32, first_tile: 0, has_bias };
+            let (w_units, w_stride) = units(variant, H);
+            let (h4, i4, first_tile) = (H4 as u32, N4 as u32, 0);
+            let p = params::ExpertUp { h4, i4, w_units, w_stride, first_tile, has_bias };
             let mut expected = vec![0.0; rows * N];
             reference::expert_up(&p, variant.activation, &pairs, &tiles, &x, &w1, &b1, &mut expected);
             let out = self.up(&vec![0f32; rows * N])?;
             let lists = (self.up(&pairs)?, self.up(&tiles)?);
-            let buffers = [&lists.0, &lists.1, &self.up(&x)?, &weights, &self.up(&b1)?, &out];
-            let groups = [self.columns(N4), tiles.len() as u32, 1];
+            let buffers = [&self.up(&x)?, &weights, &lists.0, &lists.1, &self.up(&b1)?, &out];
+            let groups = [self.matrix_columns(N4), tiles.len() as u32, 1];
             let got = self.run(Kernel::ExpertUp, variant, &p, &buffers, groups, rows * N)?;
             worst = worst.max(error(&expected, &got));
         }
@@ -105,16 +107,18 @@ impl Bench {
     ) -> Result<f64, EngineError> {
         let (pairs, tiles) = self.lists(variant, rows, v);
         let (a, b2) = (v.floats(rows * N), v.floats(EXPERTS * H));
-        let (weights, w2) = self.matrix(variant, v.floats(EXPERTS * H * N))?;
+        let (weights, w2) = self.matrix(variant, &v.floats(EXPERTS * H * N), (H, N))?;
         let mut worst = 0f64;
         for (has_bias, scale) in [(0, 0.22), (1, 1.0)] {
-            let p = params::ExpertDown { i4: N4 as u32, h4: H4 as u32, first_tile: 0, has_bias, scale };
+            let (w_units, w_stride) = units(variant, N);
+            let (h4, i4, first_tile) = (H4 as u32, N4 as u32, 0);
+            let p = params::ExpertDown { i4, h4, w_units, w_stride, first_tile, has_bias, scale };
             let mut expected = vec![0.0; rows * H];
             reference::expert_down(&p, &pairs, &tiles, &a, &w2, &b2, &mut expected);
             let out = self.up(&vec![0f32; rows * H])?;
             let lists = (self.up(&pairs)?, self.up(&tiles)?);
-            let buffers = [&lists.0, &lists.1, &self.up(&a)?, &weights, &self.up(&b2)?, &out];
-            let groups = [self.columns(H4), tiles.len() as u32, 1];
+            let buffers = [&self.up(&a)?, &weights, &lists.0, &lists.1, &self.up(&b2)?, &out];
+            let groups = [self.matrix_columns(H4), tiles.len() as u32, 1];
             let got = self.run(Kernel::ExpertDown, variant, &p, &buffers, groups, rows * H)?;
             worst = worst.max(error(&expected, &got));
         }
@@ -188,4 +192,10 @@ impl Bench {
         let groups = [self.columns(H4), rows as u32, 1];
         Ok(error(&expected, &self.run(Kernel::Combine, Variant::default(), &p, &buffers, groups, rows * H)?))
     }
+}
+
+/// Units of weights in a row of `columns` columns, and units to the next row.
+fn units(variant: Variant, columns: usize) -> (u32, u32) {
+    let (units, stride) = variant.weights.units(columns);
+    (units as u32, stride as u32)
 }

@@ -65,7 +65,8 @@ impl Loader<'_> {
             }
         }
         let label = name(self, "attention");
-        let weight = self.upload_matrix(&label, &rows.map(|r| r.values).unwrap_or_default())?;
+        let rows = rows.unwrap_or(Rows { values: Vec::new(), columns: 4 * self.spec.h4() });
+        let weight = self.upload_matrix(&label, &rows, rows.count())?;
         let bias = if biased { Some(self.upload(&label, &bias)?) } else { None };
         let qkv = Dense { weight, bias };
 
@@ -109,7 +110,7 @@ impl Loader<'_> {
             }
             false => None,
         };
-        Ok(Dense { weight: self.upload_matrix(name, &rows.values)?, bias })
+        Ok(Dense { weight: self.upload_matrix(name, &rows.cut(heads * padded), h)?, bias })
     }
 
     fn latent_attention(&mut self, layer: usize, spec: LatentSpec) -> Result<AttentionWeights, EngineError> {
@@ -137,7 +138,7 @@ impl Loader<'_> {
             let turned = q.take(turning.iter().map(|i| h * head + spec.nope + i));
             rows = rows.above(still).above(turned.lengthen(spec.rope, pad(spec.rope)));
         }
-        let q = Dense { weight: self.upload_matrix(&q_name, &rows.values)?, bias: None };
+        let q = Dense { weight: self.upload_matrix(&q_name, &rows, rows.count())?, bias: None };
 
         // What the cache holds: the latent, then the rotary key.
         let order = |rows: Rows| {
@@ -164,8 +165,10 @@ impl Loader<'_> {
             }
             values.extend(kv.take(h * both + spec.nope..(h + 1) * both).padded().values);
         }
-        let (absorb, values) =
-            (self.upload_matrix("absorbed keys", &absorb)?, self.upload_matrix("values", &values)?);
+        let (d, head, latent) =
+            (4 * self.spec.attention.d4(), pad(spec.nope) + pad(spec.rope), pad(spec.kv_rank));
+        let absorb = self.upload_matrix("absorbed keys", &Rows { values: absorb, columns: head }, d)?;
+        let values = self.upload_matrix("values", &Rows { values, columns: latent }, pad(spec.value))?;
         let out_name = name(self, "o_proj");
         let out = self.projection(&out_name, (heads, spec.value, pad(spec.value)), spec.bias)?;
         let latent = Some(LatentWeights { q_low, q, norm, absorb, values });
@@ -182,7 +185,8 @@ impl Loader<'_> {
     ) -> Result<Dense, EngineError> {
         let hidden = self.spec.hidden;
         let weight = self.whole(&format!("{name}.weight"), rows, hidden)?.widen(4 * self.spec.h4());
-        let weight = self.upload_matrix(name, &order(weight).values)?;
+        let weight = order(weight);
+        let weight = self.upload_matrix(name, &weight, weight.count())?;
         let bias = match biased {
             true => {
                 let column = self.vector(&format!("{name}.bias"), rows)?.cut(1);

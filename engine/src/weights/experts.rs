@@ -168,8 +168,14 @@ impl Loader<'_> {
         };
         Ok(Ffn {
             spec,
-            up: Dense { weight: self.upload_matrix(label, &up)?, bias: bias(up_bias)? },
-            down: Dense { weight: self.upload_matrix(label, &down)?, bias: bias(down_bias)? },
+            up: Dense {
+                weight: self.upload_matrix(label, &Rows { values: up, columns: h }, i)?,
+                bias: bias(up_bias)?,
+            },
+            down: Dense {
+                weight: self.upload_matrix(label, &Rows { values: down, columns: i }, h)?,
+                bias: bias(down_bias)?,
+            },
         })
     }
 }

@@ -4,13 +4,14 @@ use super::Store;
 use super::attention::AttentionWeights;
 use super::experts::{Experts, Ffn};
 use super::names::Names;
+use super::pack;
 use super::rows::Rows;
 use crate::EngineError;
 use crate::gpu::{Buffer, Gpu};
 use crate::model::ModelSpec;
-use crate::options::Dtype;
+use crate::options::{Dtype, Quant};
 use exflow_placement::ExpertId;
-use half::f16;
+use exflow_shaders::Weights;
 
 /// A norm's weight, and bias where it has one, `[H]` each.
 pub(crate) struct Norm {
@@ -18,11 +19,16 @@ pub(crate) struct Norm {
     pub(crate) bias: Option<Buffer>,
 }
 
-/// A matrix on the device, in f32 or f16.
+/// A matrix on the device, in the order of `shared/weight.wgsl`.
 #[derive(Clone)]
 pub(crate) struct Matrix {
     pub(crate) buffer: Buffer,
-    pub(crate) half: bool,
+    /// How its weights lie.
+    pub(crate) form: Weights,
+    /// vec4s of rows of each of the matrices in the buffer.
+    pub(crate) height4: usize,
+    /// vec4s of columns.
+    pub(crate) width4: usize,
 }
 
 /// A matrix `[N, K]`, with a bias `[N]` where it has one.
@@ -56,7 +62,8 @@ pub(crate) enum LayerFfn {
 
 /// All that one rank holds.
 pub(crate) struct ModelWeights {
-    pub(crate) token_embedding: Buffer,
+    /// `[V, H]`, in f32.
+    pub(crate) token_embedding: Matrix,
     pub(crate) position_embedding: Option<Buffer>,
     pub(crate) layers: Vec<LayerWeights>,
     pub(crate) final_norm: Norm,
@@ -70,8 +77,8 @@ pub(super) struct Loader<'a> {
     pub(super) names: Names,
     pub(super) store: &'a Store,
     pub(super) gpu: &'a Gpu,
-    /// Whether matrices are held in f16.
-    pub(super) half: bool,
+    /// How matrices are held.
+    pub(super) form: Weights,
     pub(super) read: &'a mut dyn FnMut(u64),
 }
 
@@ -83,13 +90,14 @@ impl ModelWeights {
         store: &Store,
         gpu: &Gpu,
         experts: &[Vec<ExpertId>],
-        dtype: Dtype,
+        (dtype, quant): (Dtype, Option<Quant>),
         read: &mut dyn FnMut(u64),
     ) -> Result<Self, EngineError> {
-        let half = dtype == Dtype::F16;
-        let mut loader = Loader { spec, names: Names::of(spec), store, gpu, half, read };
+        let form = form_of(dtype, quant);
+        let mut loader = Loader { spec, names: Names::of(spec), store, gpu, form, read };
         let (vocab, hidden) = (spec.vocab_size, spec.hidden);
-        let token_embedding = loader.matrix(loader.names.embedding, vocab, hidden)?;
+        let rows = loader.whole(loader.names.embedding, vocab, hidden)?.padded();
+        let token_embedding = loader.upload_as(Weights::F32, loader.names.embedding, &rows, rows.count())?;
         let position_embedding = match spec.learned_positions {
             true => Some(loader.matrix("wpe.weight", spec.max_positions, hidden)?),
             false => None,
@@ -101,10 +109,10 @@ impl ModelWeights {
         let layers = (0..spec.layers).map(layer).collect::<Result<_, _>>()?;
         let final_norm = loader.norm(loader.names.final_norm)?;
         let weight = match spec.tied_head {
-            true => Matrix { buffer: token_embedding.clone(), half: false },
+            true => token_embedding.clone(),
             false => {
                 let rows = loader.whole("lm_head.weight", vocab, hidden)?.padded();
-                loader.upload_matrix("lm_head.weight", &rows.values)?
+                loader.upload_matrix("lm_head.weight", &rows, rows.count())?
             }
         };
         let bias = match spec.head_bias {
@@ -210,20 +218,43 @@ impl Loader<'_> {
         Ok(Rows { values, columns })
     }
 
-    /// A matrix in the type that matrices are held in.
-    pub(super) fn upload_matrix(&self, name: &str, values: &[f32]) -> Result<Matrix, EngineError> {
-        if !self.half {
-            return Ok(Matrix { buffer: self.upload(name, values)?, half: false });
-        }
-        let halves: Vec<f16> = values.iter().map(|&v| f16::from_f32(v)).collect();
-        if let Some(at) = halves.iter().position(|v| !v.is_finite()) {
-            let what = format!("{name}: weight {} is beyond what f16 holds", values[at]);
-            return Err(EngineError::usage(what, "use --dtype f32"));
-        }
-        Ok(Matrix { buffer: self.gpu.buffer_of(name, &halves)?, half: true })
+    /// Matrices of `height` rows each in the form that matrices are held in.
+    pub(super) fn upload_matrix(
+        &self,
+        name: &str,
+        rows: &Rows,
+        height: usize,
+    ) -> Result<Matrix, EngineError> {
+        self.upload_as(self.form, name, rows, height)
+    }
+
+    fn upload_as(
+        &self,
+        form: Weights,
+        name: &str,
+        rows: &Rows,
+        height: usize,
+    ) -> Result<Matrix, EngineError> {
+        let packed = pack::pack(form, &rows.values, pack::Shape { height, columns: rows.columns });
+        let units = packed.map_err(|value| {
+            let what = format!("{name}: weight {value} is beyond what f16 holds");
+            EngineError::usage(what, "use --dtype f32, without --quant")
+        })?;
+        let (height4, width4) = (height / 4, rows.columns / 4);
+        Ok(Matrix { buffer: self.gpu.buffer_of(name, &units)?, form, height4, width4 })
     }
 
     pub(super) fn upload(&self, name: &str, values: &[f32]) -> Result<Buffer, EngineError> {
         self.gpu.buffer_of(name, values)
+    }
+}
+
+/// How matrices lie on the device.
+fn form_of(dtype: Dtype, quant: Option<Quant>) -> Weights {
+    match (quant, dtype) {
+        (Some(Quant::Q8_0), _) => Weights::Q8,
+        (Some(Quant::Q4_0), _) => Weights::Q4,
+        (None, Dtype::F16) => Weights::F16,
+        (None, Dtype::F32) => Weights::F32,
     }
 }

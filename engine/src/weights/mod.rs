@@ -6,6 +6,7 @@ mod experts;
 mod formats;
 mod layers;
 mod names;
+pub(crate) mod pack;
 mod rows;
 mod store;
 

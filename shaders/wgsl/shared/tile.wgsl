@@ -1,7 +1,24 @@
-// How many rows a lane works on at once. Every row's sum is formed in the same order whatever the tile,
-// so that a row has the same bits in a batch of any size.
+// What one lane of a matrix kernel makes: TILE_ROWS rows of COLUMNS vec4s of columns. Every sum is formed in the same
+// order whatever the tile, so that a row has the same bits in a batch of any size.
 @if(tile8) const TILE_ROWS: u32 = 8u;
+@elif(tile16) const TILE_ROWS: u32 = 16u;
+@elif(tile32) const TILE_ROWS: u32 = 32u;
 @else const TILE_ROWS: u32 = 1u;
+const COLUMNS: u32 = 2u;
+
+// Rows of x that a lane loads itself: all, or, where lanes hand each other what they loaded, every eighth.
+@if(subgroup) const LOADS: u32 = TILE_ROWS / 8u;
+@else const LOADS: u32 = TILE_ROWS;
+
+// The i-th row that a lane loads. Subgroups have at least eight lanes, and lanes follow each other in them.
+fn row_of(i: u32, lane: u32) -> u32 {
+    @if(subgroup) return 8u * i + lane % 8u;
+    @else return i;
+}
+
+alias Sums = array<array<vec4<f32>, TILE_ROWS>, COLUMNS>;
+alias Starts = array<u32, LOADS>;
+alias PerColumn = array<u32, COLUMNS>;
 
 // acc + x . w_j for four output columns j, one element of k after another: the stated order of every matrix
 // product in this folder is k ascending, one fma each, from 0.

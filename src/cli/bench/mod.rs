@@ -1,5 +1,8 @@
 //! `exflow bench`: strategies and placements side by side; its sub-verbs measure one part each.
 
+mod device;
+mod kernels;
+mod model;
 mod strategies;
 
 use super::failure::Failure;
@@ -30,6 +33,9 @@ const PROMPTS: [&str; 8] = [
 /// Parts that can be measured alone.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Part {
+    Device(device::Args),
+    Kernels(kernels::Args),
+    Model(model::Args),
     Strategies(strategies::Args),
 }
 
@@ -47,7 +53,7 @@ pub(crate) struct Args {
     part: Option<Part>,
     /// Model folder: config.json, *.safetensors, tokenizer.json; or a name on the Hub
     #[arg(short, long, value_name = "DIR|ORG/NAME", required = true)]
-    pub(super) model: Option<PathBuf>,
+    model: Option<PathBuf>,
     /// Ranks that the experts are spread over
     #[arg(long, value_name = "R", default_value_t = 4, value_parser = flags::ranks)]
     ep_size: usize,
@@ -97,8 +103,21 @@ impl Args {
     /// Ranks with a device of their own that this process will host.
     pub(crate) fn device_ranks(&self) -> usize {
         match &self.part {
+            Some(Part::Device(_)) => 0,
+            Some(Part::Kernels(args)) => args.ranks.hosted(),
+            Some(Part::Model(args)) => args.ranks.hosted(),
             Some(Part::Strategies(args)) => args.device_ranks(),
             None => self.ep_size,
+        }
+    }
+
+    /// The model that is measured, which may be named as on the Hub.
+    pub(crate) fn model_mut(&mut self) -> Option<&mut PathBuf> {
+        match &mut self.part {
+            Some(Part::Device(_) | Part::Strategies(_)) => None,
+            Some(Part::Kernels(args)) => Some(&mut args.ranks.model),
+            Some(Part::Model(args)) => Some(&mut args.ranks.model),
+            None => self.model.as_mut(),
         }
     }
 
@@ -111,6 +130,9 @@ impl Args {
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     match &args.part {
         Some(Part::Strategies(args)) => strategies::run(args),
+        Some(Part::Device(args)) => device::run(args),
+        Some(Part::Kernels(args)) => kernels::run(args),
+        Some(Part::Model(args)) => model::run(args),
         None => three(args),
     }
 }

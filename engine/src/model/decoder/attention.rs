@@ -4,7 +4,7 @@ use super::{Decoder, Part, Product};
 use crate::gpu::{Buffer, Recording};
 use crate::model::{LatentSpec, QkNorm};
 use crate::weights::{AttentionWeights, LatentWeights};
-use exflow_shaders::{Kernel, PLAIN_HEAD_SIZE, Variant, params};
+use exflow_shaders::{Kernel, Values, Variant, params};
 
 /// Sees every position.
 const NO_WINDOW: u32 = u32::MAX;
@@ -160,7 +160,8 @@ impl Decoder {
             offset4: offset4 as u32,
         };
         let groups = [self.columns(width4), rows as u32, 1];
-        r.launch(Kernel::KvAppend, Variant::default(), &p, &[source, slots, &self.cache[layer]], groups);
+        let variant = Variant { cache: self.cache_form, ..Variant::default() };
+        r.launch(Kernel::KvAppend, variant, &p, &[source, slots, &self.cache[layer]], groups);
     }
 
     fn scores(&self, r: &mut Recording<'_>, layer: usize, rows: usize, blocks: usize) {
@@ -181,7 +182,12 @@ impl Decoder {
             has_sinks: u32::from(sinks.is_some()),
             scale: attention.scale,
         };
-        let variant = Variant { wide: attention.value_dim > PLAIN_HEAD_SIZE, ..Variant::default() };
+        let variant = Variant {
+            values: Values::of(attention.value_dim),
+            subgroup: self.gpu.is_cpu(),
+            cache: self.cache_form,
+            ..Variant::default()
+        };
         let sinks = sinks.as_ref().unwrap_or(self.absent());
         let buffers = [&s.qkv, &self.cache[layer], &s.queries, &s.block_table, sinks, &s.attended];
         r.launch(Kernel::Attention, variant, &p, &buffers, [attention.heads as u32, rows as u32, 1]);

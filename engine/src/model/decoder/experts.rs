@@ -1,8 +1,8 @@
 //! Experts, the shared expert and dense FFNs: lists of (row, expert) pairs through two matrices.
 
-use super::{Decoder, tile_for};
+use super::{Decoder, tile_for_each};
 use crate::gpu::{Buffer, Recording};
-use crate::weights::{Ffn, LayerFfn};
+use crate::weights::{Ffn, LayerFfn, Matrix};
 use exflow_shaders::{Kernel, Variant, params};
 
 /// Pairs and tiles of one expert launch within the lists on the device.
@@ -44,14 +44,14 @@ impl Decoder {
         };
         let pairs = rows * spec.top_k;
         let of = &experts.ffn;
-        let (activation, half) = (of.spec.activation, of.up.weight.half);
-        let variant = Variant { activation, half, ..tile_for(pairs / spec.experts) };
+        let (activation, weights) = (of.spec.activation, of.up.weight.form);
+        let variant = Variant { activation, weights, ..tile_for_each(pairs / spec.experts) };
         let p = params::ExpertPermute {
             pairs: pairs as u32,
             top_k: spec.top_k as u32,
             experts: spec.experts as u32,
-            up_groups: self.columns(spec.expert.i4()),
-            down_groups: self.columns(spec.h4()),
+            up_groups: self.matrix_columns(spec.expert.i4()),
+            down_groups: self.matrix_columns(spec.h4()),
         };
         let lists = [&s.chosen[index], &s.weights[index], &s.pairs_list, &s.tiles, &s.launches];
         r.launch(Kernel::ExpertPermute, variant, &p, &lists, [1, 1, 1]);
@@ -81,12 +81,13 @@ impl Decoder {
             let buffers = [&self.scratch.normed, gate, &self.scratch.pairs_list];
             r.launch(Kernel::SharedGate, Variant::default(), &p, &buffers, groups);
         }
-        let variant = Variant { activation: ffn.spec.activation, half: ffn.up.weight.half, ..batch.variant };
+        let variant =
+            Variant { activation: ffn.spec.activation, weights: ffn.up.weight.form, ..batch.variant };
         let (up, down) = self.ffn_params(ffn, batch.first_tile);
         let tiles = batch.tiles as u32;
-        let groups = [self.columns(ffn.spec.i4()), tiles, 1];
+        let groups = [self.matrix_columns(ffn.spec.i4()), tiles, 1];
         r.launch(Kernel::ExpertUp, variant, &up, &self.up_buffers(ffn), groups);
-        let groups = [self.columns(self.spec.h4()), tiles, 1];
+        let groups = [self.matrix_columns(self.spec.h4()), tiles, 1];
         r.launch(Kernel::ExpertDown, variant, &down, &self.down_buffers(ffn), groups);
     }
 
@@ -94,21 +95,25 @@ impl Decoder {
         let (h4, i4, first_tile) = (self.spec.h4() as u32, ffn.spec.i4() as u32, first_tile as u32);
         let has_bias = u32::from(ffn.spec.bias);
         let scale = self.spec.residual_scale;
-        (
-            params::ExpertUp { h4, i4, first_tile, has_bias },
-            params::ExpertDown { i4, h4, first_tile, has_bias, scale },
-        )
+        let units = |matrix: &Matrix, k4: u32| {
+            let (units, stride) = matrix.form.units(4 * k4 as usize);
+            (units as u32, stride as u32)
+        };
+        let (w_units, w_stride) = units(&ffn.up.weight, h4);
+        let up = params::ExpertUp { h4, i4, w_units, w_stride, first_tile, has_bias };
+        let (w_units, w_stride) = units(&ffn.down.weight, i4);
+        (up, params::ExpertDown { i4, h4, w_units, w_stride, first_tile, has_bias, scale })
     }
 
     fn up_buffers<'a>(&'a self, ffn: &'a Ffn) -> [&'a Buffer; 6] {
         let s = &self.scratch;
         let bias = ffn.up.bias.as_ref().unwrap_or(self.absent());
-        [&s.pairs_list, &s.tiles, &s.normed, &ffn.up.weight.buffer, bias, &s.inner]
+        [&s.normed, &ffn.up.weight.buffer, &s.pairs_list, &s.tiles, bias, &s.inner]
     }
 
     fn down_buffers<'a>(&'a self, ffn: &'a Ffn) -> [&'a Buffer; 6] {
         let s = &self.scratch;
         let bias = ffn.down.bias.as_ref().unwrap_or(self.absent());
-        [&s.pairs_list, &s.tiles, &s.inner, &ffn.down.weight.buffer, bias, &s.partials]
+        [&s.inner, &ffn.down.weight.buffer, &s.pairs_list, &s.tiles, bias, &s.partials]
     }
 }

@@ -3,8 +3,10 @@
 
 mod attention;
 mod experts;
+mod pieces;
 
 pub(crate) use experts::{ExpertBatch, LocalFfn};
+pub(crate) use pieces::Piece;
 
 use crate::EngineError;
 use crate::gpu::{Buffer, Gpu, Recording, Usage};
@@ -12,7 +14,7 @@ use crate::model::ModelSpec;
 use crate::model::scratch::Scratch;
 use crate::weights::{Dense, LayerFfn, LayerWeights, Matrix, ModelWeights, Norm};
 use exflow_shaders::params::score;
-use exflow_shaders::{Kernel, Variant, params};
+use exflow_shaders::{Cache, Kernel, LANE_COLUMNS4, RowTile, Variant, params};
 
 /// One rank's part of a model, on its device.
 pub(crate) struct Decoder {
@@ -22,14 +24,31 @@ pub(crate) struct Decoder {
     pub(crate) scratch: Scratch,
     /// Per layer `[slots]` of keys and values.
     pub(crate) cache: Vec<Buffer>,
+    /// How the cache holds them.
+    pub(crate) cache_form: Cache,
 }
 
-/// Where the row tile of eight starts to pay: below, most of it would be empty.
-const TILE_FROM_ROWS: usize = 4;
-
-/// The variant for `rows` rows of one matrix.
+/// The variant for `rows` rows of one matrix: weights are dear to load, so that a tile pays from two rows on.
 pub(crate) fn tile_for(rows: usize) -> Variant {
-    Variant { tile8: rows >= TILE_FROM_ROWS, ..Variant::default() }
+    let tile = match rows {
+        0..2 => RowTile::One,
+        2..12 => RowTile::Eight,
+        12..24 => RowTile::Sixteen,
+        _ => RowTile::ThirtyTwo,
+    };
+    Variant { tile, subgroup: true, ..Variant::default() }
+}
+
+/// The variant for matrices that have `rows` rows each on average: tiles are cut for each, and their rests are work
+/// that is thrown away.
+pub(crate) fn tile_for_each(rows: usize) -> Variant {
+    let tile = match rows {
+        0..2 => RowTile::One,
+        2..10 => RowTile::Eight,
+        10..48 => RowTile::Sixteen,
+        _ => RowTile::ThirtyTwo,
+    };
+    Variant { tile, ..tile_for(rows) }
 }
 
 impl Decoder {
@@ -37,13 +56,13 @@ impl Decoder {
         gpu: Gpu,
         spec: ModelSpec,
         weights: ModelWeights,
-        cache_slots: usize,
+        (cache_slots, cache_form): (usize, Cache),
     ) -> Result<Self, EngineError> {
         let scratch = Scratch::new(&gpu, &spec)?;
-        let bytes = (cache_slots * spec.attention.cache4() * 16) as u64;
+        let bytes = (4 * cache_slots * cache_form.words(4 * spec.attention.cache4())) as u64;
         let cache = (0..spec.layers).map(|_| gpu.buffer("KV cache", bytes, Usage::Storage));
         let cache = cache.collect::<Result<_, _>>()?;
-        Ok(Self { gpu, spec, weights, scratch, cache })
+        Ok(Self { gpu, spec, weights, scratch, cache, cache_form })
     }
 
     /// Makes sure that a step of `rows` rows fits, `heads` of which the head is asked for. Call before a step:
@@ -61,6 +80,11 @@ impl Decoder {
         (width4 as u32).div_ceil(self.gpu.workgroup())
     }
 
+    /// Workgroups of a matrix kernel along `n4` vec4s of columns.
+    fn matrix_columns(&self, n4: usize) -> u32 {
+        self.columns(n4.div_ceil(LANE_COLUMNS4))
+    }
+
     fn layer(&self, layer: usize) -> &LayerWeights {
         &self.weights.layers[layer]
     }
@@ -76,12 +100,13 @@ impl Decoder {
         let p = params::Embed {
             rows: rows as u32,
             width4: self.spec.h4() as u32,
+            vocab4: self.spec.v4() as u32,
             has_positions: u32::from(w.position_embedding.is_some()),
             scale: self.spec.embedding_scale,
         };
         let groups = [self.columns(self.spec.h4()), rows as u32, 1];
         let positions = w.position_embedding.as_ref().unwrap_or(self.absent());
-        let buffers = [&s.tokens, &w.token_embedding, positions, s.x()];
+        let buffers = [&s.tokens, &w.token_embedding.buffer, positions, s.x()];
         r.launch(Kernel::Embed, Variant::default(), &p, &buffers, groups);
     }
 
@@ -195,11 +220,14 @@ impl Decoder {
         heads: usize,
         rows: usize,
     ) {
-        let variant = Variant { half: product.weight.half, ..tile_for(rows) };
+        let variant = Variant { weights: product.weight.form, ..tile_for(rows) };
+        let (w_units, w_stride) = product.weight.form.units(4 * k4);
         let p = params::Linear {
             rows: rows as u32,
             k4: k4 as u32,
             n4: n4 as u32,
+            w_units: w_units as u32,
+            w_stride: w_stride as u32,
             x_stride4: x_stride4 as u32,
             x_head4: x_head4 as u32,
             y_stride4: part.stride4 as u32,
@@ -211,7 +239,7 @@ impl Decoder {
         };
         let absent = self.absent();
         let (bias, residual) = (product.bias.unwrap_or(absent), product.residual.unwrap_or(absent));
-        let groups = [self.columns(n4), rows.div_ceil(variant.tile_rows()) as u32, heads as u32];
+        let groups = [self.matrix_columns(n4), rows.div_ceil(variant.tile_rows()) as u32, heads as u32];
         r.launch(Kernel::Linear, variant, &p, &[x, &product.weight.buffer, bias, residual, y], groups);
     }
 

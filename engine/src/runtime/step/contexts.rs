@@ -39,7 +39,8 @@ impl Stepper<'_> {
 
     /// Takes in keys and values that a peer made; those of sequences that ended are dropped.
     pub(super) fn take_in(&mut self, from: Rank, bytes: &Bytes) -> Result<(), EngineError> {
-        let frame = Reader::new(bytes, from).kv(4 * self.spec().attention.cache4())?;
+        let frame =
+            Reader::new(bytes, from).kv(4 * self.spec().attention.cache4(), self.decoder.cache_form)?;
         if usize::from(frame.layer) >= self.spec().layers {
             return Err(EngineError::Internal(format!("rank {from} sent keys of layer {}", frame.layer)));
         }
@@ -126,7 +127,8 @@ impl Stepper<'_> {
                     writer
                 });
                 let values = &routed.qkv[t * stride + first..][..width];
-                payload.u32(row.sequence).u32(row.position).floats(values);
+                payload.u32(row.sequence).u32(row.position);
+                self.decoder.cache_form.pack(values).into_iter().for_each(|word| drop(payload.u32(word)));
             }
         }
         for (to, payload) in payloads.into_iter().enumerate() {

@@ -1,0 +1,79 @@
+//! An adapter's own limits: copies, arithmetic, launches.
+
+use super::seconds;
+use crate::EngineError;
+use crate::gpu::{Gpu, Usage};
+use exflow_shaders::{Kernel, Variant, Weights, params};
+use serde::Serialize;
+
+/// What an adapter was measured to do, by kernels.
+#[derive(Debug, Clone, Serialize)]
+pub struct DeviceRates {
+    /// The adapter's name.
+    pub adapter: String,
+    /// `LP_NUM_THREADS` as lavapipe saw it, where it is set.
+    pub lp_num_threads: Option<String>,
+    /// Bytes read and written per second by a kernel that copies rows of 16-byte values.
+    pub copy_bytes_per_s: f64,
+    /// f32 operations per second, two for a fused multiply-add, on registers.
+    pub f32_flops: f64,
+    /// Operations per second of `dot4I8Packed`, eight for each, on registers.
+    pub dot4_ops: f64,
+    /// What one of many small dependent launches takes.
+    pub launch_us: f64,
+}
+
+/// Measures the adapter that `adapter` names (the best one: `None`).
+///
+/// # Errors
+/// No such adapter, or one that fails.
+pub fn bench_device(adapter: Option<&str>) -> Result<DeviceRates, EngineError> {
+    rates(&Gpu::open(adapter, 0)?)
+}
+
+/// Vec4s that the copy moves: 32 MiB, beyond most caches.
+const COPY4: usize = 2 << 20;
+const COPY_ROWS: usize = 1 << 11;
+/// Lanes of the arithmetic, and what each of them does: 16 chains of vec4s, so many rounds.
+const LANES: usize = 4096;
+const ROUNDS: u32 = 256;
+const PER_ROUND: f64 = 16.0 * 4.0;
+
+pub(super) fn rates(gpu: &Gpu) -> Result<DeviceRates, EngineError> {
+    let columns = |width4: usize| (width4 as u32).div_ceil(gpu.workgroup());
+    let h4 = COPY4 / COPY_ROWS;
+    let rows: Vec<u32> = (0..COPY_ROWS as u32).collect();
+    let source = gpu.buffer_of("rows", &rows)?;
+    let from = gpu.buffer("copied from", 16 * COPY4 as u64, Usage::Storage)?;
+    let to = gpu.buffer("copied to", 16 * COPY4 as u64, Usage::Storage)?;
+    let p = params::Combine { rows: COPY_ROWS as u32, h4: h4 as u32, top_k: 0 };
+    let copy = seconds(gpu, &to, &|r| {
+        let buffers = [&from, &source, &source, &source, &to];
+        r.launch(Kernel::Combine, Variant::default(), &p, &buffers, [columns(h4), COPY_ROWS as u32, 1]);
+    })?;
+
+    let out = gpu.buffer("lanes", 16 * LANES as u64, Usage::Storage)?;
+    let p = params::Probe { rounds: ROUNDS, factor: 0.5, bytes: 0x01fe_037f };
+    let arithmetic = |weights: Weights| {
+        let variant = Variant { weights, ..Variant::default() };
+        seconds(gpu, &out, &|r| r.launch(Kernel::Probe, variant, &p, &[&out], [columns(LANES), 1, 1]))
+    };
+    let work = LANES as f64 * f64::from(ROUNDS) * PER_ROUND;
+    let (f32_seconds, dot4_seconds) = (arithmetic(Weights::F32)?, arithmetic(Weights::Q8)?);
+
+    let small = params::Probe { rounds: 1, ..p };
+    let launches = 64;
+    let many = seconds(gpu, &out, &|r| {
+        for _ in 0..launches {
+            r.launch(Kernel::Probe, Variant::default(), &small, &[&out], [1, 1, 1]);
+        }
+    })?;
+    Ok(DeviceRates {
+        adapter: gpu.name().to_owned(),
+        lp_num_threads: std::env::var("LP_NUM_THREADS").ok(),
+        copy_bytes_per_s: 32.0 * COPY4 as f64 / copy,
+        f32_flops: 2.0 * work / f32_seconds,
+        dot4_ops: 8.0 * work / dot4_seconds,
+        launch_us: 1e6 * many / f64::from(launches),
+    })
+}

@@ -1,0 +1,75 @@
+//! A model's heaviest launches at its own shapes, each beside the limit that binds it.
+
+use super::device::{DeviceRates, rates};
+use super::seconds;
+use crate::gpu::{Gpu, Recording};
+use crate::model::ModelSpec;
+use crate::model::decoder::{Decoder, Piece};
+use crate::weights::{ModelWeights, Store};
+use crate::{ClusterOptions, EngineError};
+use exflow_placement::ExpertId;
+use serde::Serialize;
+
+/// One launch, or a few that belong together, at one number of rows.
+#[derive(Debug, Clone, Serialize)]
+pub struct KernelRate {
+    /// What it does.
+    pub piece: &'static str,
+    /// T.
+    pub rows: usize,
+    /// Microseconds.
+    pub us: f64,
+    /// Operations per second, two for a multiply-add.
+    pub flops: f64,
+    /// Bytes of weights and cache that it has to read, per second.
+    pub bytes_per_s: f64,
+    /// `bytes` or `operations`: which of the adapter's limits would take longer.
+    pub bound: &'static str,
+    /// That limit's time over the measured one.
+    pub share: f64,
+}
+
+/// Loads the first MoE layer's kind of work of a model onto one rank and measures its pieces at each of `rows`.
+///
+/// # Errors
+/// Those of loading a model.
+pub fn bench_kernels(
+    options: &ClusterOptions,
+    rows: &[usize],
+) -> Result<(DeviceRates, Vec<KernelRate>), EngineError> {
+    let spec = ModelSpec::read(&options.model)?;
+    let store = Store::open(&options.model)?;
+    let gpu = Gpu::open(options.adapter.as_deref(), 0)?;
+    let limits = rates(&gpu)?;
+    let all: Vec<Vec<ExpertId>> =
+        (0..spec.moe_layers()).map(|_| (0..spec.experts).map(ExpertId::from).collect()).collect();
+    let weights = ModelWeights::load(&spec, &store, &gpu, &all, (options.dtype, options.quant), &mut |_| {})?;
+    let largest = rows.iter().copied().max().unwrap_or(1);
+    let slots = largest.max(CONTEXT).next_multiple_of(exflow_shaders::KV_BLOCK);
+    let mut decoder = Decoder::new(gpu, spec, weights, (slots, options.kv_dtype.into()))?;
+    decoder.reserve(largest, largest)?;
+    let mut measured = Vec::new();
+    for &rows in rows {
+        let blocks = decoder.prepare_bench(rows, CONTEXT);
+        for piece in Piece::ALL {
+            let seen = decoder.scratch.x();
+            let record = |r: &mut Recording<'_>| decoder.piece(r, piece, rows, blocks);
+            let time = seconds(&decoder.gpu, seen, &record)?;
+            let (flops, bytes) = decoder.piece_work(piece, rows, CONTEXT);
+            let (by_bytes, by_flops) = (bytes / limits.copy_bytes_per_s, flops / limits.f32_flops);
+            measured.push(KernelRate {
+                piece: piece.name(),
+                rows,
+                us: 1e6 * time,
+                flops: flops / time,
+                bytes_per_s: bytes / time,
+                bound: if by_bytes > by_flops { "bytes" } else { "operations" },
+                share: by_bytes.max(by_flops) / time,
+            });
+        }
+    }
+    Ok((limits, measured))
+}
+
+/// Positions before the first row.
+const CONTEXT: usize = 128;

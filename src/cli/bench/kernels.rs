@@ -1,0 +1,67 @@
+//! `exflow bench kernels`: a model's heaviest launches beside the limits of the adapter.
+
+use super::super::failure::Failure;
+use super::super::flags::RankFlags;
+use super::super::output;
+use super::device;
+use clap::ValueEnum;
+use exflow::engine::{KernelRate, bench_kernels};
+use serde_json::json;
+use std::fmt::Write;
+
+/// Measures a model's heaviest launches, one rank, beside the limit that binds each
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "A launch must read its weights (at the rate of copies) and do its operations (at that of f32 on registers);\n\
+                        whichever takes longer binds it, and its share is that time over the measured one.\n\n\
+                        Example:\n  exflow bench kernels -m examples/models/gpt-moe-16e --rows 1 8 128 --format md"
+)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    pub(crate) ranks: RankFlags,
+    /// Rows at once: 1 is a decode step behind 128 positions, more are a prompt
+    #[arg(long, value_name = "T", num_args = 1.., default_values_t = [1, 8, 128])]
+    rows: Vec<usize>,
+    /// How the result is written
+    #[arg(long, value_enum, default_value = "text")]
+    format: Format,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Text,
+    Json,
+    Md,
+}
+
+pub(crate) fn run(args: &Args) -> Result<(), Failure> {
+    if args.rows.iter().any(|rows| !(1..=4096).contains(rows)) {
+        return Err(Failure::Input("--rows takes numbers from 1 to 4096".into()));
+    }
+    let (limits, measured) = bench_kernels(&args.ranks.options(), &args.rows)?;
+    match args.format {
+        Format::Json => output::json(&json!({ "device": limits, "kernels": measured })),
+        Format::Text | Format::Md => {
+            output::text(&format!("{}\n{}", device::describe(&limits), table(&measured)))
+        }
+    }
+}
+
+fn table(measured: &[KernelRate]) -> String {
+    let mut text = "| piece | rows | µs | GFLOP/s | GB/s | bound by | share |\n".to_owned();
+    text += "|---|---:|---:|---:|---:|---|---:|\n";
+    for rate in measured {
+        let _ = writeln!(
+            text,
+            "| {} | {} | {:.0} | {:.2} | {:.2} | {} | {:.0} % |",
+            rate.piece,
+            rate.rows,
+            rate.us,
+            rate.flops / 1e9,
+            rate.bytes_per_s / 1e9,
+            rate.bound,
+            100.0 * rate.share
+        );
+    }
+    text
+}

@@ -1,0 +1,112 @@
+//! `exflow bench model`: prefill and decode rates of one model, in the terms of llama-bench.
+
+use super::super::failure::Failure;
+use super::super::flags::RankFlags;
+use super::super::output;
+use clap::ValueEnum;
+use exflow::engine::{Cluster, Request};
+use exflow::progress::Bars;
+use serde::Serialize;
+use std::fmt::Write;
+
+/// Measures tokens per second of prefill (pp) and decode (tg)
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "ppN: N prompt tokens, from the request to the first sampled token. tgN: N tokens decoded one after another by\n\
+                        each of --batch sequences that start from a prompt of one token. One run of each is thrown away.\n\n\
+                        Example:\n  exflow bench model -m examples/models/gpt-moe-16e -p 128 -n 32 -r 3 --format md"
+)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    pub(crate) ranks: RankFlags,
+    /// Prompt tokens; 0: no prefill test
+    #[arg(short, long, value_name = "N", default_value_t = 128)]
+    prompt_tokens: usize,
+    /// Tokens to decode; 0: no decode test
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 32)]
+    decode_tokens: usize,
+    /// Sequences at once
+    #[arg(long, value_name = "B", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    batch: u32,
+    /// Measured runs
+    #[arg(short, long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    repeats: u32,
+    /// How the result is written
+    #[arg(long, value_enum, default_value = "text")]
+    format: Format,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Text,
+    Json,
+    Md,
+}
+
+/// One test, as llama-bench names it.
+#[derive(Debug, Serialize)]
+struct Line {
+    test: String,
+    batch: u32,
+    tokens_per_s: f64,
+    stddev: f64,
+}
+
+pub(crate) fn run(args: &Args) -> Result<(), Failure> {
+    let (prompt, decode) = (args.prompt_tokens, args.decode_tokens);
+    let mut cluster = Cluster::start(args.ranks.options(), &Bars::new())?;
+    let mut lines = Vec::new();
+    if prompt > 0 {
+        lines.push(test(args, &mut cluster, format!("pp{prompt}"), (prompt, 1))?);
+    }
+    if decode > 0 {
+        lines.push(test(args, &mut cluster, format!("tg{decode}"), (1, decode + 1))?);
+    }
+    match args.format {
+        Format::Json => output::json(&lines),
+        Format::Md => {
+            let mut text = "| test | batch | tokens/s | stddev |\n|---|---|---|---|\n".to_owned();
+            for line in &lines {
+                let (rate, stddev) = (line.tokens_per_s, line.stddev);
+                let _ = writeln!(text, "| {} | {} | {rate:.2} | {stddev:.2} |", line.test, line.batch);
+            }
+            output::text(&text)
+        }
+        Format::Text => {
+            let of = |l: &Line| format!("{}: {:.2} ± {:.2} tokens/s\n", l.test, l.tokens_per_s, l.stddev);
+            output::text(&lines.iter().map(of).collect::<String>())
+        }
+    }
+}
+
+/// Runs of (prompt tokens, tokens to make) of every sequence; the first run makes pipelines and is not counted.
+fn test(
+    args: &Args,
+    cluster: &mut Cluster,
+    test: String,
+    (prompt, make): (usize, usize),
+) -> Result<Line, Failure> {
+    let vocab = cluster.spec().vocab_size;
+    // Ids that differ from sequence to sequence, spread over the vocabulary.
+    let id = |sequence: usize, i: usize| ((7919 * (i + 1) + 104_729 * sequence) % vocab) as u32;
+    let request = |sequence: usize| Request {
+        prompt_ids: (0..prompt).map(|i| id(sequence, i)).collect(),
+        max_tokens: make,
+        ignore_eos: true,
+        ..Request::default()
+    };
+    let requests: Vec<Request> = (0..args.batch as usize).map(request).collect();
+    let mut rates = Vec::new();
+    for repeat in 0..=args.repeats {
+        let stats = cluster.generate(&requests, &mut |_| {})?.stats;
+        let rate =
+            if make == 1 { (prompt * requests.len()) as f64 / stats.seconds } else { stats.tokens_per_s };
+        if repeat > 0 {
+            rates.push(rate);
+        }
+    }
+    let mean = rates.iter().sum::<f64>() / rates.len() as f64;
+    let squares: f64 = rates.iter().map(|r| (r - mean).powi(2)).sum();
+    let stddev = (squares / (rates.len() as f64 - 1.0).max(1.0)).sqrt();
+    Ok(Line { test, batch: args.batch, tokens_per_s: mean, stddev })
+}

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Prefill and decode of the reference model, exflow and llama.cpp's Vulkan back end in turn on the same adapter.
+#
+#   apt-get install cmake ninja-build glslc libvulkan-dev spirv-headers   # Debian
+#   tests/peers/compare.sh FOLDER [ROUNDS]
+#
+# FOLDER (about 3 GB, outside the repository) keeps the peer's build and the model from one run to the next. The peer is
+# built from PyPI's source package of llama-cpp-python; one block of it asks for an extension that only validation needs
+# and that Debian's headers lack, and is cut out. Each side runs with the LP_NUM_THREADS that suits it: the peer with
+# lavapipe's own choice, exflow with what it chooses for itself.
+set -euo pipefail
+
+FOLDER=${1:?usage: compare.sh FOLDER [ROUNDS]}
+ROUNDS=${2:-2}
+VERSION=0.3.36
+here=$(cd "$(dirname "$0")" && pwd)
+exflow=${EXFLOW:-$here/../../target/release/exflow}
+mkdir -p "$FOLDER"
+cd "$FOLDER"
+
+if [ ! -d venv ]; then
+    python3 -m venv venv
+    venv/bin/pip install -q numpy safetensors gguf
+fi
+if [ ! -f olmoe/model-f32.gguf ]; then
+    venv/bin/python "$here/make_model.py" olmoe --gguf
+fi
+if [ ! -x build/bin/llama-bench ]; then
+    venv/bin/pip download -q --no-deps --no-binary :all: "llama-cpp-python==$VERSION"
+    tar xzf "llama_cpp_python-$VERSION.tar.gz"
+    source=llama_cpp_python-$VERSION/vendor/llama.cpp
+    python3 - "$source/ggml/src/ggml-vulkan/ggml-vulkan.cpp" <<'PATCH'
+import sys
+
+path = sys.argv[1]
+text = open(path).read()
+first = text.find("    VkBool32 enable_best_practice = layer_settings;")
+if first >= 0:
+    text = text[:first] + text[text.index("    vk::InstanceCreateInfo instance_create_info(") :]
+    text = text.replace("app_info, layers, extensions, &layer_setting_info);", "app_info, layers, extensions);")
+    open(path, "w").write(text)
+PATCH
+    cmake -S "$source" -B build -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_VULKAN=ON -DLLAMA_CURL=OFF \
+        -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
+    nice cmake --build build --target llama-bench
+fi
+
+peer() {
+    GGML_VK_VISIBLE_DEVICES=0 build/bin/llama-bench -m "olmoe/model-$1.gguf" -ngl 99 -p "$2" -n "$3" -r 1 -o json |
+        python3 -c 'import json, sys
+for run in json.load(sys.stdin):
+    name = f"pp{run["n_prompt"]}" if run["n_prompt"] else f"tg{run["n_gen"]}"
+    print(f"llama.cpp '"$1"' {name} {run["avg_ts"]:.2f}")'
+}
+ours() {
+    local type=$1 prompt=$2 decode=$3 batch=$4
+    "$exflow" bench model -m olmoe --dtype "$type" -p "$prompt" -n "$decode" --batch "$batch" -r 1 --format json |
+        python3 -c 'import json, sys
+for run in json.load(sys.stdin):
+    print(f"exflow '"$type"' {run["test"]} batch {run["batch"]} {run["tokens_per_s"]:.2f}")'
+}
+
+for round in $(seq "$ROUNDS"); do
+    for type in f32 f16; do
+        peer "$type" 64 8
+        ours "$type" 128 32 1
+        ours "$type" 0 16 8
+    done
+done
