@@ -145,7 +145,8 @@ impl Worker {
                 self.take_note(flow, from, note)?;
             }
             ByteClass::Kv => {
-                let frame = Reader::new(&payload, from).kv(4 * spec.attention.cache4())?;
+                let frame =
+                    Reader::new(&payload, from).kv(4 * spec.attention.cache4(), self.decoder.cache_form)?;
                 check_layer(usize::from(frame.layer), spec.layers, from)?;
                 for (sequence, position, values) in frame.rows {
                     let arrived = Arrived { sequence, position, values };
