@@ -4,7 +4,9 @@
 mod common;
 
 use common::{Setup, generate, request, root};
-use exflow::engine::{Cluster, ClusterOptions, Dtype, Feed, LogitsDump, NoProgress, Strategy};
+use exflow::engine::{
+    Cluster, ClusterOptions, Dtype, Feed, KvDtype, LogitsDump, NoProgress, Quant, Strategy,
+};
 use exflow_placement::npy::{self, Array};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -173,5 +175,35 @@ fn weights_of_f16_are_held_in_f16_without_a_difference() {
         let worst = pairs.fold(0.0, f32::max);
         assert!(worst > 0.0 && worst < 0.1, "{name}: off by {worst}");
         assert!(dump(name, Dtype::F16, 2) == half, "{name}: 2 ranks");
+    }
+}
+
+#[test]
+fn narrower_weights_and_caches_give_the_same_bits_on_any_number_of_ranks() {
+    common::prepare();
+    let fixtures = root().join("tests/parity/fixtures");
+    let dump = |name: &str, (quant, kv_dtype): (Option<Quant>, KvDtype), ranks: usize| {
+        let mut options = ClusterOptions::new(fixtures.join(name));
+        (options.quant, options.kv_dtype, options.ranks) = (quant, kv_dtype, ranks);
+        let mut cluster = Cluster::start(options, &NoProgress).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let prompt = Expected::read(&fixtures.join(name)).ids("prompt");
+        cluster.logits(&prompt, Feed::Decode).expect("logits").logits
+    };
+    let settings = [
+        (Some(Quant::Q8_0), KvDtype::F32, 0.5),
+        (Some(Quant::Q4_0), KvDtype::F16, 4.0),
+        (None, KvDtype::F16, 0.1),
+        (None, KvDtype::Q8, 0.5),
+    ];
+    for name in ["qwen3_moe", "deepseek_v2"] {
+        let exact = dump(name, (None, KvDtype::F32), 1);
+        for (quant, kv_dtype, limit) in settings {
+            let alone = dump(name, (quant, kv_dtype), 1);
+            let worst = exact.iter().zip(&alone).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(worst > 0.0 && worst < limit, "{name} {quant:?} {kv_dtype:?}: off by {worst}");
+            let bits = |logits: Vec<f32>| logits.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+            let together = dump(name, (quant, kv_dtype), 3);
+            assert!(bits(together) == bits(alone), "{name} {quant:?} {kv_dtype:?}: 3 ranks");
+        }
     }
 }

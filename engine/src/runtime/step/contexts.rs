@@ -128,7 +128,9 @@ impl Stepper<'_> {
                 });
                 let values = &routed.qkv[t * stride + first..][..width];
                 payload.u32(row.sequence).u32(row.position);
-                self.decoder.cache_form.pack(values).into_iter().for_each(|word| drop(payload.u32(word)));
+                for word in self.decoder.cache_form.pack(values) {
+                    payload.u32(word);
+                }
             }
         }
         for (to, payload) in payloads.into_iter().enumerate() {
