@@ -5,16 +5,73 @@ import package::shared::weight::{SPAN, UNIT4, Unit, widen};
 @group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read> w: array<Unit>;
 
-// Adds rows of x times rows of w to the sums. `starts` are the vec4s of x at which this lane's rows begin, `columns`
-// and `steps` where its columns begin in w and how far units are from each other (`column_start`, `column_step`). The
-// first `units` of a row hold the weights of 4 * k4 columns of x; weights beyond those are 0.
-fn product(sums: ptr<function, Sums>, starts: Starts, columns: PerColumn, steps: PerColumn, units: u32, k4: u32) {
+alias Stored = array<array<Unit, 4>, COLUMNS>;
+alias Scales = array<array<f32, 4>, COLUMNS>;
+
+// Four columns of x: vec4 `k` of its rows, which is vec4 `i` of the units.
+fn add_vec4(sums: ptr<function, Sums>, starts: Starts, units: Stored, factors: Scales, i: u32, k: u32) {
     var x_at = starts;
+    var stored = units;
+    var scales = factors;
+    var mine: array<vec4<f32>, LOADS>;
+    for (var l = 0u; l < LOADS; l++) {
+        mine[l] = x[x_at[l] + k];
+    }
+    var wide: array<array<vec4<f32>, 4>, COLUMNS>;
+    for (var c = 0u; c < COLUMNS; c++) {
+        for (var j = 0u; j < 4u; j++) {
+            wide[c][j] = widen(stored[c][j], i);
+            @if(q8 || q4) wide[c][j] *= scales[c][j];
+        }
+    }
+    for (var r = 0u; r < TILE_ROWS; r++) {
+        @if(subgroup) let row = subgroupShuffle(mine[r / 8u], r % 8u);
+        @else let row = mine[r];
+        for (var c = 0u; c < COLUMNS; c++) {
+            let sum = (*sums)[c][r];
+            (*sums)[c][r] = accumulate(sum, row, wide[c][0], wide[c][1], wide[c][2], wide[c][3]);
+        }
+    }
+}
+
+// One unit of each of a lane's rows of w.
+fn add_unit(
+    sums: ptr<function, Sums>,
+    starts: Starts,
+    columns: PerColumn,
+    steps: PerColumn,
+    scales: Scales,
+    unit: u32,
+    k4: u32,
+) {
     var w_at = columns;
     var step = steps;
+    var stored: Stored;
+    for (var c = 0u; c < COLUMNS; c++) {
+        for (var j = 0u; j < 4u; j++) {
+            stored[c][j] = w[w_at[c] + (4u * unit + j) * step[c]];
+        }
+    }
+    @if(half || q8 || q4) {
+        for (var i = 0u; i < UNIT4; i++) {
+            add_vec4(sums, starts, stored, scales, i, min(unit * UNIT4 + i, k4 - 1u));
+        }
+    }
+    @else {
+        add_vec4(sums, starts, stored, scales, 0u, unit);
+    }
+}
+
+// Adds rows of x times rows of w to the sums. `starts` are the vec4s of x at which this lane's rows begin, `columns`
+// and `steps` where its columns begin in w and how far units are from each other (`column_start`, `column_step`). The
+// first `units` of a row hold the weights of 4 * k4 columns of x; weights beyond those are 0. There is no loop of one
+// turn: drivers that do not unroll a long one copy all sums at each turn.
+fn product(sums: ptr<function, Sums>, starts: Starts, columns: PerColumn, steps: PerColumn, units: u32, k4: u32) {
+    var scales: Scales;
     for (var block = 0u; block < units; block += SPAN) {
-        @if(q8 || q4) var scales: array<array<f32, 4>, COLUMNS>;
         @if(q8 || q4) {
+            var w_at = columns;
+            var step = steps;
             let at = block / SPAN;
             for (var c = 0u; c < COLUMNS; c++) {
                 for (var j = 0u; j < 4u; j++) {
@@ -23,37 +80,13 @@ fn product(sums: ptr<function, Sums>, starts: Starts, columns: PerColumn, steps:
                 }
             }
         }
-        // Bounds that are constants: loops that are not unrolled copy all sums on some CPUs' drivers.
-        for (var s = 0u; s < SPAN; s++) {
-            let unit = block + s;
-            var stored: array<array<Unit, 4>, COLUMNS>;
-            for (var c = 0u; c < COLUMNS; c++) {
-                for (var j = 0u; j < 4u; j++) {
-                    stored[c][j] = w[w_at[c] + (4u * unit + j) * step[c]];
-                }
+        @if(q8) {
+            for (var s = 0u; s < SPAN; s++) {
+                add_unit(sums, starts, columns, steps, scales, block + s, k4);
             }
-            for (var i = 0u; i < UNIT4; i++) {
-                let k = min(unit * UNIT4 + i, k4 - 1u);
-                var mine: array<vec4<f32>, LOADS>;
-                for (var l = 0u; l < LOADS; l++) {
-                    mine[l] = x[x_at[l] + k];
-                }
-                var wide: array<array<vec4<f32>, 4>, COLUMNS>;
-                for (var c = 0u; c < COLUMNS; c++) {
-                    for (var j = 0u; j < 4u; j++) {
-                        wide[c][j] = widen(stored[c][j], i);
-                        @if(q8 || q4) wide[c][j] *= scales[c][j];
-                    }
-                }
-                for (var r = 0u; r < TILE_ROWS; r++) {
-                    @if(subgroup) let row = subgroupShuffle(mine[r / 8u], r % 8u);
-                    @else let row = mine[r];
-                    for (var c = 0u; c < COLUMNS; c++) {
-                        let sum = (*sums)[c][r];
-                        (*sums)[c][r] = accumulate(sum, row, wide[c][0], wide[c][1], wide[c][2], wide[c][3]);
-                    }
-                }
-            }
+        }
+        @else {
+            add_unit(sums, starts, columns, steps, scales, block, k4);
         }
     }
 }
