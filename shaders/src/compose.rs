@@ -77,8 +77,9 @@ fn compose(kernel: Kernel, variant: Variant) -> Result<String, ComposeError> {
     Ok(compiled.syntax.to_string())
 }
 
-fn flags(variant: Variant) -> [(&'static str, bool); 13] {
+fn flags(variant: Variant) -> [(&'static str, bool); 14] {
     [
+        ("one", variant.tile == RowTile::One),
         ("tile8", variant.tile == RowTile::Eight),
         ("tile16", variant.tile == RowTile::Sixteen),
         ("tile32", variant.tile == RowTile::ThirtyTwo),

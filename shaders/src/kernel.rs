@@ -52,7 +52,7 @@ pub struct Variant {
     /// How the cache holds keys and values (`kv_append` and `attention` only; others ignore it).
     pub cache: Cache,
     /// Lanes hand each other what they loaded, in subgroups of eight or more (`attention`, and matrix kernels with
-    /// tiles of eight rows or more; others ignore it).
+    /// tiles of eight rows or more or quantised weights; others ignore it).
     pub subgroup: bool,
 }
 
@@ -203,7 +203,8 @@ impl Variant {
                 _ => Cache::F32,
             },
             subgroup: self.subgroup
-                && (kernel == Kernel::Attention || kernel.has_weights() && tile != RowTile::One),
+                && (kernel == Kernel::Attention
+                    || kernel.has_weights() && (tile != RowTile::One || self.weights.has_scales())),
         }
     }
 }
@@ -303,7 +304,9 @@ impl Kernel {
                     (false, _) => vec![without],
                 }
             });
-            std::iter::once(base).chain(tiled)
+            // A single row's parts are handed over where weights share scales by as many as eight lanes load.
+            let one = base.weights.has_scales().then_some(Variant { subgroup: true, ..base });
+            std::iter::once(base).chain(one).chain(tiled)
         };
         match self.is_tiled() {
             true => bases.into_iter().flat_map(with_tiles).collect(),

@@ -47,7 +47,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         steps[c] = column_step(column, p.n4);
     }
     var sums: Sums;
-    product(&sums, starts, w_at, steps, p.w_units, p.k4);
+    product(&sums, starts, w_at, steps, p.w_units, p.k4, lane);
     for (var c = 0u; c < COLUMNS; c++) {
         let column = columns[c];
         if column >= p.n4 {

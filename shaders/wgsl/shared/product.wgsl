@@ -8,14 +8,25 @@ import package::shared::weight::{SPAN, UNIT4, Unit, widen};
 alias Stored = array<array<Unit, 4>, COLUMNS>;
 alias Scales = array<array<f32, 4>, COLUMNS>;
 
-// Four columns of x: vec4 `k` of its rows, which is vec4 `i` of the units.
-fn add_vec4(sums: ptr<function, Sums>, starts: Starts, units: Stored, factors: Scales, i: u32, k: u32) {
+// Four columns of x: vec4 `k` of its rows, which is vec4 `i` of the units. With a single row whose parts lanes hand each
+// other, `part` is this lane's of the eight that share scales.
+fn add_vec4(
+    sums: ptr<function, Sums>,
+    starts: Starts,
+    units: Stored,
+    factors: Scales,
+    part: vec4<f32>,
+    i: u32,
+    k: u32,
+) {
     var x_at = starts;
     var stored = units;
     var scales = factors;
     var mine: array<vec4<f32>, LOADS>;
-    for (var l = 0u; l < LOADS; l++) {
-        mine[l] = x[x_at[l] + k];
+    @if(!(subgroup && one)) {
+        for (var l = 0u; l < LOADS; l++) {
+            mine[l] = x[x_at[l] + k];
+        }
     }
     var wide: array<array<vec4<f32>, 4>, COLUMNS>;
     for (var c = 0u; c < COLUMNS; c++) {
@@ -25,7 +36,8 @@ fn add_vec4(sums: ptr<function, Sums>, starts: Starts, units: Stored, factors: S
         }
     }
     for (var r = 0u; r < TILE_ROWS; r++) {
-        @if(subgroup) let row = subgroupShuffle(mine[r / 8u], r % 8u);
+        @if(subgroup && one) let row = subgroupShuffle(part, k % 8u);
+        @elif(subgroup) let row = subgroupShuffle(mine[r / 8u], r % 8u);
         @else let row = mine[r];
         for (var c = 0u; c < COLUMNS; c++) {
             let sum = (*sums)[c][r];
@@ -41,6 +53,7 @@ fn add_unit(
     columns: PerColumn,
     steps: PerColumn,
     scales: Scales,
+    part: vec4<f32>,
     unit: u32,
     k4: u32,
 ) {
@@ -54,11 +67,14 @@ fn add_unit(
     }
     @if(half || q8 || q4) {
         for (var i = 0u; i < UNIT4; i++) {
-            add_vec4(sums, starts, stored, scales, i, min(unit * UNIT4 + i, k4 - 1u));
+            // A lane's part beyond the row's end stands for the last one too.
+            @if(subgroup && one) let k = unit * UNIT4 + i;
+            @else let k = min(unit * UNIT4 + i, k4 - 1u);
+            add_vec4(sums, starts, stored, scales, part, i, k);
         }
     }
     @else {
-        add_vec4(sums, starts, stored, scales, 0u, unit);
+        add_vec4(sums, starts, stored, scales, part, 0u, unit);
     }
 }
 
@@ -66,13 +82,26 @@ fn add_unit(
 // and `steps` where its columns begin in w and how far units are from each other (`column_start`, `column_step`). The
 // first `units` of a row hold the weights of 4 * k4 columns of x; weights beyond those are 0. There is no loop of one
 // turn: drivers that do not unroll a long one copy all sums at each turn.
-fn product(sums: ptr<function, Sums>, starts: Starts, columns: PerColumn, steps: PerColumn, units: u32, k4: u32) {
+fn product(
+    sums: ptr<function, Sums>,
+    starts: Starts,
+    columns: PerColumn,
+    steps: PerColumn,
+    units: u32,
+    k4: u32,
+    lane: u32,
+) {
     var scales: Scales;
+    var part: vec4<f32>;
     for (var block = 0u; block < units; block += SPAN) {
         @if(q8 || q4) {
             var w_at = columns;
             var step = steps;
             let at = block / SPAN;
+            @if(subgroup && one) {
+                var x_at = starts;
+                part = x[x_at[0] + min(8u * at + lane % 8u, k4 - 1u)];
+            }
             for (var c = 0u; c < COLUMNS; c++) {
                 for (var j = 0u; j < 4u; j++) {
                     let two = w[w_at[c] + (4u * (units + at / 8u) + j) * step[c]][at / 2u % 4u];
@@ -82,11 +111,11 @@ fn product(sums: ptr<function, Sums>, starts: Starts, columns: PerColumn, steps:
         }
         @if(q8) {
             for (var s = 0u; s < SPAN; s++) {
-                add_unit(sums, starts, columns, steps, scales, block + s, k4);
+                add_unit(sums, starts, columns, steps, scales, part, block + s, k4);
             }
         }
         @else {
-            add_unit(sums, starts, columns, steps, scales, block, k4);
+            add_unit(sums, starts, columns, steps, scales, part, block, k4);
         }
     }
 }

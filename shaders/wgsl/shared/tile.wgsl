@@ -6,13 +6,14 @@
 @else const TILE_ROWS: u32 = 1u;
 const COLUMNS: u32 = 2u;
 
-// Rows of x that a lane loads itself: all, or, where lanes hand each other what they loaded, every eighth.
-@if(subgroup) const LOADS: u32 = TILE_ROWS / 8u;
+// Rows of x that a lane loads itself: all, or, where lanes hand each other what they loaded, every eighth. (With a
+// single row they hand each other parts of it.)
+@if(subgroup && !one) const LOADS: u32 = TILE_ROWS / 8u;
 @else const LOADS: u32 = TILE_ROWS;
 
 // The i-th row that a lane loads. Subgroups have at least eight lanes, and lanes follow each other in them.
 fn row_of(i: u32, lane: u32) -> u32 {
-    @if(subgroup) return 8u * i + lane % 8u;
+    @if(subgroup && !one) return 8u * i + lane % 8u;
     @else return i;
 }
 
