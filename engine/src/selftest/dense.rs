@@ -3,7 +3,7 @@
 use super::{Bench, D4, H, H4, KV, N, N4, Values, WIDTH, error};
 use crate::EngineError;
 use exflow_shaders::params::{self, Query};
-use exflow_shaders::{KV_BLOCK, Kernel, Values, Variant, reference};
+use exflow_shaders::{KV_BLOCK, Kernel, Variant, reference};
 
 impl Bench {
     pub(super) fn embed(&self, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
@@ -130,7 +130,7 @@ impl Bench {
         let positions = v.below(blocks * KV_BLOCK, rows);
         let query = |(i, position)| Query { position, table_row: i as u32 % 2 };
         let queries: Vec<Query> = positions.into_iter().enumerate().map(query).collect();
-        let (d4, v4) = if variant.values == Values::Wide { (75, 70) } else { (D4, D4) };
+        let (d4, v4) = if variant.values == exflow_shaders::Values::Wide { (75, 70) } else { (D4, D4) };
         let mut worst = 0f64;
         // A key head each; shared key heads in a window with sinks; values that are a part of the keys.
         for (heads, group, window, has_sinks, latent) in

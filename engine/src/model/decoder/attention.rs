@@ -164,7 +164,7 @@ impl Decoder {
         r.launch(Kernel::KvAppend, variant, &p, &[source, slots, &self.cache[layer]], groups);
     }
 
-    fn scores(&self, r: &mut Recording<'_>, layer: usize, rows: usize, blocks: usize) {
+    pub(super) fn scores(&self, r: &mut Recording<'_>, layer: usize, rows: usize, blocks: usize) {
         let (s, attention) = (&self.scratch, &self.spec.attention);
         let latent = attention.latent.is_some();
         let window = attention.windows[layer].and_then(|w| u32::try_from(w).ok()).unwrap_or(NO_WINDOW);

@@ -110,7 +110,7 @@ impl Decoder {
         };
         let hidden_bytes = (rows * spec.h4() * 16) as f64;
         match piece {
-            Piece::Norm => (4.0 * hidden_bytes / 4.0, 2.0 * hidden_bytes),
+            Piece::Norm => (hidden_bytes, 2.0 * hidden_bytes),
             Piece::Projection => product(&layer.attention.qkv.weight),
             Piece::Output => product(&layer.attention.out.weight),
             Piece::Head => product(&self.weights.head.weight),
