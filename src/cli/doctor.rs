@@ -97,7 +97,7 @@ fn line(check: &Check) -> String {
     format!("{word:<8} {:<10} {}{remedy}\n", check.name, check.found)
 }
 
-/// Experts lie in buffers of whole experts; a real model's expert is a few tens of megabytes.
+/// What WebGPU promises everywhere. Experts lie in buffers of whole experts, of a few tens of megabytes each.
 const SMALL_BINDING: u64 = 128 << 20;
 
 fn device(wanted: Option<&str>) -> Vec<Check> {
@@ -120,7 +120,7 @@ fn device(wanted: Option<&str>) -> Vec<Check> {
         }
     });
     let bound = format!("largest binding {}", byte_text(best.max_binding_bytes as f64));
-    checks.push(match best.max_binding_bytes <= SMALL_BINDING {
+    checks.push(match best.max_binding_bytes < SMALL_BINDING {
         false => Check::ok("limits", bound),
         true => Check::warning("limits", bound, "update the driver: experts larger than this do not fit"),
     });

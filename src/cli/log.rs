@@ -65,7 +65,21 @@ pub(crate) fn start(flags: &LogFlags) -> Result<Logging, Failure> {
     Ok(Logging(guard))
 }
 
-/// Our own crates at `level`, others at `warn` at most.
+/// Our own crates at `level`; the complaints of others from `info` on: drivers' loaders say much that hurts nobody.
 fn targets(level: LevelFilter) -> Targets {
-    Targets::new().with_default(level.min(LevelFilter::WARN)).with_target("exflow", level)
+    let others = if level >= LevelFilter::INFO { LevelFilter::WARN } else { LevelFilter::OFF };
+    Targets::new().with_default(others).with_target("exflow", level)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tracing_subscriber::filter::LevelFilter as Level;
+
+    #[test]
+    fn other_crates_are_heard_only_by_those_who_listen() {
+        let shown = |level, target| targets(level).would_enable(target, &tracing::Level::ERROR);
+        assert!(shown(Level::WARN, "exflow_engine::service") && !shown(Level::WARN, "wgpu_hal::vulkan"));
+        assert!(shown(Level::INFO, "wgpu_hal::vulkan") && !shown(Level::OFF, "exflow"));
+    }
 }
