@@ -4,11 +4,18 @@ at 1280 and 400 pixels, in light and dark. Screenshots go to OUT.
     python dashboard.py ADDRESS API_KEY CHROMIUM OUT
 """
 
+import json
 import sys
 
 from playwright.sync_api import expect, sync_playwright
 
 address, key, browser_path, out = sys.argv[1:5]
+
+
+def without_end(route):
+    """The model may end a text when it likes; here it must not, so that there is something to stop."""
+    body = json.loads(route.request.post_data)
+    route.continue_(post_data=json.dumps({**body, "ignore_eos": True}))
 
 
 def visit(browser, width, scheme):
@@ -18,6 +25,7 @@ def visit(browser, width, scheme):
     page.on("console", lambda m: problems.append(m.text) if m.type == "error" and "401" not in m.text else None)
     page.on("pageerror", lambda e: problems.append(str(e)))
     page.on("request", lambda r: elsewhere.append(r.url) if not r.url.startswith((address, "data:")) else None)
+    page.route("**/v1/chat/completions", without_end)
     page.goto(address)
     expect(page.locator("#key-form")).to_be_visible()
     page.fill("#key", key)
