@@ -351,3 +351,37 @@ fn a_file_gives_flags_and_logs_and_traces_go_where_they_are_told() {
     let err = text(&output.stderr);
     assert!(output.status.code() == Some(2) && err.contains("modle") && err.contains("exflow.toml"), "{err}");
 }
+
+#[test]
+fn the_grid_of_strategies_holds_the_cells_that_were_asked_for() {
+    let folder = tiny();
+    let model = utf8(folder.path());
+    let grid = ["bench", "strategies", "--models", model, "--ranks", "2", "--sequences", "3", "--links", "local"];
+    let (out, _) = succeeded(&[
+        &grid[..],
+        &["--tables", "round_robin,replicas", "-n", "6", "-r", "1", "--time-limit", "100ms", "--format", "json"],
+    ]
+    .concat());
+    let rows: Value = serde_json::from_str(&out).expect("JSON");
+    let rows = rows.as_array().expect("a list");
+    assert_eq!(rows.len(), 8, "two strategies, schedules and tables");
+    for row in rows {
+        assert_eq!((&row["model"], &row["ranks"], &row["link"]), (&model.into(), &2.into(), &"local".into()));
+        for figure in ["tokens_per_s", "ttft_ms", "tpot_p50_ms", "tpot_p99_ms", "crossings_per_token"] {
+            assert!(row[figure].as_f64().expect(figure) > 0.0, "{figure}: {row}");
+        }
+        for class in ["dispatch", "combine", "kv", "ids", "control"] {
+            assert!(row["bytes_per_token"][class].is_number(), "{class}: {row}");
+        }
+        let waits = row["exchanges_per_layer"].as_f64().expect("a number");
+        match (row["strategy"].as_str(), row["schedule"].as_str()) {
+            (Some("vanilla"), Some("rounds")) => assert_eq!(waits, 2.0),
+            (Some("coherent"), Some("rounds")) => assert_eq!(waits, 1.0),
+            _ => assert!((0.0..=2.0).contains(&waits), "{waits}"),
+        }
+    }
+    for wrong in [&["--ranks", "0"][..], &["--links", "moon"], &["--sequences", "0"], &["--models", "nowhere"]] {
+        let output = exflow(&[&["bench", "strategies"][..], wrong].concat());
+        assert_eq!(output.status.code(), Some(2), "{wrong:?}");
+    }
+}

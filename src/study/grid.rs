@@ -88,6 +88,12 @@ pub struct GridRow {
     /// What the same tokens would take at least: two one-way latencies a layer and what the ranks computed; for
     /// vanilla in rounds over a shaped link alone.
     pub floor_tokens_per_s: Option<f64>,
+    /// Milliseconds that the busiest rank computed per step; in flow: per hop.
+    pub hop_ms: f64,
+    /// In flow: rows in one hop, mean.
+    pub rows_per_hop: f64,
+    /// In flow: share of the time that ranks worked.
+    pub busy_share: f64,
 }
 
 /// What a cell is about.
@@ -289,6 +295,9 @@ impl Runs {
             stay_rate: of(|s| s.stay_rate),
             bytes_per_token: stats.map_or_else(ClassBytes::default, |s| s.decode_bytes_per_token.into()),
             floor_tokens_per_s: stats.and_then(floor),
+            hop_ms: of(|s| s.compute_ms_per_step),
+            rows_per_hop: of(|s| s.rows_per_hop),
+            busy_share: of(|s| s.busy_share),
             tokens_per_s: quantile(&mut self.rates, 0.5),
             tokens_per_s_range: range,
             tpot_p50_ms: 1e3 * quantile(&mut self.gaps, 0.5),

@@ -12,6 +12,7 @@ mod grid;
 mod grid_inputs;
 mod held_out;
 mod placing;
+mod predict;
 mod replaying;
 
 pub use compare::{Comparison, Measured, Setting, compare};
@@ -23,4 +24,5 @@ pub use grid::{Cell, ClassBytes, Grid, GridRow, GridSetting};
 pub use grid_inputs::{SyntheticModel, grid_profile, grid_prompts, grid_table};
 pub use held_out::{HeldOut, held_out, keep_back};
 pub use placing::{Placed, Profiled, place, profile, solve_with_progress};
+pub use predict::predict;
 pub use replaying::{ReplayError, Replayed, TableChoice, replay, sweep};

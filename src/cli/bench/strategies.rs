@@ -179,21 +179,36 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
 fn grid(args: &Args) -> Result<Vec<GridRow>, Failure> {
     let folder = Scratch::new()?;
     let (models, ranks, sequences, links) = match args.quick {
-        true => (vec!["bundled".to_owned()], vec![4], vec![8], vec![LinkName::Wan, LinkName::Local]),
+        true => (vec!["bundled".to_owned()], vec![4], vec![8], vec![LinkName::Local, LinkName::Wan]),
         false => (args.models.clone(), args.ranks.clone(), args.sequences.clone(), args.links.clone()),
     };
     let mut rows = Vec::new();
     for model in &models {
         let path = model_folder(model, &folder.0, args.seed)?;
-        solve_tables(args, model, &path, &ranks, &folder.0)?;
+        let layers = solve_tables(args, model, &path, &ranks, &folder.0)?;
         for &ranks in &ranks {
             for link in &links {
                 output::note(&format!("{model}, {ranks} ranks, {link}"));
-                rows.extend(child(args, model, ranks, *link, &sequences, &folder.0)?);
+                let mut measured = child(args, model, ranks, *link, &sequences, &folder.0)?;
+                predict(&mut measured, &rows, *link, layers);
+                rows.extend(measured);
             }
         }
     }
     Ok(rows)
+}
+
+/// Puts beside what was measured on a shaped link what the same setting's row on `local` foretells.
+fn predict(measured: &mut [GridRow], before: &[GridRow], link: LinkName, layers: usize) {
+    let Some(spec) = link.spec() else { return };
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let setting = |r: &GridRow| {
+        (r.model.clone(), r.ranks, r.sequences, r.strategy.clone(), r.schedule.clone(), r.table.clone())
+    };
+    for row in measured {
+        let local = before.iter().find(|r| r.link == "local" && setting(r) == setting(row));
+        row.predicted_tokens_per_s = local.and_then(|local| study::predict(local, &spec, layers, cores));
+    }
 }
 
 /// A folder that goes with the process.
@@ -245,7 +260,7 @@ fn solve_tables(
     path: &Path,
     ranks: &[usize],
     folder: &Path,
-) -> Result<(), Failure> {
+) -> Result<usize, Failure> {
     let bars = Bars::new();
     let mut options = ClusterOptions::new(path);
     options.adapter = args.adapter.clone();
@@ -270,7 +285,7 @@ fn solve_tables(
             solved.save(&table_path(folder, model, ranks, table))?;
         }
     }
-    Ok(())
+    Ok(spec.moe_layers())
 }
 
 fn child(
@@ -358,10 +373,11 @@ fn baselines(rows: &[GridRow], row: &GridRow) -> (f64, f64) {
     (best, rounds)
 }
 
-const COLUMNS: [&str; 15] = [
+const COLUMNS: [&str; 16] = [
     "setting",
     "tokens/s",
     "range",
+    "predicted",
     "× best vanilla",
     "× vanilla in rounds",
     "floor",
@@ -376,17 +392,19 @@ const COLUMNS: [&str; 15] = [
     "K/V B",
 ];
 
-fn cells(rows: &[GridRow], row: &GridRow) -> [String; 15] {
+fn cells(rows: &[GridRow], row: &GridRow) -> [String; 16] {
     let (best, rounds) = baselines(rows, row);
     let times = |base: f64| if base > 0.0 { format!("{:.2}", row.tokens_per_s / base) } else { "–".into() };
     let bytes = &row.bytes_per_token;
+    let or_dash = |figure: Option<f64>| figure.map_or_else(|| "–".to_owned(), |f| format!("{f:.1}"));
     [
         format!("{}, {}, {}", row.strategy, row.schedule, row.table),
         format!("{:.1}", row.tokens_per_s),
         format!("{:.1}–{:.1}", row.tokens_per_s_range.0, row.tokens_per_s_range.1),
+        or_dash(row.predicted_tokens_per_s),
         times(best),
         times(rounds),
-        row.floor_tokens_per_s.map_or_else(|| "–".into(), |floor| format!("{floor:.1}")),
+        or_dash(row.floor_tokens_per_s),
         format!("{:.0}", row.ttft_ms),
         format!("{:.0}", row.second_token_ms),
         format!("{:.1}", row.tpot_p50_ms),

@@ -11,7 +11,7 @@ mod notes;
 
 use super::coherence::Arrived;
 use super::frames::{Choice, Reader, Writer};
-use super::sequence::{Order, Sampled};
+use super::sequence::{Order, Sampled, Sequence};
 use super::step::{Hopped, Stepper};
 use super::worker::{Command, Directive, Event, Worker};
 use crate::EngineError;
@@ -298,7 +298,11 @@ impl Worker {
             return Ok(());
         }
         let orders = self.scheduler.plan(&self.sequences);
-        self.give(flow, orders.into_iter().map(Directive::Order).collect())
+        self.give(flow, orders.into_iter().map(Directive::Order).collect())?;
+        // A long prompt is ordered in parts, and nothing else need happen in between.
+        let part = |s: &Sequence| (s.ordered as usize) < s.start.prompt.len();
+        flow.changed |= self.sequences.running.values().any(part);
+        Ok(())
     }
 
     fn take_command(&mut self, flow: &mut Flow, command: Command) -> Result<(), EngineError> {
