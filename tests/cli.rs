@@ -356,12 +356,26 @@ fn a_file_gives_flags_and_logs_and_traces_go_where_they_are_told() {
 fn the_grid_of_strategies_holds_the_cells_that_were_asked_for() {
     let folder = tiny();
     let model = utf8(folder.path());
-    let grid = ["bench", "strategies", "--models", model, "--ranks", "2", "--sequences", "3", "--links", "local"];
-    let (out, _) = succeeded(&[
-        &grid[..],
-        &["--tables", "round_robin,replicas", "-n", "6", "-r", "1", "--time-limit", "100ms", "--format", "json"],
-    ]
-    .concat());
+    let grid =
+        ["bench", "strategies", "--models", model, "--ranks", "2", "--sequences", "3", "--links", "local"];
+    let (out, _) = succeeded(
+        &[
+            &grid[..],
+            &[
+                "--tables",
+                "round_robin,replicas",
+                "-n",
+                "6",
+                "-r",
+                "1",
+                "--time-limit",
+                "100ms",
+                "--format",
+                "json",
+            ],
+        ]
+        .concat(),
+    );
     let rows: Value = serde_json::from_str(&out).expect("JSON");
     let rows = rows.as_array().expect("a list");
     assert_eq!(rows.len(), 8, "two strategies, schedules and tables");
@@ -380,7 +394,9 @@ fn the_grid_of_strategies_holds_the_cells_that_were_asked_for() {
             _ => assert!((0.0..=2.0).contains(&waits), "{waits}"),
         }
     }
-    for wrong in [&["--ranks", "0"][..], &["--links", "moon"], &["--sequences", "0"], &["--models", "nowhere"]] {
+    for wrong in
+        [&["--ranks", "0"][..], &["--links", "moon"], &["--sequences", "0"], &["--models", "nowhere"]]
+    {
         let output = exflow(&[&["bench", "strategies"][..], wrong].concat());
         assert_eq!(output.status.code(), Some(2), "{wrong:?}");
     }
