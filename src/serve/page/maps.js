@@ -5,13 +5,18 @@ import { $, count, html, percent, rankColour, style, surface, swatch } from "./d
 
 let seen = -1; // requests done when the affinity was last asked for
 let counts = null;
+let asked = 0; // requests for counts; only the last one's answer is drawn
 
 export function startMaps(model) {
   const pairs = Math.max(model.moe_layers - 1, 0);
   $("pair").replaceChildren(...[...Array(pairs).keys()].map((l) => html("option", { value: l, textContent: `${l} → ${l + 1}` })));
   const load = async () => {
     if (!pairs) return;
-    counts = await json(`/api/affinity?layer=${$("pair").value || 0}`);
+    asked += 1;
+    const mine = asked;
+    const answer = await json(`/api/affinity?layer=${$("pair").value || 0}`);
+    if (mine !== asked) return; // another pair was chosen meanwhile
+    counts = answer;
     drawAffinity(model);
   };
   $("pair").onchange = load;
