@@ -26,6 +26,7 @@ struct Stage {
     started: Instant,
     last_line: Instant,
     finished: bool,
+    detail: String,
 }
 
 impl Bars {
@@ -60,7 +61,7 @@ impl Bars {
         if let Ok(style) = ProgressStyle::with_template("{prefix:<24} {bar:28} {msg}") {
             bar.set_style(style.progress_chars("━╸─"));
         }
-        Stage { bar, started: now, last_line: now, finished: false }
+        Stage { bar, started: now, last_line: now, finished: false, detail: String::new() }
     }
 }
 
@@ -80,7 +81,10 @@ impl Progress for Bars {
             return;
         }
         let seconds = entry.started.elapsed().as_secs_f64();
-        let text = describe(done, total, unit, seconds);
+        let mut text = describe(done, total, unit, seconds);
+        if !entry.detail.is_empty() {
+            text = format!("{text}: {}", entry.detail);
+        }
         entry.bar.set_prefix(stage.to_owned());
         entry.bar.set_length(total);
         entry.bar.set_position(done);
@@ -94,6 +98,11 @@ impl Progress for Bars {
             entry.last_line = Instant::now();
             say(&format!("{stage}: {text}"));
         }
+    }
+
+    fn detail(&self, stage: &str, text: &str) {
+        let mut stages = self.stages.lock().unwrap_or_else(PoisonError::into_inner);
+        stages.entry(stage.to_owned()).or_insert_with(|| self.stage()).detail = text.to_owned();
     }
 }
 

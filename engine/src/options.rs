@@ -211,6 +211,9 @@ impl ClusterOptions {
 pub trait Progress: Send + Sync {
     /// `stage` ("load rank 2", "profile") has done `done` of `total` `unit`s ("elements", "tokens").
     fn update(&self, stage: &str, done: u64, total: u64, unit: &str);
+
+    /// What `stage` has come to so far ("cost 812, bound 790"), to stand beside its next update.
+    fn detail(&self, _stage: &str, _text: &str) {}
 }
 
 /// Tells nobody.

@@ -39,6 +39,6 @@ pub use route::{Route, Strategy, UnknownStrategy};
 pub use score::{Score, score_affinity, score_trace, score_trace_on};
 pub use simulate::{SimulateError, SimulateOptions, Simulation, simulate};
 pub use solve::{SolveError, SolveOptions, SolveProgress, baselines, solve};
-pub use table::{PlacementTable, Replica, TABLE_VERSION, TableError};
+pub use table::{Moment, PlacementTable, Replica, TABLE_VERSION, TableError};
 pub use topology::{Link, Links, RankSpec, Topology, TopologyError};
 pub use trace::{RoutingTrace, TraceError};

@@ -9,7 +9,7 @@
 //! and without rounds (`flow`) a token pays for its own crossings alone. K/V travels beside both and is counted in
 //! bytes only; computing is not modelled at all.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::ids::{ExpertId, LayerId, Rank};
@@ -70,7 +70,7 @@ pub enum SimulateError {
 }
 
 /// What a replay counted.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Simulation {
     /// Steps replayed.
     pub steps: usize,

@@ -3,7 +3,7 @@
 use clap::error::ErrorKind;
 use exflow::engine::EngineError;
 use exflow::placement::{AffinityError, SolveError, TableError, TopologyError, TraceError};
-use exflow::study::ReplayError;
+use exflow::study::{GatherError, ReplayError};
 use std::io::{self, Write};
 use std::process::ExitCode;
 
@@ -118,7 +118,7 @@ macro_rules! input_errors {
     )*};
 }
 
-input_errors!(AffinityError, ReplayError, SolveError, TableError, TopologyError, TraceError);
+input_errors!(AffinityError, GatherError, ReplayError, SolveError, TableError, TopologyError, TraceError);
 
 #[cfg(test)]
 mod tests {

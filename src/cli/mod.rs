@@ -15,6 +15,7 @@ mod os;
 mod output;
 mod place;
 mod profile;
+mod report;
 mod selftest;
 #[cfg(feature = "server")]
 mod serve;
@@ -53,6 +54,7 @@ enum Verb {
     Place(place::Args),
     Bench(bench::Args),
     Simulate(simulate::Args),
+    Report(report::Args),
     Selftest(selftest::Args),
     Completions(completions::Args),
     Man(completions::ManArgs),
@@ -69,7 +71,7 @@ impl Verb {
             Self::Eval(args) => args.ranks.hosted(),
             Self::Profile(args) => args.ranks.hosted(),
             Self::Bench(args) => args.device_ranks(),
-            Self::Devices(_) | Self::Place(_) | Self::Simulate(_) | Self::Selftest(_) => 1,
+            Self::Devices(_) | Self::Place(_) | Self::Simulate(_) | Self::Report(_) | Self::Selftest(_) => 1,
             Self::Completions(_) | Self::Man(_) | Self::Doctor(_) => 1,
         }
     }
@@ -104,6 +106,7 @@ impl Verb {
             Self::Profile(args) => profile::run(args),
             Self::Place(args) => place::run(args),
             Self::Simulate(args) => simulate::run(args),
+            Self::Report(args) => report::run(args),
             Self::Bench(args) => bench::run(args),
             Self::Selftest(args) => selftest::run(args),
             Self::Completions(args) => completions::run::<Cli>(args),

@@ -1,9 +1,17 @@
 //! What a report shows, as plain numbers; also the JSON that the page carries.
 
-use serde::Serialize;
+mod checks;
+
+pub use checks::{CheckFacts, StrategyFacts};
+
+use crate::study::Replayed;
+use exflow_placement::Moment;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// Everything that one report shows.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct ReportData {
     /// Name of the run, for the page's title.
     pub title: String,
@@ -37,10 +45,23 @@ pub struct ReportData {
     pub same_tokens: bool,
     /// Prompts and the text that every setting produced for them.
     pub texts: Vec<(String, String)>,
+    /// Further placements beside the one that groups the maps.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub others: Vec<PlacementFacts>,
+    /// Replays of `exflow simulate`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub replays: Vec<Replayed>,
+    /// Rows of `exflow bench strategies`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub strategies: Vec<StrategyFacts>,
+    /// Claims of the paper against our figures.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub checks: Vec<CheckFacts>,
 }
 
 /// The model's shape.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct ModelFacts {
     /// Folder name.
     pub name: String,
@@ -63,7 +84,8 @@ pub struct ModelFacts {
 }
 
 /// What the affinity was counted on.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct ProfileFacts {
     /// Tokens that were profiled and solved on.
     pub tokens: usize,
@@ -76,8 +98,12 @@ pub struct ProfileFacts {
 }
 
 /// The solved placement and how good it is known to be.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct PlacementFacts {
+    /// File or rule, where there are several.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub name: String,
     /// Ranks that the experts are spread over.
     pub ranks: usize,
     /// `[L][E]`: the rank of each expert.
@@ -88,10 +114,17 @@ pub struct PlacementFacts {
     pub lower_bound: Option<f64>,
     /// Wall clock of the solver, in seconds.
     pub seconds: f64,
+    /// Cost and bound in counts × link cost by rising time, as the table carries them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub history: Vec<Moment>,
+    /// Cost of other placements by name, in the same units.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub baselines: BTreeMap<String, f64>,
 }
 
 /// Stay rate of one placement on held-out text.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct StayFacts {
     /// Name of the placement.
     pub label: String,
@@ -104,7 +137,8 @@ pub struct StayFacts {
 }
 
 /// Medians of one setting (strategy and placement).
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct SettingFacts {
     /// `vanilla` or `coherent`.
     pub strategy: String,
@@ -135,7 +169,8 @@ pub struct SettingFacts {
 }
 
 /// Bytes by class; nothing on the wire is outside these five.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct ByteClasses {
     /// Rows on their way to experts.
     pub dispatch: f64,

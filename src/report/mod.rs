@@ -5,16 +5,22 @@
 
 mod affinity;
 mod bars;
+mod checks;
 mod colour;
+mod course;
 mod data;
 mod page;
 mod placement;
 mod replay;
+mod strategies;
 mod svg;
 mod table;
 mod traffic;
 
-pub use data::{ByteClasses, ModelFacts, PlacementFacts, ProfileFacts, ReportData, SettingFacts, StayFacts};
+pub use data::{
+    ByteClasses, CheckFacts, ModelFacts, PlacementFacts, ProfileFacts, ReportData, SettingFacts, StayFacts,
+    StrategyFacts,
+};
 pub use page::render;
 pub use replay::render_replay;
 pub use table::{byte_text, rate_text};

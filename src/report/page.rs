@@ -3,7 +3,7 @@
 use super::data::{ReportData, SettingFacts};
 use super::svg::{escape, script_safe};
 use super::table::rate_text;
-use super::{affinity, bars, colour, placement, table, traffic};
+use super::{affinity, bars, checks, colour, course, placement, replay, strategies, table, traffic};
 
 const STYLE: &str = include_str!("style.css");
 const HOVER: &str = include_str!("hover.js");
@@ -11,16 +11,23 @@ const HOVER: &str = include_str!("hover.js");
 /// The whole report as one HTML document.
 pub fn render(data: &ReportData) -> String {
     let json = serde_json::to_string(data).unwrap_or_else(|_| "{}".into());
+    let has =
+        |some: bool, section: fn(&ReportData) -> String| if some { section(data) } else { String::new() };
+    let ran = !data.settings.is_empty();
     let body: String = [
         header(data),
-        settings(data),
-        stay(data),
-        bytes(data),
-        traffic_section(data),
-        grid(data),
-        maps(data),
+        has(!data.checks.is_empty(), check_section),
+        has(ran, settings),
+        has(!data.stay.is_empty(), stay),
+        has(ran, bytes),
+        has(ran, traffic_section),
+        has(!data.strategies.is_empty(), strategy_section),
+        has(!data.placement.assignment.is_empty(), grid),
+        has(!data.others.is_empty(), other_grids),
+        has(!data.transitions.is_empty(), maps),
+        replay::sections_of(&data.replays),
         texts(data),
-        facts(data),
+        has(ran || !data.model.digest.is_empty(), facts),
     ]
     .concat();
     document(&data.title, &body, &json)
@@ -43,6 +50,15 @@ pub(super) fn document(title: &str, body: &str, json: &str) -> String {
 }
 
 fn header(data: &ReportData) -> String {
+    if data.settings.is_empty() {
+        return format!(
+            "<header><p class=\"eyebrow\">exflow {} · {}</p><h1>{}</h1><p>{}</p></header>",
+            escape(&data.version),
+            escape(&data.created),
+            escape(&data.title),
+            escape(&data.profile.sources.join(" · "))
+        );
+    }
     let tiles: String = tiles(data).iter().map(|(value, text)| tile(value, text)).collect();
     let (class, verdict) = if data.same_tokens {
         ("yes", "Every setting and repeat produced the same tokens.")
@@ -118,11 +134,14 @@ fn settings(data: &ReportData) -> String {
 fn stay(data: &ReportData) -> String {
     let busiest: Vec<String> =
         data.stay.iter().map(|s| format!("{} {:.2}", escape(&s.label), s.imbalance)).collect();
+    let tokens = match data.profile.held_out_tokens {
+        0 => format!("{} tokens, which may be those that were solved on", data.profile.tokens),
+        unseen => format!("{unseen} tokens of text that was not profiled"),
+    };
     let lead = format!(
-        "Share of layer transitions that need no crossing, on {} tokens of text that was not profiled. \
+        "Share of layer transitions that need no crossing, on {tokens}. \
          A placement can look local by piling work on one rank, so read it beside its balance: \
          busiest rank over the mean, worst layer: {}.",
-        data.profile.held_out_tokens,
         busiest.join(" · ")
     );
     section("How often a token may stay where it is", &lead, &bars::stay_rates(data))
@@ -143,17 +162,74 @@ fn traffic_section(data: &ReportData) -> String {
 fn grid(data: &ReportData) -> String {
     let placement = &data.placement;
     let bound = match placement.lower_bound {
-        Some(bound) if bound > 0.0 => format!(
-            " No placement of equal shares can cross less than {bound:.3}: the gap is at most {:.1} %.",
+        Some(bound) if bound > 0.0 && placement.crossings_per_token > 0.0 => format!(
+            " No placement within the same bounds can cross less than {bound:.3}: the gap is at most {:.1} %.",
             100.0 * (1.0 - bound / placement.crossings_per_token.max(bound))
         ),
         _ => String::new(),
     };
+    let found = if placement.seconds > 0.0 {
+        format!(", found in {:.1} s", placement.seconds)
+    } else {
+        String::new()
+    };
+    let crossings = if placement.crossings_per_token > 0.0 {
+        format!(" {:.3} crossings a token on the profile{found}.", placement.crossings_per_token)
+    } else {
+        String::new()
+    };
+    let lead = format!("Rank of every expert: rows are MoE layers, columns experts.{crossings}{bound}");
+    let grid = placement::grid(placement, &data.load);
+    section("The placement", &lead, &grid) + &course_section(placement)
+}
+
+fn course_section(placement: &super::PlacementFacts) -> String {
+    let drawing = course::figure(placement);
+    if drawing.is_empty() {
+        return String::new();
+    }
+    let cost = placement.history.last().map_or(0.0, |last| last.cost);
+    let beside: Vec<String> = placement
+        .baselines
+        .iter()
+        .filter(|_| cost > 0.0)
+        .map(|(name, other)| format!("{} {:.2}", name.replace('_', "-"), other / cost))
+        .collect();
+    let beside = match beside.is_empty() {
+        true => String::new(),
+        false => format!(" Cost of other placements over this one's: {}.", escape(&beside.join(" · "))),
+    };
     let lead = format!(
-        "Rank of every expert: rows are MoE layers, columns experts. {:.3} crossings a token on the profile, found in {:.1} s.{bound}",
-        placement.crossings_per_token, placement.seconds
+        "Cost of the best placement so far, and below it what is proven: no placement costs less than the lower line.{beside}"
     );
-    section("The placement", &lead, &placement::grid(data))
+    section("How the placement was found", &lead, &drawing)
+}
+
+fn other_grids(data: &ReportData) -> String {
+    let one = |placement: &super::PlacementFacts| {
+        let crossings = match placement.crossings_per_token {
+            c if c > 0.0 => format!("{c:.3} crossings a token on the profile."),
+            _ => String::new(),
+        };
+        let title = escape(&placement.name);
+        section(&title, &crossings, &placement::grid(placement, &data.load)) + &course_section(placement)
+    };
+    data.others.iter().map(one).collect()
+}
+
+fn check_section(data: &ReportData) -> String {
+    let passed = data.checks.iter().filter(|check| check.pass == Some(true)).count();
+    let failed = data.checks.iter().filter(|check| check.pass == Some(false)).count();
+    let open = data.checks.len() - passed - failed;
+    let lead = format!(
+        "What \"Exploiting Inter-Layer Expert Affinity\" claims or rests on, measured here: {passed} hold, {failed} do not, {open} were not measured."
+    );
+    section("Checks from the paper", &lead, &checks::figures(&data.checks))
+}
+
+fn strategy_section(data: &ReportData) -> String {
+    let lead = "Measured output tokens a second while decoding; the upright marks are what the planner said before the run.";
+    section("Strategies, schedules and tables", lead, &strategies::figures(&data.strategies))
 }
 
 fn maps(data: &ReportData) -> String {

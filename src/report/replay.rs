@@ -16,9 +16,20 @@ const TOP: f64 = 12.0;
 /// One value of a replay.
 type Value = fn(&Replayed) -> Option<f64>;
 
-/// The page, with the figures as JSON.
+/// The page of replays alone, with the figures as JSON.
 pub fn render_replay(title: &str, rows: &[Replayed]) -> String {
-    let plots: [(&str, &str, Value); 4] = [
+    let body = format!("<header><h1>{}</h1></header>{}", escape(title), sections(rows));
+    page::document(title, &body, &serde_json::to_string(rows).unwrap_or_else(|_| "[]".into()))
+}
+
+/// The sections where there are rows.
+pub(super) fn sections_of(rows: &[Replayed]) -> String {
+    if rows.is_empty() { String::new() } else { sections(rows) }
+}
+
+/// Stay rate, times, bytes, balance and traffic of every row.
+fn sections(rows: &[Replayed]) -> String {
+    let plots: [(&str, &str, Value); 5] = [
         ("Stay rate", "Share of layer transitions without a crossing; higher is better.", |r| {
             Some(r.simulation.stay_rate)
         }),
@@ -36,8 +47,11 @@ pub fn render_replay(title: &str, rows: &[Replayed]) -> String {
             let s = &r.simulation;
             Some(s.dispatch_bytes + s.combine_bytes + s.kv_bytes)
         }),
+        ("Busiest rank over the mean", "Rows that experts work on, mean over steps and layers.", |r| {
+            Some(r.simulation.imbalance)
+        }),
     ];
-    let mut body = format!("<header><h1>{}</h1>{}</header>", escape(title), keys(rows));
+    let mut body = keys(rows);
     for (name, lead, value) in plots {
         let _ = write!(body, "<section><h2>{name}</h2><p>{lead}</p>{}</section>", plot(name, rows, value));
     }
@@ -46,7 +60,7 @@ pub fn render_replay(title: &str, rows: &[Replayed]) -> String {
         "<section><h2>Who sends to whom</h2><p>Bytes per token from a rank (row) to another (column).</p>{}</section>",
         traffic(rows)
     );
-    page::document(title, &body, &serde_json::to_string(rows).unwrap_or_else(|_| "[]".into()))
+    body
 }
 
 /// The series: every table and strategy.
@@ -166,7 +180,7 @@ mod tests {
             .expect("replay");
         let page = render_replay("a & b", &rows);
         assert!(page.contains("a &amp; b") && page.contains("&lt;t&gt;") && !page.contains("http"));
-        assert!(!page.contains("NaN") && page.matches("<svg").count() == 5);
+        assert!(!page.contains("NaN") && page.matches("<svg").count() == 6);
         let start = page.find("id=\"data\">").expect("data") + 10;
         let json = &page[start..start + page[start..].find("</script>").expect("its end")];
         let value: serde_json::Value = serde_json::from_str(json).expect("JSON");

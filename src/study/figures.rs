@@ -6,8 +6,7 @@ use crate::report::{
     rate_text,
 };
 use exflow_engine::{BytesByClass, ModelSpec, RunStats};
-use exflow_placement::Topology;
-use exflow_placement::score_affinity;
+use exflow_placement::{Affinity, PlacementTable, Topology, score_affinity};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -46,7 +45,10 @@ impl Study {
                 sources: corpus.sources.clone(),
                 seconds: profiled.seconds,
             },
-            placement: placement_facts(&placed),
+            placement: PlacementFacts {
+                seconds: placed.seconds,
+                ..PlacementFacts::of(&placed.table, Some(&placed.affinity))
+            },
             transitions: matrices(&placed.affinity.transitions, placed.affinity.experts),
             load: rows(&placed.affinity.load_or_derived(), placed.affinity.experts),
             stay: placed.stay.clone(),
@@ -56,6 +58,7 @@ impl Study {
             same_tokens: true, // `compare` ends with an error where they differ
             texts,
             model,
+            ..ReportData::default()
         };
         Self { profiled, placed, report }
     }
@@ -186,24 +189,50 @@ fn classes<T>(bytes: &BytesByClass<T>, number: fn(&T) -> f64) -> ByteClasses {
     }
 }
 
-fn placement_facts(placed: &Placed) -> PlacementFacts {
-    let table = &placed.table;
-    let crossings =
-        score_affinity(table, &placed.affinity, &Topology::uniform(table.ranks)).crossings_per_token;
-    let share = match (table.cost, table.lower_bound) {
-        (Some(cost), Some(bound)) if cost > 0.0 => Some(bound / cost),
-        _ => None,
-    };
-    PlacementFacts {
-        ranks: table.ranks,
-        assignment: table
-            .assignment
-            .iter()
-            .map(|row| row.iter().map(|rank| rank.index()).collect())
-            .collect(),
-        crossings_per_token: crossings,
-        lower_bound: share.map(|share| share * crossings),
-        seconds: placed.seconds,
+impl PlacementFacts {
+    /// What a table says of itself, and how often its tokens cross by `affinity`'s counts.
+    pub fn of(table: &PlacementTable, affinity: Option<&Affinity>) -> Self {
+        let topology = Topology::uniform(table.ranks);
+        let crossings = affinity.map_or(0.0, |a| score_affinity(table, a, &topology).crossings_per_token);
+        // In crossings a bound can be told where every move costs the same, as it does without a topology.
+        let cost_of_counts = affinity.map_or(0.0, |a| crossings * a.tokens());
+        let share = match (table.cost, table.lower_bound) {
+            (Some(cost), Some(bound)) if cost > 0.0 && (cost / cost_of_counts - 1.0).abs() < 0.02 => {
+                Some(bound / cost)
+            }
+            _ => None,
+        };
+        Self {
+            name: String::new(),
+            ranks: table.ranks,
+            assignment: table
+                .assignment
+                .iter()
+                .map(|row| row.iter().map(|rank| rank.index()).collect())
+                .collect(),
+            crossings_per_token: crossings,
+            lower_bound: share.map(|share| share * crossings),
+            seconds: table.history.last().map_or(0.0, |last| last.seconds),
+            history: table.history.clone(),
+            baselines: table.baselines.clone(),
+        }
+    }
+}
+
+impl ReportData {
+    /// A page of this program, made now, with nothing on it.
+    pub fn new() -> Self {
+        Self {
+            version: env!("CARGO_PKG_VERSION").into(),
+            created: utc_text(SystemTime::now()),
+            ..Self::default()
+        }
+    }
+
+    /// Shows these counts: a map for each pair of layers, and the experts' load.
+    pub fn show_affinity(&mut self, affinity: &Affinity) {
+        self.transitions = matrices(&affinity.transitions, affinity.experts);
+        self.load = rows(&affinity.load_or_derived(), affinity.experts);
     }
 }
 

@@ -2,8 +2,8 @@
 //! rest, and both it and the baselines are scored on what was kept.
 
 use exflow_placement::{
-    Affinity, PlacementTable, RoutingTrace, Score, SolveError, SolveOptions, Topology, baselines,
-    score_affinity, solve,
+    Affinity, Balance, LayerId, PlacementTable, RoutingTrace, Score, SolveError, SolveOptions, Topology,
+    baselines, score_affinity, solve,
 };
 use std::time::Duration;
 
@@ -76,6 +76,42 @@ pub fn held_out(
         found.wanted_tokens = Some(round_up(tokens));
     }
     Ok(found)
+}
+
+/// How far a table of one kind of balance crosses on tokens that it was not solved on.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BalanceScore {
+    /// What is spread evenly.
+    pub balance: Balance,
+    /// On the tokens that were kept back; none where the ranks cannot hold the experts in this way.
+    pub score: Option<Score>,
+    /// Ranks that hold any expert of a layer, mean over layers.
+    pub ranks_per_layer: f64,
+}
+
+/// A table for each kind of balance, solved on `part` for a moment and scored on `kept`: how much less crosses where
+/// layers may be left off ranks.
+pub fn balances(
+    part: &Affinity,
+    kept: &Affinity,
+    topology: &Topology,
+    options: &SolveOptions,
+) -> Vec<BalanceScore> {
+    let time_limit = options.time_limit.mul_f64(0.15).min(LONGEST.mul_f64(0.5));
+    let one = |balance| {
+        let options = SolveOptions { time_limit, balance, replicas: false, exact: false, ..options.clone() };
+        let table = solve(part, topology, &options, &mut |_| ()).ok();
+        let ranks = |table: &PlacementTable| {
+            let held = (0..table.layers).map(|layer| table.ranks_of(LayerId::from(layer)).len());
+            held.sum::<usize>() as f64 / table.layers as f64
+        };
+        BalanceScore {
+            balance,
+            ranks_per_layer: table.as_ref().map_or(0.0, ranks),
+            score: table.map(|table| score_affinity(&table, kept, topology)),
+        }
+    };
+    [Balance::Layer, Balance::Total].map(one).to_vec()
 }
 
 /// To two digits, so that nobody takes an estimate for a measurement.

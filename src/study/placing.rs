@@ -4,9 +4,13 @@ use super::{Corpus, StudyError};
 use crate::report::StayFacts;
 use exflow_engine::{Cluster, Progress};
 use exflow_placement::{
-    Affinity, PlacementTable, RoutingTrace, SolveError, SolveOptions, Topology, score_trace, solve,
+    Affinity, PlacementTable, RoutingTrace, SolveError, SolveOptions, SolveProgress, Topology, score_trace,
+    solve,
 };
 use std::time::{Duration, Instant};
+
+/// Cost and bound are shown so often.
+const TOLD_EVERY: Duration = Duration::from_millis(200);
 
 /// Routes of a corpus.
 #[derive(Debug, Clone)]
@@ -70,24 +74,34 @@ pub fn place(
     Ok(Placed { affinity, table, stay, seconds })
 }
 
-/// Solves and reports elapsed time against the limit.
+/// Solves, and reports time against the limit, cost and bound.
 pub fn solve_with_progress(
     affinity: &Affinity,
     topology: &Topology,
     options: &SolveOptions,
     progress: &dyn Progress,
 ) -> Result<PlacementTable, SolveError> {
+    const STAGE: &str = "solve placement";
     let limit = options.time_limit.as_secs_f64().ceil().max(1.0) as u64;
-    let mut told = None;
+    let mut told = Duration::ZERO;
+    let mut last = String::new();
     let table = solve(affinity, topology, options, &mut |state| {
-        let seconds = state.elapsed.as_secs().min(limit.saturating_sub(1));
-        if told != Some(seconds) {
-            told = Some(seconds);
-            progress.update("solve placement", seconds, limit, "s");
+        last = course(&state);
+        if state.elapsed >= told {
+            told = state.elapsed + TOLD_EVERY;
+            progress.detail(STAGE, &last);
+            progress.update(STAGE, state.elapsed.as_secs().min(limit.saturating_sub(1)), limit, "s");
         }
     })?;
-    progress.update("solve placement", limit, limit, "s");
+    progress.detail(STAGE, &last);
+    progress.update(STAGE, limit, limit, "s");
     Ok(table)
+}
+
+/// `cost 812, bound 790 (gap 2.7 %)`.
+fn course(state: &SolveProgress) -> String {
+    let gap = if state.cost > 0.0 { (1.0 - state.lower_bound / state.cost).max(0.0) } else { 0.0 };
+    format!("cost {:.0}, bound {:.0} (gap {:.1} %)", state.cost, state.lower_bound, 100.0 * gap)
 }
 
 /// What the counts would be if a token's next expert did not depend on its last: load skew and nothing else.

@@ -4,7 +4,7 @@ use exflow_placement::{
     Affinity, Link, PlacementTable, RoutingTrace, SimulateError, SimulateOptions, Simulation, SolveError,
     SolveOptions, Strategy, TableError, TableShape, Topology, simulate, solve,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::time::Duration;
 use thiserror::Error;
@@ -55,7 +55,7 @@ impl TableChoice {
 }
 
 /// One replay.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Replayed {
     /// Name of the table.
     pub placement: String,

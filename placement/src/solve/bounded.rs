@@ -22,8 +22,14 @@ pub(crate) fn bounds(problem: &Problem, factor: f64) -> Vec<f64> {
     (0..layers).map(|layer| factor * busiest(layer)).collect()
 }
 
-/// The cheapest placement found within the load's bounds, beginning with `holders` `[L, E]`.
-pub(crate) fn within(problem: &Problem, holders: Vec<u16>, seed: u64, stop: &dyn Fn() -> bool) -> Vec<u16> {
+/// The cheapest placement found within the load's bounds, beginning with `holders` `[L, E]`; each cost goes to `tell`.
+pub(crate) fn within(
+    problem: &Problem,
+    holders: Vec<u16>,
+    seed: u64,
+    stop: &dyn Fn() -> bool,
+    tell: &mut dyn FnMut(f64),
+) -> Vec<u16> {
     let tokens: f64 = problem.load.load.iter().sum::<f64>().max(1.0);
     let mut priced = problem.clone();
     priced.load.price = 0.25 * problem.pair_cost(&holders).max(1.0) / tokens;
@@ -44,12 +50,14 @@ pub(crate) fn within(problem: &Problem, holders: Vec<u16>, seed: u64, stop: &dyn
     }
     // The price is enough now: the rest of the time goes to what is cheaper at it.
     let (mut best, mut cost) = (here.clone(), problem.cost(&here));
+    tell(cost);
     let mut search = Search::new(&priced, seed, 1000, here);
     while !stop() {
         search.step(stop);
         let found = search.best().0;
         if problem.cost(found) < cost && within_bounds(found) {
             (best, cost) = (found.to_vec(), problem.cost(found));
+            tell(cost);
         }
     }
     best

@@ -12,7 +12,7 @@ use exflow::placement::{
     Balance, Memory, PlacementTable, SolveOptions, TableFormat, TableShape, Topology, Weights,
 };
 use exflow::progress::Bars;
-use exflow::study::{held_out, keep_back, solve_with_progress};
+use exflow::study::{balances, held_out, keep_back, solve_with_progress};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -131,7 +131,8 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         }
     };
     table.write(&args.out, table_format(args))?;
-    let summary = summary::Summary::new(&table, affinity, &topology, &unseen, options.balance)?;
+    let balances = if topology.len() > 1 { balances(&part, &kept, &topology, &options) } else { Vec::new() };
+    let summary = summary::Summary::new(&table, affinity, &topology, &unseen, &balances, options.balance)?;
     match args.format {
         Format::Json => output::json(&summary.json()),
         Format::Text => output::text(&summary.text(&args.out.display().to_string())),

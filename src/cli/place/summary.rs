@@ -2,13 +2,14 @@
 
 use super::super::failure::Failure;
 use exflow::placement::{Affinity, Balance, LayerId, PlacementTable, Score, Topology, score_affinity};
-use exflow::study::HeldOut;
+use exflow::study::{BalanceScore, HeldOut};
 use serde_json::{Value, json};
 use std::fmt::Write;
 
 pub(super) struct Summary<'s> {
     table: &'s PlacementTable,
     unseen: &'s HeldOut,
+    balances: &'s [BalanceScore],
     /// On the profiled tokens.
     profiled: Score,
     balance: Balance,
@@ -23,11 +24,21 @@ impl<'s> Summary<'s> {
         affinity: &'s Affinity,
         topology: &'s Topology,
         unseen: &'s HeldOut,
+        balances: &'s [BalanceScore],
         balance: Balance,
     ) -> Result<Self, Failure> {
         table.check_fits(affinity.layers, affinity.experts, topology.len(), None)?;
         let profiled = score_affinity(table, affinity, topology);
-        Ok(Self { table, unseen, profiled, balance, hosts: topology.hosts.len(), affinity, topology })
+        Ok(Self {
+            table,
+            unseen,
+            balances,
+            profiled,
+            balance,
+            hosts: topology.hosts.len(),
+            affinity,
+            topology,
+        })
     }
 
     pub(super) fn json(&self) -> Value {
@@ -49,6 +60,12 @@ impl<'s> Summary<'s> {
             "score": self.profiled,
             "round_robin": score(&PlacementTable::round_robin(l, e, r)),
             "linear": score(&PlacementTable::linear(l, e, r)),
+            "balances": self.balances.iter().map(|b| json!({
+                "balance": b.balance,
+                "crossings_per_token": b.score.map(|score| score.crossings_per_token),
+                "stay_rate": b.score.map(|score| score.stay_rate),
+                "ranks_per_layer": b.ranks_per_layer,
+            })).collect::<Vec<_>>(),
             "held_out": {
                 "tokens": self.unseen.tokens,
                 "in_sample_crossings_per_token": self.unseen.in_sample,
@@ -120,6 +137,10 @@ impl<'s> Summary<'s> {
             let list: Vec<String> = ranks.iter().map(usize::to_string).collect();
             let _ = writeln!(text, "ranks that hold each layer: {}", list.join(" "));
         }
+        let ways: Vec<String> = self.balances.iter().map(balance_text).collect();
+        if !ways.is_empty() {
+            let _ = writeln!(text, "crossings a token on unseen tokens, by --balance: {}", ways.join("; "));
+        }
         if let Some(tokens) = self.unseen.wanted_tokens {
             let _ = writeln!(
                 text,
@@ -127,5 +148,20 @@ impl<'s> Summary<'s> {
                 100.0 * self.unseen.excess()
             );
         }
+    }
+}
+
+/// `layer 5.213 (4.0 ranks a layer)`.
+fn balance_text(way: &BalanceScore) -> String {
+    let name = match way.balance {
+        Balance::Slots => "slots",
+        Balance::Layer => "layer",
+        Balance::Total => "total",
+    };
+    match way.score {
+        Some(score) => {
+            format!("{name} {:.3} (a layer on {:.1} ranks)", score.crossings_per_token, way.ranks_per_layer)
+        }
+        None => format!("{name} impossible (the ranks cannot hold the experts so)"),
     }
 }

@@ -1,37 +1,29 @@
-//! The chain of layers, solved backwards over orbits; and the ring, searched forwards under the chain's bound.
+//! The chain of layers, solved backwards over orbits.
 
 use super::Exact;
+use super::ring;
 use super::states::States;
 use crate::cost::{Edge, Problem};
 
 /// A solved chain.
 pub(crate) struct Chain<'p> {
-    problem: &'p Problem,
-    states: States,
+    pub(super) problem: &'p Problem,
+    pub(super) states: States,
     /// `[L][orbits]`: least cost from a state of this layer to the end, its own included.
-    ahead: Vec<Vec<f64>>,
-    /// `[L][orbits]`: least cost from any beginning to a state of this layer, its own not included; only for a ring.
-    past: Vec<Vec<f64>>,
+    pub(super) ahead: Vec<Vec<f64>>,
     /// `[L][orbits]`: what a layer costs by itself.
-    own: Vec<Vec<f64>>,
+    pub(super) own: Vec<Vec<f64>>,
     /// The edge from the last layer to the first.
     wrap: Option<&'p Edge>,
 }
 
 /// Which end of an edge is known.
 #[derive(Clone, Copy)]
-enum Direction {
+pub(super) enum Direction {
     /// The later layer.
     Back,
     /// The earlier layer.
     Forth,
-}
-
-/// A state on the way along a ring: how it was reached, and for what.
-struct Reached {
-    state: usize,
-    cost: f64,
-    from: usize,
 }
 
 impl<'p> Chain<'p> {
@@ -40,28 +32,20 @@ impl<'p> Chain<'p> {
         let layers = problem.layers;
         let own = (0..layers).map(|layer| own_costs(problem, &states, layer)).collect();
         let wrap = problem.edges.iter().find(|edge| edge.from > edge.to);
-        let (ahead, past) = (vec![Vec::new(); layers], Vec::new());
-        let mut chain = Self { problem, states, ahead, past, own, wrap };
+        let ahead = vec![Vec::new(); layers];
+        let mut chain = Self { problem, states, ahead, own, wrap };
         let end = vec![0.0; chain.states.orbits()];
         for layer in (0..layers).rev() {
             let edge = if layer + 1 < layers { chain.edge(layer) } else { chain.wrap };
             let next = chain.ahead.get(layer + 1).unwrap_or(&end);
-            let step = chain.least(edge, next, Direction::Back, stop)?;
+            let step = chain.least(edge, next, Direction::Back, None, stop)?;
             chain.ahead[layer] = sum(&step, &chain.own[layer]);
-        }
-        if wrap.is_some() {
-            chain.past.push(end);
-            for layer in 0..layers - 1 {
-                let here = sum(&chain.past[layer], &chain.own[layer]);
-                let next = chain.least(chain.edge(layer), &here, Direction::Forth, stop)?;
-                chain.past.push(next);
-            }
         }
         Some(chain)
     }
 
     /// The edge from a layer to the next.
-    fn edge(&self, layer: usize) -> Option<&'p Edge> {
+    pub(super) fn edge(&self, layer: usize) -> Option<&'p Edge> {
         self.problem.leaving[layer]
             .iter()
             .map(|&at| &self.problem.edges[at])
@@ -69,11 +53,13 @@ impl<'p> Chain<'p> {
     }
 
     /// Per orbit at one end of an edge: the least of the edge's cost plus `beyond` over all states at the other end.
-    fn least(
+    /// Only of the states in `open`, where it is given: other orbits may come out dearer than they are.
+    pub(super) fn least(
         &self,
         edge: Option<&Edge>,
         beyond: &[f64],
         direction: Direction,
+        open: Option<&[u32]>,
         stop: &dyn Fn() -> bool,
     ) -> Option<Vec<f64>> {
         let least = beyond.iter().copied().fold(f64::INFINITY, f64::min);
@@ -89,7 +75,11 @@ impl<'p> Chain<'p> {
                 Direction::Back => self.table_before(edge, state),
                 Direction::Forth => self.table_after(edge, state),
             };
-            self.states.weigh(&table, |state, cost| costs[state] = costs[state].min(cost + beyond));
+            let take = |state: usize, cost: f64| costs[state] = costs[state].min(cost + beyond);
+            match open {
+                Some(open) => self.states.weigh_some(&table, open, take),
+                None => self.states.weigh(&table, take),
+            }
         }
         let mut folded = vec![f64::INFINITY; beyond.len()];
         for (state, cost) in costs.into_iter().enumerate() {
@@ -100,13 +90,13 @@ impl<'p> Chain<'p> {
     }
 
     /// `[R, E]` cost of each expert of the earlier layer on each rank, the later layer in `state`.
-    fn table_before(&self, edge: &Edge, state: usize) -> Vec<f64> {
+    pub(super) fn table_before(&self, edge: &Edge, state: usize) -> Vec<f64> {
         let r = self.problem.ranks;
         self.marginals(&edge.transposed, state, |g, h| self.problem.dist[g * r + h])
     }
 
     /// `[R, E]` cost of each expert of the later layer on each rank, the earlier layer in `state`.
-    fn table_after(&self, edge: &Edge, state: usize) -> Vec<f64> {
+    pub(super) fn table_after(&self, edge: &Edge, state: usize) -> Vec<f64> {
         let r = self.problem.ranks;
         self.marginals(&edge.weight, state, |h, g| self.problem.dist[g * r + h])
     }
@@ -125,31 +115,15 @@ impl<'p> Chain<'p> {
         table
     }
 
-    /// The cheapest placement.
+    /// The cheapest placement; of a ring, `known` `[L, E]` is one to begin from.
     pub(crate) fn solve(&self, known: &[u16], stop: &dyn Fn() -> bool) -> Option<Exact> {
         let mut order: Vec<usize> = (0..self.states.orbits()).collect();
         order.sort_by(|&a, &b| self.ahead[0][a].total_cmp(&self.ahead[0][b]));
-        let Some(wrap) = self.wrap else {
-            let holders = self.walk(self.states.representative(order[0]));
-            return Some(Exact { bound: self.problem.cost(&holders), holders: Some(holders) });
-        };
-        let (mut best, mut cost) = (None, self.problem.cost(known));
-        for orbit in order {
-            let free = self.ahead[0][orbit];
-            // Rings from here on are bounded by `free`, which only rises.
-            if free >= cost * (1.0 - 1e-12) {
-                break;
-            }
-            match self.ring(wrap, self.states.representative(orbit), cost, stop) {
-                None => return Some(Exact { bound: free, holders: best }),
-                Some(None) => {}
-                Some(Some(holders)) => {
-                    cost = self.problem.cost(&holders);
-                    best = Some(holders);
-                }
-            }
+        if let Some(wrap) = self.wrap {
+            return ring::solve(self, wrap, &order, known, stop);
         }
-        Some(Exact { bound: cost, holders: best })
+        let holders = self.walk(self.states.representative(order[0]));
+        Some(Exact { bound: self.problem.cost(&holders), holders: Some(holders) })
     }
 
     /// `[L, E]` holders of a cheapest chain that begins in `state`.
@@ -174,108 +148,12 @@ impl<'p> Chain<'p> {
         self.holders(&way)
     }
 
-    fn holders(&self, way: &[usize]) -> Vec<u16> {
+    pub(super) fn holders(&self, way: &[usize]) -> Vec<u16> {
         way.iter().flat_map(|&state| self.states.row(state).iter().map(|&g| u16::from(g))).collect()
-    }
-
-    /// The cheapest ring through `first` that costs less than `below`: none where time ran out, some none where there
-    /// is no such ring.
-    fn ring(
-        &self,
-        wrap: &Edge,
-        first: usize,
-        below: f64,
-        stop: &dyn Fn() -> bool,
-    ) -> Option<Option<Vec<u16>>> {
-        let limit = below * (1.0 - 1e-12);
-        let ahead = self.back_from(wrap, first, limit, stop)?;
-        let mut ways = vec![vec![Reached { state: first, cost: 0.0, from: 0 }]];
-        for layer in 0..self.problem.layers - 1 {
-            let next = self.step(layer, ways.last()?, &ahead[layer + 1], limit, stop)?;
-            if next.is_empty() {
-                return Some(None);
-            }
-            ways.push(next);
-        }
-        // The wrap's price, its far end the first state.
-        let last = self.problem.layers - 1;
-        let mut close = vec![f64::INFINITY; self.states.len()];
-        self.states.weigh(&self.table_before(wrap, first), |state, cost| close[state] = cost);
-        let whole =
-            |way: &Reached| way.cost + self.own[last][self.states.orbit(way.state)] + close[way.state];
-        let ends = ways[last].iter().enumerate().map(|(at, way)| (whole(way), at));
-        let (cost, mut at) = ends.min_by(|a, b| a.0.total_cmp(&b.0))?;
-        if cost >= limit {
-            return Some(None);
-        }
-        let mut way = Vec::with_capacity(self.problem.layers);
-        for reached in ways.iter().rev() {
-            way.push(reached[at].state);
-            at = reached[at].from;
-        }
-        way.reverse();
-        Some(Some(self.holders(&way)))
-    }
-
-    /// As `ahead`, the wrap's far end in the orbit of `first`; infinite where no ring below `limit` passes.
-    fn back_from(
-        &self,
-        wrap: &Edge,
-        first: usize,
-        limit: f64,
-        stop: &dyn Fn() -> bool,
-    ) -> Option<Vec<Vec<f64>>> {
-        let mut end = vec![f64::INFINITY; self.states.orbits()];
-        end[self.states.orbit(first)] = 0.0;
-        let mut ahead = vec![end];
-        for layer in (0..self.problem.layers).rev() {
-            let edge = if layer + 1 < self.problem.layers { self.edge(layer) } else { Some(wrap) };
-            let step = self.least(edge, ahead.last()?, Direction::Back, stop)?;
-            let mut costs = sum(&step, &self.own[layer]);
-            let closed = |(cost, past): (&mut f64, &f64)| {
-                if *cost + past >= limit {
-                    *cost = f64::INFINITY;
-                }
-            };
-            costs.iter_mut().zip(&self.past[layer]).for_each(closed);
-            ahead.push(costs);
-        }
-        ahead.reverse();
-        Some(ahead)
-    }
-
-    /// The states of the next layer from which a ring below `limit` may still be closed.
-    fn step(
-        &self,
-        layer: usize,
-        here: &[Reached],
-        ahead: &[f64],
-        limit: f64,
-        stop: &dyn Fn() -> bool,
-    ) -> Option<Vec<Reached>> {
-        let mut cost = vec![f64::INFINITY; self.states.len()];
-        let mut from = vec![0usize; self.states.len()];
-        for (at, way) in here.iter().enumerate() {
-            if stop() {
-                return None;
-            }
-            let base = way.cost + self.own[layer][self.states.orbit(way.state)];
-            let mut take = |next: usize, step: f64| {
-                if base + step < cost[next] {
-                    (cost[next], from[next]) = (base + step, at);
-                }
-            };
-            match self.edge(layer) {
-                Some(edge) => self.states.weigh(&self.table_after(edge, way.state), take),
-                None => (0..self.states.len()).for_each(|next| take(next, 0.0)),
-            }
-        }
-        let open = (0..cost.len()).filter(|&state| cost[state] + ahead[self.states.orbit(state)] < limit);
-        Some(open.map(|state| Reached { state, cost: cost[state], from: from[state] }).collect())
     }
 }
 
-fn sum(a: &[f64], b: &[f64]) -> Vec<f64> {
+pub(super) fn sum(a: &[f64], b: &[f64]) -> Vec<f64> {
     a.iter().zip(b).map(|(a, b)| a + b).collect()
 }
 

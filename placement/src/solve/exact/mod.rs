@@ -11,6 +11,7 @@
 
 mod chain;
 mod matching;
+mod ring;
 mod states;
 
 use crate::cost::Problem;

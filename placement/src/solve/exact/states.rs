@@ -16,6 +16,8 @@ pub(crate) struct States {
     holders: Vec<u8>,
     /// `[S]` holders of the first half, as one number to base R.
     low: Vec<u32>,
+    /// `[S]` holders of the second half, likewise.
+    high: Vec<u32>,
     /// Runs of states with the same second half: (that half as a number to base R, first state, one past the last).
     runs: Vec<(u32, usize, usize)>,
     /// `[S]` the orbit of each state.
@@ -49,7 +51,7 @@ impl States {
             }
         }
         let mut states =
-            Self { experts, ranks, holders, low, runs, orbit: Vec::new(), representatives: Vec::new() };
+            Self { experts, ranks, holders, low, high, runs, orbit: Vec::new(), representatives: Vec::new() };
         states.find_orbits(problem);
         Some(states)
     }
@@ -89,6 +91,16 @@ impl States {
             for (state, &at) in (from..to).zip(&self.low[from..to]) {
                 take(state, base + low[at as usize]);
             }
+        }
+    }
+
+    /// The same for some states alone.
+    pub(crate) fn weigh_some(&self, table: &[f64], some: &[u32], mut take: impl FnMut(usize, f64)) {
+        let first = self.experts / 2;
+        let low = half_sums(table, self.experts, 0..first, self.ranks);
+        let high = half_sums(table, self.experts, first..self.experts, self.ranks);
+        for state in some.iter().map(|&state| state as usize) {
+            take(state, high[self.high[state] as usize] + low[self.low[state] as usize]);
         }
     }
 
@@ -232,5 +244,11 @@ mod tests {
             seen += 1;
         });
         assert_eq!(seen, states.len());
+        let mut some = Vec::new();
+        states.weigh_some(&table, &[0, 7, 3], |state, cost| some.push((state, cost)));
+        states.weigh(&table, |state, cost| {
+            assert!(![0, 3, 7].contains(&state) || some.contains(&(state, cost)))
+        });
+        assert_eq!(some.len(), 3);
     }
 }

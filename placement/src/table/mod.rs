@@ -1,141 +1,17 @@
 //! The placement table: which rank holds which expert of which layer. Versioned JSON.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+mod error;
 
-use serde::{Deserialize, Serialize};
-use thiserror::Error;
+use std::collections::BTreeMap;
+use std::path::Path;
 
 use crate::cost::Weights;
 use crate::ids::{ExpertId, LayerId, Rank};
+pub use error::TableError;
+use serde::{Deserialize, Serialize};
 
 /// The version of the JSON form that this crate writes and reads.
 pub const TABLE_VERSION: u32 = 1;
-
-/// What is wrong with a placement table.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum TableError {
-    /// The file could not be read or written.
-    #[error("placement table {path}: {source}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The file is not the JSON of a table.
-    #[error("placement table {path}: {source}; make it with `exflow place`")]
-    Json {
-        /// The file.
-        path: PathBuf,
-        /// Where and why.
-        source: serde_json::Error,
-    },
-    /// A file in another program's format makes no table, or a table does not go into that format.
-    #[error("placement table {path}: {what}")]
-    Foreign {
-        /// The file.
-        path: PathBuf,
-        /// Where, why and what to do.
-        what: String,
-    },
-    /// A table of another version of the format.
-    #[error(
-        "placement table of format version {0}; this program reads version 1: make it again with `exflow place`"
-    )]
-    Version(u32),
-    /// A dimension is 0 or beyond 65536.
-    #[error("a placement table has 1 to 65536 layers, experts and ranks; {what} is {value}")]
-    Dimension {
-        /// `layers`, `experts` or `ranks`.
-        what: &'static str,
-        /// What it is.
-        value: usize,
-    },
-    /// The assignment has another number of layers than the table says.
-    #[error("placement table says {layers} layers but assigns {found}")]
-    Layers {
-        /// The table's number.
-        layers: usize,
-        /// Rows of the assignment.
-        found: usize,
-    },
-    /// A layer assigns another number of experts than the table says.
-    #[error("placement table, layer {layer}: {experts} experts expected, {found} are assigned")]
-    Experts {
-        /// The layer.
-        layer: LayerId,
-        /// The table's number.
-        experts: usize,
-        /// Entries of the row.
-        found: usize,
-    },
-    /// An expert is on a rank that does not exist.
-    #[error("placement table, layer {layer}, expert {expert}: rank {rank} of a table for {ranks} ranks")]
-    RankOutside {
-        /// The layer.
-        layer: LayerId,
-        /// The expert.
-        expert: ExpertId,
-        /// The rank.
-        rank: Rank,
-        /// The table's number of ranks.
-        ranks: usize,
-    },
-    /// A replica of a layer or expert that does not exist.
-    #[error("placement table: replica of layer {layer}, expert {expert}, which the table does not have")]
-    ReplicaOutside {
-        /// The layer.
-        layer: LayerId,
-        /// The expert.
-        expert: ExpertId,
-    },
-    /// A rank holds an expert twice.
-    #[error("placement table, layer {layer}, expert {expert}: rank {rank} holds it twice; drop the replica")]
-    ReplicaTwice {
-        /// The layer.
-        layer: LayerId,
-        /// The expert.
-        expert: ExpertId,
-        /// The rank.
-        rank: Rank,
-    },
-    /// Replicas are not in ascending order.
-    #[error(
-        "placement table: replicas must ascend by layer, expert, rank; {layer}, {expert}, {rank} does not"
-    )]
-    ReplicaOrder {
-        /// The layer.
-        layer: LayerId,
-        /// The expert.
-        expert: ExpertId,
-        /// The rank.
-        rank: Rank,
-    },
-    /// The table is of another model or world.
-    #[error(
-        "placement table of another model: it is for {found} {what}, {expected} are here; make one with `exflow place`"
-    )]
-    OtherModel {
-        /// `MoE layers`, `experts` or `ranks`.
-        what: &'static str,
-        /// The table's number.
-        found: usize,
-        /// The number here.
-        expected: usize,
-    },
-    /// The table was made from another model's counts.
-    #[error(
-        "placement table of another model: made for digest {found}, this model is {expected}; make one with `exflow place`"
-    )]
-    OtherDigest {
-        /// The table's digest.
-        found: String,
-        /// The model's digest.
-        expected: String,
-    },
-}
 
 /// A further copy of an expert.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -191,6 +67,20 @@ pub struct PlacementTable {
     /// The solver's seed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
+    /// How cost and bound came about, by rising time.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub history: Vec<Moment>,
+}
+
+/// Cost and bound at a moment of the solve.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Moment {
+    /// Time since the solve began.
+    pub seconds: f64,
+    /// Cost of the best placement so far, without copies.
+    pub cost: f64,
+    /// Best proven lower bound so far.
+    pub lower_bound: f64,
 }
 
 impl PlacementTable {
@@ -235,6 +125,7 @@ impl PlacementTable {
             baselines: BTreeMap::new(),
             cost_with_replicas: None,
             seed: None,
+            history: Vec::new(),
         }
     }
 
@@ -408,81 +299,4 @@ fn sorted<T: Ord>(mut items: Vec<T>) -> Vec<T> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn replica(layer: u16, expert: u16, rank: u16) -> Replica {
-        Replica { layer: LayerId(layer), expert: ExpertId(expert), rank: Rank(rank) }
-    }
-
-    #[test]
-    fn round_robin_and_linear() {
-        let rr = PlacementTable::round_robin(2, 5, 2);
-        assert_eq!(rr.assignment[1], [0, 1, 0, 1, 0].map(Rank));
-        let linear = PlacementTable::linear(1, 5, 3);
-        assert_eq!(linear.assignment[0], [0, 0, 1, 1, 2].map(Rank));
-        assert_eq!(PlacementTable::linear(1, 2, 3).ranks_of(LayerId(0)), [Rank(0), Rank(1)]);
-    }
-
-    #[test]
-    fn holders_domains_and_copies() {
-        let mut table = PlacementTable::linear(2, 4, 4);
-        table.set_replicas(vec![replica(0, 1, 3), replica(0, 1, 0), replica(0, 1, 1), replica(0, 1, 0)]);
-        table.check().unwrap();
-        assert_eq!(table.holders(LayerId(0), ExpertId(1)).collect::<Vec<_>>(), [1, 0, 3].map(Rank));
-        assert_eq!(table.holders(LayerId(9), ExpertId(1)).count(), 0);
-        assert_eq!(table.experts_of(LayerId(0), Rank(0)), [ExpertId(0), ExpertId(1)]);
-        assert_eq!(table.experts_per_rank(), [3, 2, 2, 3]);
-        let small =
-            PlacementTable::from_assignment(vec![vec![Rank(1), Rank(1)], vec![Rank(0), Rank(2)]], 4).unwrap();
-        assert_eq!(small.domain(Some(LayerId(0)), Rank(3)), [Rank(1)]);
-        assert_eq!(small.domain(None, Rank(3)), [0, 2, 3].map(Rank));
-    }
-
-    #[test]
-    fn round_trip_and_fit() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("p.json");
-        let mut table = PlacementTable::round_robin(3, 4, 2);
-        table.model_digest = Some("abc".into());
-        table.set_replicas(vec![replica(2, 0, 1)]);
-        table.save(&path).unwrap();
-        let read = PlacementTable::load(&path).unwrap();
-        assert_eq!(read, table);
-        read.check_fits(3, 4, 2, None).unwrap();
-        read.check_fits(3, 4, 2, Some("abc")).unwrap();
-        assert!(matches!(read.check_fits(3, 4, 2, Some("x")), Err(TableError::OtherDigest { .. })));
-        assert!(matches!(
-            read.check_fits(3, 8, 2, None),
-            Err(TableError::OtherModel { what: "experts", .. })
-        ));
-    }
-
-    #[test]
-    fn wrong_tables_are_named_errors() {
-        let good = PlacementTable::round_robin(2, 2, 2);
-        let broken = |change: &dyn Fn(&mut PlacementTable)| {
-            let mut table = good.clone();
-            change(&mut table);
-            table.check().unwrap_err()
-        };
-        assert!(matches!(broken(&|t| t.version = 2), TableError::Version(2)));
-        assert!(matches!(broken(&|t| t.ranks = 0), TableError::Dimension { what: "ranks", .. }));
-        assert!(matches!(broken(&|t| t.layers = 3), TableError::Layers { found: 2, .. }));
-        assert!(matches!(
-            broken(&|t| t.assignment[1].clear()),
-            TableError::Experts { layer: LayerId(1), .. }
-        ));
-        assert!(matches!(broken(&|t| t.assignment[1][0] = Rank(2)), TableError::RankOutside { .. }));
-        assert!(matches!(
-            broken(&|t| t.replicas = vec![replica(2, 0, 0)]),
-            TableError::ReplicaOutside { .. }
-        ));
-        assert!(matches!(broken(&|t| t.replicas = vec![replica(0, 0, 0)]), TableError::ReplicaTwice { .. }));
-        assert!(matches!(
-            broken(&|t| t.replicas = vec![replica(1, 0, 1), replica(0, 0, 1)]),
-            TableError::ReplicaOrder { .. }
-        ));
-        assert!(PlacementTable::from_assignment(vec![], 2).is_err());
-    }
-}
+mod tests;
