@@ -73,6 +73,10 @@ fn tables_are_scored_on_what_was_not_profiled() {
     study.write(&Generator::new(6, 16, 1).trace(150, 1, 3), "few.npy", "few.npz");
     let out = study.ok("place --trace few.npy --experts 16 --ranks 4 --time-limit 1s --out p.json");
     assert!(out.contains("too small") && out.contains("tokens would do"), "{out}");
+    let balances = summary["balances"].as_array().expect("a list");
+    let crossings = |at: usize| balances[at]["crossings_per_token"].as_f64().expect("a number");
+    assert!(crossings(1) < crossings(0), "layers left off ranks cross less: {summary}");
+    assert!(summary["balances"][1]["ranks_per_layer"].as_f64().expect("a number") < 4.0);
     let held = study
         .ok("place --trace few.npy --experts 16 --held-out t.npy --ranks 4 --time-limit 1s --out p.json");
     assert!(held.contains("scored on 6000 tokens"), "{held}");
@@ -188,4 +192,68 @@ fn a_trace_is_replayed_and_swept() {
     study.refused("simulate --trace none.npy --ranks 2", &["none.npy"]);
     study.refused("simulate --trace t.npy --ranks 2 --gbit-per-s 0", &["--gbit-per-s"]);
     study.refused("simulate --trace t.npy --placement p.json --topology none.toml", &["none.toml"]);
+}
+
+#[test]
+fn a_report_draws_whatever_it_is_given() {
+    let study = Study::new();
+    study.ok("place --affinity a.npz --ranks 4 --time-limit 500ms --threads 1 --out p.json");
+    let table = study.table("p.json");
+    let (first, last) = (table.history[0], table.history[table.history.len() - 1]);
+    assert!(
+        first.seconds <= last.seconds && first.cost >= last.cost && first.lower_bound <= last.lower_bound
+    );
+    assert_eq!((Some(last.cost), Some(last.lower_bound)), (table.cost, table.lower_bound));
+    let rows = study.ok("simulate --trace t.npy --placement p.json round_robin --format json");
+    fs::write(study.at("rows.json"), rows).expect("write");
+    let out = study.ok("report a.npz p.json t.npy rows.json --out r.html --title one<page");
+    assert!(out.contains("r.html"), "{out}");
+    let page = fs::read_to_string(study.at("r.html")).expect("the page");
+    assert_eq!(
+        page.matches("by-rank").count() - page.matches(".by-rank").count(),
+        5,
+        "a map for each pair of layers"
+    );
+    for part in ["How the placement was found", "Who sends to whom", "rank of every expert", "one&lt;page"] {
+        assert!(page.contains(part), "{part}");
+    }
+    assert!(!page.contains("http") && !page.contains("NaN"));
+    let start = page.find("id=\"data\">").expect("data") + 10;
+    let data: Value =
+        serde_json::from_str(&page[start..start + page[start..].find("</script>").expect("its end")])
+            .expect("JSON");
+    assert_eq!(data["placement"]["history"].as_array().expect("moments").len(), table.history.len());
+    study.ok("place --table p.json --ranks 4 --out p.csv");
+    study.ok("report p.csv a.npz --out r.html");
+    study.ok("report t.npy --experts 16 --out r.html");
+    fs::write(study.at("odd.json"), "{\"a\": 1}").expect("write");
+    study.refused("report odd.json --out r.html", &["odd.json", "give a trace"]);
+    study.refused("report none.npz --out r.html", &["none.npz"]);
+    study.refused("report p.csv --out r.html", &["--experts"]);
+    study.write(&Generator::new(3, 16, 1).trace(500, 1, 3), "three.npy", "three.npz");
+    study.refused("report a.npz three.npy --out r.html", &["three.npy", "one model"]);
+    study.refused("report --out r.html", &["FILE"]);
+}
+
+#[test]
+fn the_papers_claims_are_checked_on_what_there_is() {
+    let study = Study::new();
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/models/gpt-moe-16e");
+    let out = study.ok(&format!("report --study -m {model} --time-limit 50ms --out s.html"));
+    for line in [
+        "pass  affinity is real",
+        "pass  training evolution",
+        "pass  stay rate",
+        "open  lossless",
+        "open  throughput",
+    ] {
+        assert!(out.contains(line), "{line}:\n{out}");
+    }
+    let page = fs::read_to_string(study.at("s.html")).expect("the page");
+    assert!(page.contains("Checks from the paper") && page.contains("not measured"));
+    let data = study.json("report --study t.npy --time-limit 50ms --out s.html --format json");
+    let checks = data["checks"].as_array().expect("checks");
+    assert!(checks.len() == 15 && checks.iter().any(|check| check["pass"] == true), "{data}");
+    study.refused("report --study --out s.html", &["nothing to study"]);
+    study.refused("report --study -m nowhere --out s.html", &["nowhere"]);
 }

@@ -18,9 +18,14 @@ pub(crate) struct Prover {
 }
 
 impl Prover {
-    /// The bound at once, and the relaxations to refine; `holders` is a good placement to begin from.
-    pub(crate) fn new(problem: &Problem, holders: &[u16]) -> Self {
-        let levels = levels(problem).iter().map(|level| Chordal::new(problem, level, holders)).collect();
+    /// The bound at once, and the relaxations to refine where a step of all takes less than about `longest` seconds;
+    /// `holders` is a good placement to begin from.
+    pub(crate) fn new(problem: &Problem, holders: &[u16], longest: f64) -> Self {
+        let mut levels = levels(problem);
+        if levels.iter().map(|level| chordal::step_seconds(problem, level)).sum::<f64>() > longest {
+            levels.clear();
+        }
+        let levels = levels.iter().map(|level| Chordal::new(problem, level, holders)).collect();
         Self { at_once: rearrange::rearrangement(problem), load: problem.load.lower_bound(problem), levels }
     }
 

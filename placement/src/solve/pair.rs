@@ -228,21 +228,23 @@ fn cheapest_run(state: &State<'_>, stages: &[Stage], pair: [usize; 2], epsilon: 
     let mut cost = stages[0].own.clone();
     let mut present = cost[0];
     let mut came_from: Vec<Vec<u16>> = Vec::with_capacity(stages.len());
+    let mut sums = SubsetSums::default();
     for t in 1..stages.len() {
         let (before, after) = (&stages[t - 1], &stages[t]);
         let between = Between::new(state, before, after, pair);
         let mut next = vec![f64::INFINITY; after.splits.len()];
         let mut from = vec![0u16; after.splits.len()];
         for (s, &split) in before.splits.iter().enumerate() {
-            let step = between.costs(split, &after.splits);
+            let base = between.slopes(split, &mut sums.values);
+            sums.prepare(between.n, after.splits[0]);
             if s == 0 {
-                present += step[0] + after.own[0];
+                present += base + sums.of(after.splits[0]) + after.own[0];
             }
-            for (at, step) in step.iter().enumerate() {
-                let sum = cost[s] + step;
-                if sum < next[at] {
-                    next[at] = sum;
-                    from[at] = s as u16;
+            let base = cost[s] + base;
+            for (&to, (next, from)) in after.splits.iter().zip(next.iter_mut().zip(&mut from)) {
+                let sum = base + sums.of(to);
+                if sum < *next {
+                    (*next, *from) = (sum, s as u16);
                 }
             }
         }
@@ -252,6 +254,61 @@ fn cheapest_run(state: &State<'_>, stages: &[Stage], pair: [usize; 2], epsilon: 
     }
     let last = (0..cost.len()).min_by(|&a, &b| cost[a].total_cmp(&cost[b]))?;
     (cost[last] < present - epsilon).then(|| trace_back(&came_from, last))
+}
+
+/// Sums of up to 64 values over sets of them, without allocating: by halves where sets are narrow, else by what
+/// differs from one set.
+struct SubsetSums {
+    values: [f64; 64],
+    low: [f64; 64],
+    high: [f64; 64],
+    /// Values in the lower half; 64 where sets are wide.
+    half: usize,
+    /// A set and its sum, where sets are wide.
+    known: (u64, f64),
+}
+
+impl Default for SubsetSums {
+    fn default() -> Self {
+        Self { values: [0.0; 64], low: [0.0; 64], high: [0.0; 64], half: 0, known: (0, 0.0) }
+    }
+}
+
+impl SubsetSums {
+    /// After the first `n` of `values` were set; `near` is a set that the others resemble.
+    fn prepare(&mut self, n: usize, near: u64) {
+        if n > 12 {
+            let sum = (0..n).filter(|x| near >> x & 1 == 1).map(|x| self.values[x]).sum();
+            (self.half, self.known) = (64, (near, sum));
+            return;
+        }
+        self.half = n / 2;
+        fill_subset_sums(&self.values[..self.half], &mut self.low);
+        fill_subset_sums(&self.values[self.half..n], &mut self.high);
+    }
+
+    #[inline]
+    fn of(&self, set: u64) -> f64 {
+        if self.half < 64 {
+            let (low, high) = (set & ((1 << self.half) - 1), set >> self.half);
+            return self.low[(low & 63) as usize] + self.high[(high & 63) as usize];
+        }
+        let (mut bits, mut sum) = (set ^ self.known.0, self.known.1);
+        while bits != 0 {
+            let x = bits.trailing_zeros() as usize;
+            sum += if set >> x & 1 == 1 { self.values[x] } else { -self.values[x] };
+            bits &= bits - 1;
+        }
+        sum
+    }
+}
+
+fn fill_subset_sums(values: &[f64], sums: &mut [f64; 64]) {
+    sums[0] = 0.0;
+    for (x, value) in values.iter().enumerate() {
+        let (known, new) = sums.split_at_mut(1 << x);
+        new[..1 << x].iter_mut().zip(known).for_each(|(sum, known)| *sum = *known + value);
+    }
 }
 
 fn trace_back(came_from: &[Vec<u16>], last: usize) -> Vec<usize> {
@@ -292,18 +349,20 @@ impl Between {
         Self { apart_gh, apart_hg, m, n }
     }
 
-    /// Cost of going from `split` to each of `to`.
-    fn costs(&self, split: u64, to: &[u64]) -> Vec<f64> {
-        let (mut on_g, mut on_h) = (vec![0.0; self.n], vec![0.0; self.n]);
+    /// Of going from `split` to a set of the next stage's experts: what the empty set costs, and into `slopes` what each
+    /// expert of the set adds.
+    fn slopes(&self, split: u64, slopes: &mut [f64; 64]) -> f64 {
+        let (mut on_h, n) = ([0.0; 64], self.n);
+        slopes[..n].fill(0.0);
         for x in 0..self.m {
-            let (sums, rows) =
-                if split >> x & 1 == 1 { (&mut on_h, &self.apart_gh) } else { (&mut on_g, &self.apart_hg) };
-            sums.iter_mut().zip(&rows[x * self.n..]).for_each(|(sum, cost)| *sum += cost);
+            let (sums, rows) = if split >> x & 1 == 1 {
+                (&mut on_h, &self.apart_gh)
+            } else {
+                (&mut *slopes, &self.apart_hg)
+            };
+            sums[..n].iter_mut().zip(&rows[x * n..][..n]).for_each(|(sum, cost)| *sum += cost);
         }
-        let base: f64 = on_h.iter().sum();
-        on_g.iter_mut().zip(&on_h).for_each(|(g, h)| *g -= h);
-        let mut costs = subset_sums(to, &on_g);
-        costs.iter_mut().for_each(|cost| *cost += base);
-        costs
+        slopes[..n].iter_mut().zip(&on_h).for_each(|(g, h)| *g -= h);
+        on_h[..n].iter().sum()
     }
 }

@@ -15,8 +15,10 @@ use crate::table::Moment;
 /// Placements that know nothing of affinity, by name.
 type Baselines = [(&'static str, Vec<u16>)];
 
-/// Share of the time so far that proving may have taken.
-const PROVING: f64 = 0.4;
+/// Share of the time so far that proving may have taken, until the bound is [`CLOSE`] to the cost, and from then on.
+const PROVING: [f64; 2] = [0.4, 0.15];
+/// A bound above this share of the cost rises slowly: searching is the better use of most of the time.
+const CLOSE: f64 = 0.95;
 
 /// One solve under way.
 pub(crate) struct Run<'r> {
@@ -146,13 +148,14 @@ impl<'r> Run<'r> {
             self.tell(search.best().1, proven, rounds);
             return proven;
         }
-        let mut prover = Prover::new(problem, search.best().0);
+        let mut prover = Prover::new(problem, search.best().0, longest_step(limit.as_secs_f64()));
         let mut proving = Duration::ZERO;
         let done = |rounds| (rounds > 0 && stop()) || options.max_rounds.is_some_and(|most| rounds >= most);
         while !done(rounds) {
             let now = elapsed();
             let share = now.as_secs_f64() / limit.as_secs_f64().max(1e-9);
-            if prover.can_step() && proving < now.mul_f64(PROVING) {
+            let close = prover.bound().max(proven) >= CLOSE * search.best().1;
+            if prover.can_step() && proving < now.mul_f64(PROVING[usize::from(close)]) {
                 prover.step(&stop);
                 proving += elapsed() - now;
             } else if rounds < 4 && share < 0.3 || rounds < 200 && share < 0.1 {
@@ -170,6 +173,12 @@ impl<'r> Run<'r> {
         }
         prover.bound().max(proven)
     }
+}
+
+/// Seconds that one step of the prover may take, all its parts together: a quarter of a short limit, which is better
+/// spent on searching, and up to all of a minute.
+fn longest_step(limit: f64) -> f64 {
+    limit * (limit / 60.0).clamp(0.25, 1.0)
 }
 
 /// Searches until told to stop.
@@ -194,7 +203,10 @@ fn solve_exactly(
     search: &mut Search<'_>,
     stop: &dyn Fn() -> bool,
 ) -> Option<f64> {
-    search.start();
+    // A ring is searched under the best placement known: a better one saves more than it takes to find.
+    if problem.has_wrap() {
+        (0..3).for_each(|_| search.start());
+    }
     let seconds = 0.9 * options.time_limit.as_secs_f64();
     let exact = exact::solve(problem, search.best().0, seconds, stop)?;
     exact.holders.iter().for_each(|holders| search.offer(holders));

@@ -36,7 +36,9 @@ pub(super) fn experts_per_rank(evidence: &Evidence<'_>) -> Result<CheckFacts, So
         "the more experts a rank holds, the more crossings affinity saves: 40 % with 16 a rank, 25 % with 2";
     let experts = evidence.profile.experts;
     let mut values = Vec::new();
-    for ranks in [2, 4, 8, 16, 32].into_iter().filter(|&ranks| ranks < experts && experts % ranks == 0) {
+    for ranks in
+        [2, 4, 8, 16, 32].into_iter().filter(|&ranks| ranks < experts && experts.is_multiple_of(ranks))
+    {
         let table = evidence.solved(&evidence.profile, &Topology::uniform(ranks))?;
         let moves = |table: &PlacementTable| evidence.score(table).crossings_per_token;
         let saved = 1.0 - moves(&table) / moves(&evidence.round_robin(ranks)).max(f64::MIN_POSITIVE);

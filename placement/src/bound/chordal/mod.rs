@@ -32,6 +32,17 @@ use block::{Block, Shape, without};
 /// Over-relaxation of the steps (Boyd et al. 2011, 3.4.3).
 const RELAXATION: f64 = 1.8;
 
+/// Seconds for each row, column and inner step of a block, about: an eigendecomposition and a product (a busy desktop core).
+const SECONDS_A_CELL: f64 = 2.5e-9;
+
+/// How long a step of a level takes, about.
+pub(crate) fn step_seconds(problem: &Problem, level: &Level) -> f64 {
+    let border = if level.exact.is_some() && !level.equal { level.sizes.len() } else { 0 };
+    let blocks = problem.edges.iter().filter(|edge| edge.from != edge.to).count();
+    let side = (2 * problem.experts + border) as f64;
+    SECONDS_A_CELL * blocks as f64 * side.powi(3)
+}
+
 /// Bound of one level, refined step by step.
 pub(crate) struct Chordal {
     shape: Shape,
