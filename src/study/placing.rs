@@ -105,7 +105,7 @@ fn course(state: &SolveProgress) -> String {
 }
 
 /// What the counts would be if a token's next expert did not depend on its last: load skew and nothing else.
-fn independent(affinity: &Affinity) -> Affinity {
+pub(super) fn independent(affinity: &Affinity) -> Affinity {
     let e = affinity.experts;
     let load = affinity.load_or_derived();
     let mut flat = Affinity { wrap: None, coactivation: None, ..affinity.clone() };

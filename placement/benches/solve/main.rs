@@ -3,6 +3,7 @@
 //! - no argument: all of it; `-- bars [NAME…]`, `-- load`, `-- heldout`: one part;
 //! - `-- at SECONDS… NAME…`: any instances (see `instances.rs` for their names) at any times;
 //! - `-- best SECONDS RUNS NAME…`: long independent runs, for `best_known.txt`;
+//! - `-- history SECONDS NAME…`: how cost and bound come about;
 //! - `-- export A.npz NAME`: an instance's counts, for other programs;
 //! - `--seed N`; `--processor-time`: seconds of the thread's processor time (Linux), for machines that do other things too.
 #![allow(clippy::print_stdout, reason = "a benchmark prints its figures")]
@@ -45,6 +46,18 @@ fn main() {
             names.iter().for_each(|name| best::search(name, seconds, runs, processor_time));
             return;
         }
+        Some("history") => {
+            names.iter().filter_map(|name| instances::build(name)).for_each(|instance| {
+                let (table, ..) = bars::solved(&instance, seconds, setting);
+                for m in &table.history {
+                    println!(
+                        "{} {:.3} s: cost {:.0}, bound {:.0}",
+                        instance.name, m.seconds, m.cost, m.lower_bound
+                    );
+                }
+            });
+            return;
+        }
         Some("export") => {
             let [path, name] = names[..] else { return println!("export A.npz NAME") };
             match instances::build(name).map(|instance| instance.affinity.save_npz(path.as_ref())) {
@@ -54,7 +67,7 @@ fn main() {
             }
             return;
         }
-        Some(other) => return println!("{other}: say bars, load, heldout, at, best or export"),
+        Some(other) => return println!("{other}: say bars, load, heldout, at, best, history or export"),
     };
     println!("\n{kept} of {made} promises kept");
 }

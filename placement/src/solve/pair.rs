@@ -3,7 +3,7 @@
 //!
 //! The m experts that ranks g and h hold of a layer can be split in C(m, n) ways; where that is few all are
 //! states, else the present split, its single exchanges and the full exchange are: each layer's choice is
-//! then small, but all layers choose at once.
+//! then small, but all layers choose at once. Most runs are quick ones, which go on from the cheapest states alone.
 
 use crate::assign::Shift;
 use crate::cost::Edge;
@@ -11,8 +11,19 @@ use crate::solve::state::State;
 
 /// Most states of a layer; the run over L layers takes O(L · states²).
 const STATES: usize = 272;
-/// Up to this many experts all splits can be tried (m = 10 has 252).
-pub(crate) const ALL_SPLITS: usize = 10;
+/// Up to this many experts all splits are tried (m = 10 has 252).
+const ALL_SPLITS: usize = 10;
+/// Splits of a layer from which a quick run goes on, beside the present one: the cheapest so far.
+const BEAM: usize = 12;
+
+/// How thoroughly a run is searched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Effort {
+    /// On from the cheapest few splits of each layer.
+    Quick,
+    /// Viterbi's algorithm: the cheapest run there is.
+    Exact,
+}
 
 /// The experts that two ranks hold of one layer, and the splits to choose from.
 struct Stage {
@@ -25,20 +36,18 @@ struct Stage {
     own: Vec<f64>,
 }
 
-/// Re-splits the experts of ranks `g` and `h` in `length` layers from `first` on (around the ring); up to
-/// `all_up_to` experts in all ways. Returns whether the cost fell by more than `epsilon`.
+/// Re-splits the experts of ranks `g` and `h` in `length` layers from `first` on (around the ring). Returns whether the cost fell by more than `epsilon`.
 pub(crate) fn resplit(
     state: &mut State<'_>,
     [g, h]: [usize; 2],
     (first, length): (usize, usize),
-    all_up_to: usize,
+    effort: Effort,
     epsilon: f64,
 ) -> bool {
     let problem = state.problem;
     let layers = problem.layers;
     let window: Vec<usize> = (0..length.min(layers)).map(|t| (first + t) % layers).collect();
-    let mut stages: Vec<Stage> =
-        window.iter().map(|&layer| Stage::new(state, layer, [g, h], all_up_to)).collect();
+    let mut stages: Vec<Stage> = window.iter().map(|&layer| Stage::new(state, layer, [g, h])).collect();
     if stages.iter().any(|stage| stage.splits.is_empty()) {
         return false;
     }
@@ -47,7 +56,7 @@ pub(crate) fn resplit(
             stages[t].fixed_cost(state, [g, h], t.checked_sub(1).map(|p| &stages[p]), stages.get(t + 1));
         stages[t].own = own;
     }
-    let Some(choice) = cheapest_run(state, &stages, [g, h], epsilon) else { return false };
+    let Some(choice) = cheapest_run(state, &stages, [g, h], effort, epsilon) else { return false };
     for (stage, &split) in stages.iter().zip(&choice) {
         stage.apply(state, [g, h], stage.splits[split]);
     }
@@ -55,7 +64,7 @@ pub(crate) fn resplit(
 }
 
 impl Stage {
-    fn new(state: &State<'_>, layer: usize, [g, h]: [usize; 2], all_up_to: usize) -> Self {
+    fn new(state: &State<'_>, layer: usize, [g, h]: [usize; 2]) -> Self {
         let row = state.layer(layer);
         let on = |x: &usize| row[*x] as usize == g || row[*x] as usize == h;
         let mut experts: Vec<u16> = (0..row.len()).filter(on).map(|x| x as u16).collect();
@@ -64,8 +73,7 @@ impl Stage {
             // Numbers are kept (see `splits`), so that such a layer has nothing to choose.
             experts.clear();
         }
-        let splits =
-            if experts.len() <= 64 { splits(state, &experts, row, [g, h], all_up_to) } else { Vec::new() };
+        let splits = if experts.len() <= 64 { splits(state, &experts, row, [g, h]) } else { Vec::new() };
         Self { layer, experts, splits, own: Vec::new() }
     }
 
@@ -167,7 +175,7 @@ fn count(edge: &Edge, leaves: bool, experts: usize, x: u16, y: u16) -> f64 {
 }
 
 /// The present split, then others within both ranks' bounds.
-fn splits(state: &State<'_>, experts: &[u16], row: &[u16], [g, h]: [usize; 2], all_up_to: usize) -> Vec<u64> {
+fn splits(state: &State<'_>, experts: &[u16], row: &[u16], [g, h]: [usize; 2]) -> Vec<u64> {
     let now = experts
         .iter()
         .enumerate()
@@ -182,7 +190,7 @@ fn splits(state: &State<'_>, experts: &[u16], row: &[u16], [g, h]: [usize; 2], a
         fixed.map_or((least..=most).contains(&(on_g as usize)), |fixed| fixed == on_g)
     };
     let mut all = vec![now];
-    if m <= all_up_to {
+    if m <= ALL_SPLITS {
         all.extend((0..1u64 << m).filter(|&split| split != now && fits(split)));
     } else {
         let bits = |on: bool| (0..m).filter(move |x| (now >> x & 1 == 1) == on);
@@ -224,7 +232,13 @@ fn all_subset_sums(values: &[f64]) -> Vec<f64> {
 }
 
 /// Viterbi: the split of every stage on the cheapest run, or none where the present one is within epsilon.
-fn cheapest_run(state: &State<'_>, stages: &[Stage], pair: [usize; 2], epsilon: f64) -> Option<Vec<usize>> {
+fn cheapest_run(
+    state: &State<'_>,
+    stages: &[Stage],
+    pair: [usize; 2],
+    effort: Effort,
+    epsilon: f64,
+) -> Option<Vec<usize>> {
     let mut cost = stages[0].own.clone();
     let mut present = cost[0];
     let mut came_from: Vec<Vec<u16>> = Vec::with_capacity(stages.len());
@@ -234,7 +248,11 @@ fn cheapest_run(state: &State<'_>, stages: &[Stage], pair: [usize; 2], epsilon: 
         let between = Between::new(state, before, after, pair);
         let mut next = vec![f64::INFINITY; after.splits.len()];
         let mut from = vec![0u16; after.splits.len()];
+        let dearest = if effort == Effort::Quick { beam(&cost) } else { f64::INFINITY };
         for (s, &split) in before.splits.iter().enumerate() {
+            if s > 0 && cost[s] > dearest {
+                continue;
+            }
             let base = between.slopes(split, &mut sums.values);
             sums.prepare(between.n, after.splits[0]);
             if s == 0 {
@@ -254,6 +272,15 @@ fn cheapest_run(state: &State<'_>, stages: &[Stage], pair: [usize; 2], epsilon: 
     }
     let last = (0..cost.len()).min_by(|&a, &b| cost[a].total_cmp(&cost[b]))?;
     (cost[last] < present - epsilon).then(|| trace_back(&came_from, last))
+}
+
+/// The most that a split may have cost so far to be gone on from in a quick run.
+fn beam(cost: &[f64]) -> f64 {
+    if cost.len() <= BEAM {
+        return f64::INFINITY;
+    }
+    let mut falling = cost.to_vec();
+    *falling.select_nth_unstable_by(BEAM - 1, f64::total_cmp).1
 }
 
 /// Sums of up to 64 values over sets of them, without allocating: by halves where sets are narrow, else by what

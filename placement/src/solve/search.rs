@@ -3,7 +3,7 @@
 
 use crate::cost::Problem;
 use crate::rng::Rng;
-use crate::solve::pair::{ALL_SPLITS, resplit};
+use crate::solve::pair::{Effort, resplit};
 use crate::solve::perturb;
 use crate::solve::state::State;
 use crate::solve::sweep::Sweeper;
@@ -13,8 +13,6 @@ use crate::solve::{greedy, grouped};
 const REACH: usize = 3;
 /// A step may worsen the cost by this share and still be taken.
 const TOLERANCE: f64 = 2e-4;
-/// Up to this many experts all splits are tried in a quick pass.
-const FEW_SPLITS: usize = 4;
 /// Steps without a new best after which the walk returns to the best.
 const PATIENCE: u64 = 400;
 
@@ -29,6 +27,28 @@ pub(crate) struct Search<'p> {
     starts: u64,
     /// Starts where only a rank's total is bounded, last first.
     grouped: Vec<Vec<u16>>,
+}
+
+/// Which pairs of ranks are worth another look, by passes.
+struct Look<'l> {
+    /// `[R, R]` the pass in which a pair was last tried in vain.
+    vain: &'l mut [u64],
+    /// `[R]` the pass in which a rank last gained or lost an expert.
+    changed: &'l mut [u64],
+    now: u64,
+}
+
+impl Look<'_> {
+    fn is_vain(&self, [g, h]: [usize; 2]) -> bool {
+        self.vain[g * self.changed.len() + h] > self.changed[g].max(self.changed[h])
+    }
+
+    fn seen(&mut self, [g, h]: [usize; 2], changed: Option<Vec<usize>>) {
+        match changed {
+            Some(ranks) => ranks.into_iter().for_each(|rank| self.changed[rank] = self.now),
+            None => self.vain[g * self.changed.len() + h] = self.now,
+        }
+    }
 }
 
 /// An iterated local search under way.
@@ -101,9 +121,18 @@ impl<'p> Search<'p> {
         let mut state = State::new(self.problem, self.best.clone());
         self.sweeper.settle(&mut state);
         let every = vec![true; self.problem.ranks];
-        for all_up_to in [FEW_SPLITS, ALL_SPLITS] {
-            while self.pairs(&mut state, 0, self.problem.layers, &every, all_up_to, stop) && !stop() {
+        for effort in [Effort::Quick, Effort::Exact] {
+            // Two ranks that kept their experts since they were last tried in vain need no second look.
+            let mut vain = vec![0; self.problem.ranks * self.problem.ranks];
+            let mut changed = vec![1; self.problem.ranks];
+            for pass in 1.. {
+                let mut look = Look { vain: &mut vain, changed: &mut changed, now: pass };
+                let improved =
+                    self.pairs(&mut state, (0, self.problem.layers), &every, effort, Some(&mut look), stop);
                 state.commit();
+                if !improved || stop() {
+                    break;
+                }
             }
         }
         self.offer(&state.holders);
@@ -121,9 +150,11 @@ impl<'p> Search<'p> {
         let (first, length) = self.widen(first, length);
         let mut cost = self.total(&walk.state);
         // Pairs are dear: only where the sweeps alone came close.
-        let all_up_to = if self.rng.below(10) == 0 { ALL_SPLITS } else { FEW_SPLITS };
+        let effort = if self.rng.below(10) == 0 { Effort::Exact } else { Effort::Quick };
         let touched = walk.state.touched_ranks();
-        if cost < walk.cost * 1.02 && self.pairs(&mut walk.state, first, length, &touched, all_up_to, stop) {
+        if cost < walk.cost * 1.02
+            && self.pairs(&mut walk.state, (first, length), &touched, effort, None, stop)
+        {
             cost = self.total(&walk.state);
         }
         if cost <= walk.cost.max(walk.record * (1.0 + TOLERANCE)) {
@@ -161,10 +192,10 @@ impl<'p> Search<'p> {
     fn pairs(
         &mut self,
         state: &mut State<'p>,
-        first: usize,
-        length: usize,
+        (first, length): (usize, usize),
         among: &[bool],
-        all_up_to: usize,
+        effort: Effort,
+        mut look: Option<&mut Look<'_>>,
         stop: &dyn Fn() -> bool,
     ) -> bool {
         let ranks = self.problem.ranks;
@@ -177,17 +208,21 @@ impl<'p> Search<'p> {
             if stop() {
                 break;
             }
-            let (first, length) = self.open_ring(first, length);
-            let (mark, before) = (state.mark(), self.total(state));
-            if !resplit(state, pair, (first, length), all_up_to, self.sweeper.epsilon()) {
+            if look.as_ref().is_some_and(|look| look.is_vain(pair)) {
                 continue;
             }
-            self.sweeper.settle(state);
-            if self.total(state) < before {
-                improved = true;
-            } else {
-                state.undo_to(mark);
+            let (first, length) = self.open_ring(first, length);
+            let (mark, before) = (state.mark(), self.total(state));
+            let mut better = resplit(state, pair, (first, length), effort, self.sweeper.epsilon());
+            if better {
+                self.sweeper.settle(state);
+                better = self.total(state) < before;
+                if !better {
+                    state.undo_to(mark);
+                }
             }
+            improved |= better;
+            look.iter_mut().for_each(|look| look.seen(pair, better.then(|| state.ranks_since(mark))));
         }
         improved
     }

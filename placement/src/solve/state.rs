@@ -108,6 +108,18 @@ impl<'p> State<'p> {
         touched
     }
 
+    /// Ranks that gained or lost an expert after `mark`.
+    pub(crate) fn ranks_since(&self, mark: usize) -> Vec<usize> {
+        let mut ranks: Vec<usize> = Vec::new();
+        for &(layer, expert, from) in &self.journal[mark..] {
+            let to = self.layer(layer as usize)[expert as usize];
+            ranks.extend([usize::from(from), usize::from(to)]);
+        }
+        ranks.sort_unstable();
+        ranks.dedup();
+        ranks
+    }
+
     /// Takes back every shift after `mark`.
     pub(crate) fn undo_to(&mut self, mark: usize) {
         while self.journal.len() > mark {

@@ -31,7 +31,7 @@ pub fn paper_checks(
         Some(evidence) => {
             checks.push(running::volume_law(found, evidence));
             checks.push(routes::affinity(evidence));
-            checks.push(placing::stay_rate(evidence));
+            checks.push(placing::stay_rate(evidence)?);
             checks.push(placing::experts_per_rank(evidence)?);
             checks.push(placing::two_levels(evidence)?);
             checks.push(running::latency(evidence));

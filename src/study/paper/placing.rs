@@ -4,30 +4,34 @@
 use super::done;
 use super::evidence::Evidence;
 use crate::report::CheckFacts;
+use crate::study::placing::independent;
 use exflow_placement::{
     Balance, LayerId, PlacementTable, SolveError, SolveOptions, Topology, score_affinity, solve,
 };
 
 /// Stay rate on tokens that were not profiled, against what popularity alone gives.
-pub(super) fn stay_rate(evidence: &Evidence<'_>) -> CheckFacts {
+pub(super) fn stay_rate(evidence: &Evidence<'_>) -> Result<CheckFacts, SolveError> {
     let claim = "placed by affinity, more tokens stay on their rank than by any placement blind to it, on unseen text";
     let ranks = evidence.options.ranks;
     let (own, even) = (evidence.score(&evidence.table), evidence.score(&evidence.round_robin(ranks)));
     let (layers, experts) = (evidence.profile.layers, evidence.profile.experts);
     let linear = evidence.score(&PlacementTable::linear(layers, experts, ranks));
-    let best = even.stay_rate.max(linear.stay_rate);
+    let popular = evidence.solved(&independent(&evidence.profile), &evidence.topology())?;
+    let popular = evidence.score(&popular);
+    let best = even.stay_rate.max(linear.stay_rate).max(popular.stay_rate);
     let figure = format!(
-        "{ranks} ranks, {:.0} unseen tokens: {:.1} % stay, {:.1} % round-robin, {:.1} % linear, chance {:.1} %; busiest \
+        "{ranks} ranks, {:.0} unseen tokens: {:.1} % stay, {:.1} % round-robin, {:.1} % linear, {:.1} % by popularity alone, chance {:.1} %; busiest \
          rank over the mean {:.2} against {:.2}",
         evidence.unseen.tokens(),
         100.0 * own.stay_rate,
         100.0 * even.stay_rate,
         100.0 * linear.stay_rate,
+        100.0 * popular.stay_rate,
         100.0 / ranks as f64,
         own.worst_load,
         even.worst_load
     );
-    done("stay rate", claim, own.stay_rate >= 1.2 * best, figure)
+    Ok(done("stay rate", claim, own.stay_rate >= 1.2 * best, figure))
 }
 
 /// More experts on a rank: more to gain.
