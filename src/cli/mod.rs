@@ -86,6 +86,7 @@ impl Verb {
             Self::Eval(args) => Some(&mut args.ranks.model),
             Self::Profile(args) => Some(&mut args.ranks.model),
             Self::Bench(args) => args.model_mut(),
+            Self::Report(args) => args.model.as_mut(),
             Self::Devices(_) | Self::Place(_) | Self::Simulate(_) | Self::Selftest(_) => None,
             Self::Completions(_) | Self::Man(_) | Self::Doctor(_) => None,
         }

@@ -24,7 +24,7 @@ pub(crate) struct Args {
     study: bool,
     /// Model folder whose routing history (routing_history.npz) the study looks at
     #[arg(short, long, value_name = "DIR", requires = "study")]
-    model: Option<PathBuf>,
+    pub(crate) model: Option<PathBuf>,
     /// Ranks of the study's placements
     #[arg(long, value_name = "R", default_value_t = 4, value_parser = flags::ranks, requires = "study")]
     ranks: usize,
