@@ -99,7 +99,14 @@ pub fn balances(
 ) -> Vec<BalanceScore> {
     let time_limit = options.time_limit.mul_f64(0.15).min(LONGEST.mul_f64(0.5));
     let one = |balance| {
-        let options = SolveOptions { time_limit, balance, replicas: false, exact: false, ..options.clone() };
+        let options = SolveOptions {
+            time_limit,
+            balance,
+            replicas: false,
+            exact: false,
+            threads: 1,
+            ..options.clone()
+        };
         let table = solve(part, topology, &options, &mut |_| ()).ok();
         let ranks = |table: &PlacementTable| {
             let held = (0..table.layers).map(|layer| table.ranks_of(LayerId::from(layer)).len());
@@ -111,7 +118,14 @@ pub fn balances(
             score: table.map(|table| score_affinity(&table, kept, topology)),
         }
     };
-    [Balance::Layer, Balance::Total].map(one).to_vec()
+    if options.threads < 2 {
+        return vec![one(Balance::Layer), one(Balance::Total)];
+    }
+    std::thread::scope(|scope| {
+        let total = scope.spawn(|| one(Balance::Total));
+        let layer = one(Balance::Layer);
+        std::iter::once(layer).chain(total.join()).collect()
+    })
 }
 
 /// To two digits, so that nobody takes an estimate for a measurement.

@@ -12,6 +12,13 @@ use crate::solve::search::Search;
 use crate::solve::{SolveError, SolveOptions, SolveProgress, bounded, exact, grouped};
 use crate::table::Moment;
 
+/// Walks at once, at most.
+const MOST_WALKS: usize = 4;
+/// Share of the time that beginning further walks may take.
+const FURTHER: f64 = 0.12;
+/// From this share of the time on, only so many walks go on.
+const NARROWING: [(f64, usize); 2] = [(0.3, 2), (0.55, 1)];
+
 /// Placements that know nothing of affinity, by name.
 type Baselines = [(&'static str, Vec<u16>)];
 
@@ -151,17 +158,34 @@ impl<'r> Run<'r> {
         let mut prover = Prover::new(problem, search.best().0, longest_step(limit.as_secs_f64()));
         let mut proving = Duration::ZERO;
         let done = |rounds| (rounds > 0 && stop()) || options.max_rounds.is_some_and(|most| rounds >= most);
+        let mut walking = false;
         while !done(rounds) {
             let now = elapsed();
-            let share = now.as_secs_f64() / limit.as_secs_f64().max(1e-9);
+            let seconds = limit.as_secs_f64().max(1e-9);
+            // A number of rounds in place of a time: nothing then depends on the clock.
+            let share = match options.max_rounds {
+                Some(most) => rounds as f64 / most.max(1) as f64,
+                None => now.as_secs_f64() / seconds,
+            };
             let close = prover.bound().max(proven) >= CLOSE * search.best().1;
-            if prover.can_step() && proving < now.mul_f64(PROVING[usize::from(close)]) {
+            let due = match options.max_rounds {
+                Some(_) => rounds % 3 == 2,
+                None => proving < now.mul_f64(PROVING[usize::from(close)]),
+            };
+            if prover.can_step() && due {
                 prover.step(&stop);
                 proving += elapsed() - now;
             } else if rounds < 4 && share < 0.3 || rounds < 200 && share < 0.1 {
                 search.start();
+            } else if walking {
+                NARROWING.iter().filter(|(from, _)| share > *from).for_each(|(_, most)| search.narrow(*most));
+                search.step(&stop);
             } else {
                 search.step(&stop);
+                walking = true;
+                let took = (elapsed() - now).as_secs_f64() / seconds;
+                let more = if options.max_rounds.is_some() { 0 } else { (FURTHER / took.max(1e-9)) as usize };
+                (0..more.min(MOST_WALKS - 1)).for_each(|_| search.another_walk(&stop));
             }
             rounds += 1;
             pool.offer(search.best().0, search.best().1);

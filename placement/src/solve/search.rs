@@ -23,7 +23,8 @@ pub(crate) struct Search<'p> {
     sweeper: Sweeper,
     best: Vec<u16>,
     best_cost: f64,
-    walk: Option<Walk<'p>>,
+    walks: Vec<Walk<'p>>,
+    turn: usize,
     starts: u64,
     /// Starts where only a rank's total is bounded, last first.
     grouped: Vec<Vec<u16>>,
@@ -55,7 +56,10 @@ impl Look<'_> {
 struct Walk<'p> {
     state: State<'p>,
     cost: f64,
+    /// Cost of `known`, the cheapest placement on this walk.
     record: f64,
+    known: Vec<u16>,
+    /// Steps since then.
     idle: u64,
 }
 
@@ -65,7 +69,17 @@ impl<'p> Search<'p> {
         let best_cost = problem.cost(&holders);
         let (rng, sweeper) = (Rng::fork(seed, stream), Sweeper::new(problem));
         let grouped = if problem.capacity.total.is_some() { grouped::all(problem) } else { Vec::new() };
-        Self { problem, rng, sweeper, best: holders, best_cost, walk: None, starts: 0, grouped }
+        Self {
+            problem,
+            rng,
+            sweeper,
+            best: holders,
+            best_cost,
+            walks: Vec::new(),
+            turn: 0,
+            starts: 0,
+            grouped,
+        }
     }
 
     /// The cheapest placement so far, and its cost.
@@ -87,6 +101,12 @@ impl<'p> Search<'p> {
         if self.problem.capacity.total.is_some() {
             return self.grouped_start();
         }
+        let holders = self.fresh();
+        self.offer(&holders);
+    }
+
+    /// `[L, E]` holders of a fresh start, swept.
+    fn fresh(&mut self) -> Vec<u16> {
         let host_first = self.starts % 2 == 1;
         self.starts += 1;
         let at = self.rng.below(self.problem.layers);
@@ -97,7 +117,7 @@ impl<'p> Search<'p> {
         };
         let mut state = State::new(self.problem, holders);
         self.sweeper.settle(&mut state);
-        self.offer(&state.holders);
+        state.holders
     }
 
     /// The next start where only a rank's total is bounded; nothing once all were tried.
@@ -116,9 +136,25 @@ impl<'p> Search<'p> {
         self.offer(&state.holders);
     }
 
-    /// All pairs over all layers from the best placement, then a walk from there.
-    pub(crate) fn polish(&mut self, stop: &dyn Fn() -> bool) {
-        let mut state = State::new(self.problem, self.best.clone());
+    /// A further walk, from a fresh start. Walks take turns; each keeps to its own record until it is the last.
+    pub(crate) fn another_walk(&mut self, stop: &dyn Fn() -> bool) {
+        if self.problem.capacity.total.is_none() {
+            let holders = self.fresh();
+            self.walk_from(holders, stop);
+        }
+    }
+
+    /// Ends all walks but the best `most`.
+    pub(crate) fn narrow(&mut self, most: usize) {
+        if self.walks.len() > most {
+            self.walks.sort_by(|a, b| a.record.total_cmp(&b.record));
+            self.walks.truncate(most);
+        }
+    }
+
+    /// All pairs over all layers from a placement, then a walk from there.
+    fn walk_from(&mut self, holders: Vec<u16>, stop: &dyn Fn() -> bool) {
+        let mut state = State::new(self.problem, holders);
         self.sweeper.settle(&mut state);
         let every = vec![true; self.problem.ranks];
         for effort in [Effort::Quick, Effort::Exact] {
@@ -136,13 +172,17 @@ impl<'p> Search<'p> {
             }
         }
         self.offer(&state.holders);
-        let cost = self.total(&state);
-        self.walk = Some(Walk { state, cost, record: cost, idle: 0 });
+        let (cost, known) = (self.total(&state), state.holders.clone());
+        self.walks.push(Walk { state, cost, record: cost, known, idle: 0 });
     }
 
-    /// One step of the walk: perturb, settle, accept or undo.
+    /// One step of the next walk: perturb, settle, accept or undo. The first walk begins at the best placement.
     pub(crate) fn step(&mut self, stop: &dyn Fn() -> bool) {
-        let Some(mut walk) = self.walk.take() else { return self.polish(stop) };
+        if self.walks.is_empty() {
+            return self.walk_from(self.best.clone(), stop);
+        }
+        self.turn = (self.turn + 1) % self.walks.len();
+        let mut walk = self.walks.swap_remove(self.turn);
         walk.state.commit();
         let before = walk.state.cost;
         let (first, length) = perturb::disturb(&mut walk.state, &mut self.rng);
@@ -164,21 +204,27 @@ impl<'p> Search<'p> {
             walk.state.cost = before;
         }
         self.keep(&mut walk);
-        self.walk = Some(walk);
+        self.walks.push(walk);
+        let last = self.walks.len() - 1;
+        self.walks.swap(self.turn, last);
     }
 
     fn keep(&mut self, walk: &mut Walk<'p>) {
         walk.idle += 1;
         if walk.cost < walk.record {
             (walk.record, walk.idle) = (walk.cost, 0);
+            walk.known.clone_from(&walk.state.holders);
         }
         if walk.cost < self.best_cost {
-            self.offer(&walk.state.holders.clone());
-        } else if walk.idle > PATIENCE && walk.cost > self.best_cost {
-            walk.state.replace(self.best.clone());
+            self.offer(&walk.known);
+        }
+        if walk.idle > PATIENCE {
+            let alone = self.walks.is_empty();
+            let holders = if alone { self.best.clone() } else { walk.known.clone() };
+            walk.state.replace(holders);
             self.sweeper.settle(&mut walk.state);
             walk.cost = self.total(&walk.state);
-            (walk.record, walk.idle) = (walk.cost, 0);
+            (walk.record, walk.idle) = (walk.cost.min(walk.record), 0);
         }
     }
 
