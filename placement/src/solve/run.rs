@@ -15,9 +15,9 @@ use crate::table::Moment;
 /// Walks at once, at most.
 const MOST_WALKS: usize = 4;
 /// Share of the time that beginning further walks may take.
-const FURTHER: f64 = 0.12;
+const FURTHER: f64 = 0.08;
 /// From this share of the time on, only so many walks go on.
-const NARROWING: [(f64, usize); 2] = [(0.3, 2), (0.55, 1)];
+const NARROWING: [(f64, usize); 2] = [(0.2, 2), (0.35, 1)];
 
 /// Placements that know nothing of affinity, by name.
 type Baselines = [(&'static str, Vec<u16>)];
