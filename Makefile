@@ -34,8 +34,8 @@ deny:
 	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny --all-features check bans licenses sources; \
 	else echo "cargo-deny is not installed: licences and sources not checked (cargo install cargo-deny)"; fi
 
-bench: vulkan ## the table of strategies, medians of five interleaved runs
-	$(CARGO) run --release --bin exflow -- bench -m examples/models/gpt-moe-16e --ep-size 4 -r 5
+bench: vulkan ## every strategy, schedule and table on links to order, 4 ranks, 8 sequences
+	$(CARGO) run --release --bin exflow -- bench strategies --ranks 4 --sequences 8
 
 vulkan:
 	@bash scripts/ensure-vulkan.sh
