@@ -10,7 +10,7 @@ use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-const VERBS: [&str; 13] = [
+const VERBS: [&str; 14] = [
     "devices",
     "eval",
     "generate",
@@ -20,6 +20,7 @@ const VERBS: [&str; 13] = [
     "bench",
     "selftest",
     "simulate",
+    "cert",
     "serve",
     "doctor",
     "completions",

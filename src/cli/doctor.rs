@@ -181,7 +181,7 @@ fn ranks_over_udp() -> Check {
     let meet = |mut rank: quic::QuicCommunicator| {
         let round = RoundId { number: 0, class: ByteClass::Ids, layer: u16::MAX };
         let started = Instant::now();
-        rank.all_gather(round, vec![7]).map(|_| started.elapsed())
+        rank.all_gather(round, vec![7].into()).map(|_| started.elapsed())
     };
     let threads: Vec<_> = ranks.into_iter().map(|rank| std::thread::spawn(move || meet(rank))).collect();
     let mut slowest = Duration::ZERO;

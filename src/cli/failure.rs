@@ -4,6 +4,7 @@ use clap::error::ErrorKind;
 use exflow::engine::EngineError;
 use exflow::placement::{AffinityError, SolveError, TableError, TopologyError, TraceError};
 use exflow::study::{GatherError, ReplayError};
+use exflow::transport::TransportError;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
@@ -89,6 +90,17 @@ impl From<EngineError> for Failure {
 impl From<exflow::hub::HubError> for Failure {
     fn from(error: exflow::hub::HubError) -> Self {
         if error.is_input() { Self::Input(error.to_string()) } else { Self::Run(error.to_string()) }
+    }
+}
+
+impl From<TransportError> for Failure {
+    fn from(error: TransportError) -> Self {
+        match error {
+            TransportError::Options { .. } | TransportError::Identity { .. } => {
+                Self::Input(error.to_string())
+            }
+            error => Self::Run(error.to_string()),
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The verbs of `exflow`: one file each, `Args` as typed and `run` as meant.
 
 mod bench;
+mod cert;
 mod completions;
 mod config;
 mod devices;
@@ -56,6 +57,7 @@ enum Verb {
     Simulate(simulate::Args),
     Report(report::Args),
     Selftest(selftest::Args),
+    Cert(cert::Args),
     Completions(completions::Args),
     Man(completions::ManArgs),
 }
@@ -72,7 +74,7 @@ impl Verb {
             Self::Profile(args) => args.ranks.hosted(),
             Self::Bench(args) => args.device_ranks(),
             Self::Devices(_) | Self::Place(_) | Self::Simulate(_) | Self::Report(_) | Self::Selftest(_) => 1,
-            Self::Completions(_) | Self::Man(_) | Self::Doctor(_) => 1,
+            Self::Completions(_) | Self::Man(_) | Self::Doctor(_) | Self::Cert(_) => 1,
         }
     }
 
@@ -88,7 +90,7 @@ impl Verb {
             Self::Bench(args) => args.model_mut(),
             Self::Report(args) => args.model.as_mut(),
             Self::Devices(_) | Self::Place(_) | Self::Simulate(_) | Self::Selftest(_) => None,
-            Self::Completions(_) | Self::Man(_) | Self::Doctor(_) => None,
+            Self::Completions(_) | Self::Man(_) | Self::Doctor(_) | Self::Cert(_) => None,
         }
     }
 
@@ -110,6 +112,7 @@ impl Verb {
             Self::Report(args) => report::run(args),
             Self::Bench(args) => bench::run(args),
             Self::Selftest(args) => selftest::run(args),
+            Self::Cert(args) => cert::run(args),
             Self::Completions(args) => completions::run::<Cli>(args),
             Self::Man(args) => completions::man::<Cli>(args),
         }

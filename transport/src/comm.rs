@@ -116,23 +116,23 @@ pub trait Communicator: Send {
 
     /// All-to-all-v: `send[r]` goes to rank `r` (an empty payload is still a frame, so that its absence is
     /// noticed); returns what every rank sent here, by rank. `send[self]` comes back untouched.
-    fn exchange(&mut self, round: RoundId, send: Vec<Vec<u8>>) -> Result<Vec<Bytes>, TransportError>;
+    fn exchange(&mut self, round: RoundId, send: Vec<Bytes>) -> Result<Vec<Bytes>, TransportError>;
 
     /// Begins an exchange: hands the payloads to the driver and returns, so that work can go on while they travel.
-    fn start_exchange(&mut self, round: RoundId, send: Vec<Vec<u8>>) -> Result<(), TransportError>;
+    fn start_exchange(&mut self, round: RoundId, send: Vec<Bytes>) -> Result<(), TransportError>;
 
     /// Waits for the frames of an exchange begun by [`Communicator::start_exchange`].
     fn finish_exchange(&mut self, round: RoundId) -> Result<Vec<Bytes>, TransportError>;
 
     /// Every rank's payload at every rank.
-    fn all_gather(&mut self, round: RoundId, payload: Vec<u8>) -> Result<Vec<Bytes>, TransportError> {
-        let send = (0..self.world_size()).map(|_| payload.clone()).collect();
+    fn all_gather(&mut self, round: RoundId, payload: Bytes) -> Result<Vec<Bytes>, TransportError> {
+        let send = vec![payload; self.world_size()];
         self.exchange(round, send)
     }
 
     /// Hands `payload` to the background (bulk) stream towards `to`: ordered per peer, delivered while rounds
     /// go on, at lower priority than they have. Counted under [`ByteClass::Kv`].
-    fn send_bulk(&mut self, to: Rank, payload: Vec<u8>) -> Result<(), TransportError>;
+    fn send_bulk(&mut self, to: Rank, payload: Bytes) -> Result<(), TransportError>;
 
     /// The next bulk payload from any peer; waits up to `timeout` (zero: only looks). `None` where none came.
     fn recv_bulk(&mut self, timeout: Duration) -> Result<Option<(Rank, Bytes)>, TransportError>;

@@ -91,6 +91,16 @@ impl Identity {
         fingerprint(&self.certificate)
     }
 
+    /// The same in hexadecimal, as `pins.txt` has it.
+    pub fn fingerprint_text(&self) -> String {
+        self.fingerprint().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// The rank that the certificate names.
+    pub fn named_rank(&self) -> Option<Rank> {
+        (0..=u16::MAX).map(Rank).find(|rank| names_rank(&self.certificate, *rank).is_some())
+    }
+
     /// Whom this identity trusts.
     pub fn trust(&self) -> &Trust {
         &self.trust

@@ -20,6 +20,8 @@ pub(crate) struct Inbox {
     state: Mutex<State>,
     /// For the rank's thread: something that it may wait for has happened.
     arrived: Condvar,
+    /// The same for a rank's thread that drives its own sockets while it waits.
+    arrived_here: Notify,
     /// For readers that hold a frame back: there may be room now.
     room: Notify,
 }
@@ -65,6 +67,7 @@ impl Inbox {
             limits,
             state: Mutex::new(state),
             arrived: Condvar::new(),
+            arrived_here: Notify::new(),
             room: Notify::new(),
         }
     }
@@ -88,7 +91,7 @@ impl Inbox {
     pub(crate) fn start(
         &self,
         round: RoundId,
-        send: Vec<Vec<u8>>,
+        send: Vec<Bytes>,
     ) -> Result<Vec<(Rank, Bytes)>, TransportError> {
         let mut state = self.lock();
         self.check_open(&state)?;
@@ -98,7 +101,7 @@ impl Inbox {
         let mut own = Bytes::new();
         for (to, payload) in send.into_iter().enumerate() {
             if to == self.rank.index() {
-                own = payload.into();
+                own = payload;
                 continue;
             }
             let to = Rank::from(to);
@@ -106,7 +109,7 @@ impl Inbox {
                 continue;
             }
             state.stats.count_sent(self.rank, to, round.class, payload.len(), self.limits.header_bytes);
-            outgoing.push((to, payload.into()));
+            outgoing.push((to, payload));
         }
         state.stats.count_exchange(self.rank, round.class);
         state.rounds.start(round, own, self.now()).map_err(|error| self.misuse(error.to_string()))?;
@@ -122,22 +125,60 @@ impl Inbox {
     pub(crate) fn finish(&self, round: RoundId) -> Result<Vec<Bytes>, TransportError> {
         let began = Instant::now();
         let mut state = self.lock();
-        let result = loop {
-            if state.closed {
-                break Err(TransportError::Closed { rank: self.rank });
-            }
-            let now = self.now();
-            match state.rounds.poll(round.number, now) {
-                RoundPoll::Ready(payloads) => break Ok(payloads),
-                RoundPoll::Failed(failure) => break Err(self.error(failure, Some(round))),
-                RoundPoll::Pending { deadline } => {
-                    let wait = deadline.saturating_sub(now);
-                    state = self.arrived.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
+        loop {
+            let wait = match self.look(&mut state, round) {
+                Ok(result) => {
+                    state.stats.count_wait(self.rank, round.class, began.elapsed());
+                    return result;
                 }
-            }
-        };
-        state.stats.count_wait(self.rank, round.class, began.elapsed());
-        result
+                Err(wait) => wait,
+            };
+            state = self.arrived.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// The same for a thread that drives the sockets itself.
+    pub(crate) async fn finish_here(&self, round: RoundId) -> Result<Vec<Bytes>, TransportError> {
+        let began = Instant::now();
+        loop {
+            let arrived = self.arrived_here.notified();
+            tokio::pin!(arrived);
+            arrived.as_mut().enable();
+            let wait = {
+                let mut state = self.lock();
+                match self.look(&mut state, round) {
+                    Ok(result) => {
+                        state.stats.count_wait(self.rank, round.class, began.elapsed());
+                        return result;
+                    }
+                    Err(wait) => wait,
+                }
+            };
+            // Both ways, the round is looked at again.
+            let _ = tokio::time::timeout(wait, arrived).await;
+        }
+    }
+
+    /// What has become of a round, or how long it may still be waited for.
+    fn look(
+        &self,
+        state: &mut State,
+        round: RoundId,
+    ) -> Result<Result<Vec<Bytes>, TransportError>, Duration> {
+        if state.closed {
+            return Ok(Err(TransportError::Closed { rank: self.rank }));
+        }
+        let now = self.now();
+        match state.rounds.poll(round.number, now) {
+            RoundPoll::Ready(payloads) => Ok(Ok(payloads)),
+            RoundPoll::Failed(failure) => Ok(Err(self.error(failure, Some(round)))),
+            RoundPoll::Pending { deadline } => Err(deadline.saturating_sub(now)),
+        }
+    }
+
+    fn wake(&self) {
+        self.arrived.notify_all();
+        self.arrived_here.notify_waiters();
     }
 
     /// Waits until the backlog towards `to` has room, then counts `bytes` into it.
@@ -196,6 +237,11 @@ impl Inbox {
             };
             state = self.arrived.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// Background bytes counted by [`Inbox::reserve_bulk`] that have not left yet.
+    pub(crate) fn unsent_bulk(&self, to: Rank) -> usize {
+        self.lock().unsent.get(to.index()).copied().unwrap_or(0)
     }
 
     pub(crate) fn stats(&self) -> WireStats {
@@ -266,7 +312,7 @@ impl Inbox {
         let complete = state.rounds.deliver(peer, round.number, payload);
         drop(state);
         if complete {
-            self.arrived.notify_all();
+            self.wake();
         }
     }
 
@@ -276,7 +322,7 @@ impl Inbox {
         state.unread[peer.index()] += payload.len();
         state.bulk.push_back((peer, payload));
         drop(state);
-        self.arrived.notify_all();
+        self.wake();
     }
 
     /// Notes that background bytes towards `to` have left.
@@ -284,7 +330,7 @@ impl Inbox {
         let mut state = self.lock();
         state.unsent[to.index()] -= bytes;
         drop(state);
-        self.arrived.notify_all();
+        self.wake();
     }
 
     pub(crate) fn count_control(&self, peer: Rank, sent: bool, payload: usize) {
@@ -298,17 +344,17 @@ impl Inbox {
 
     pub(crate) fn lose_peer(&self, peer: Rank, cause: LossCause) {
         self.lock().rounds.lose_peer(peer, cause);
-        self.arrived.notify_all();
+        self.wake();
     }
 
     pub(crate) fn break_peer(&self, peer: Rank, violation: Violation) {
         self.lock().rounds.break_peer(peer, violation);
-        self.arrived.notify_all();
+        self.wake();
     }
 
     pub(crate) fn close(&self) {
         self.lock().closed = true;
-        self.arrived.notify_all();
+        self.wake();
     }
 
     // Errors.
@@ -317,7 +363,7 @@ impl Inbox {
         if state.closed { Err(TransportError::Closed { rank: self.rank }) } else { Ok(()) }
     }
 
-    fn check_payloads(&self, state: &State, send: &[Vec<u8>]) -> Result<(), TransportError> {
+    fn check_payloads(&self, state: &State, send: &[Bytes]) -> Result<(), TransportError> {
         let world = state.unsent.len();
         if send.len() != world {
             return Err(self.misuse(format!("{} payloads for {world} ranks", send.len())));

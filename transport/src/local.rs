@@ -72,12 +72,12 @@ impl Communicator for LocalCommunicator {
         self.inboxes.len()
     }
 
-    fn exchange(&mut self, round: RoundId, send: Vec<Vec<u8>>) -> Result<Vec<Bytes>, TransportError> {
+    fn exchange(&mut self, round: RoundId, send: Vec<Bytes>) -> Result<Vec<Bytes>, TransportError> {
         self.start_exchange(round, send)?;
         self.finish_exchange(round)
     }
 
-    fn start_exchange(&mut self, round: RoundId, send: Vec<Vec<u8>>) -> Result<(), TransportError> {
+    fn start_exchange(&mut self, round: RoundId, send: Vec<Bytes>) -> Result<(), TransportError> {
         for (to, payload) in self.inbox().start(round, send)? {
             let peer = &self.inboxes[to.index()];
             match peer.admit(self.rank, round, payload.len() as u32) {
@@ -93,10 +93,10 @@ impl Communicator for LocalCommunicator {
         self.inbox().finish(round)
     }
 
-    fn send_bulk(&mut self, to: Rank, payload: Vec<u8>) -> Result<(), TransportError> {
+    fn send_bulk(&mut self, to: Rank, payload: Bytes) -> Result<(), TransportError> {
         self.inbox().reserve_bulk(to, payload.len())?;
         self.inbox().bulk_sent(to, payload.len());
-        self.inboxes[to.index()].deliver_bulk(self.rank, payload.into());
+        self.inboxes[to.index()].deliver_bulk(self.rank, payload);
         Ok(())
     }
 

@@ -2,6 +2,7 @@
 
 mod support;
 
+use bytes::Bytes;
 use exflow_placement::Rank;
 use exflow_transport::identity::ClusterAuthority;
 use exflow_transport::link::LinkSpec;
@@ -40,7 +41,8 @@ fn ordered_latency_is_what_a_round_takes() {
             let mut times = Vec::new();
             for number in 0..20 {
                 let began = Instant::now();
-                comm.exchange(round(number, ByteClass::Ids), vec![vec![1; 8]; 2]).expect("round");
+                comm.exchange(round(number, ByteClass::Ids), vec![Bytes::from(vec![1; 8]); 2])
+                    .expect("round");
                 times.push(began.elapsed());
             }
             times.sort();

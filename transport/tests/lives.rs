@@ -31,7 +31,7 @@ fn form(listeners: &[&Listener], life: &Life) -> Vec<QuicCommunicator> {
 fn rounds(comm: &mut QuicCommunicator, first: u64, last: u64) -> Result<(), TransportError> {
     for number in first..last {
         let payload = vec![comm.rank().0 as u8; 9];
-        let got = comm.all_gather(round(number, ByteClass::Ids), payload)?;
+        let got = comm.all_gather(round(number, ByteClass::Ids), payload.into())?;
         for (from, bytes) in got.iter().enumerate() {
             let expected =
                 if comm.absent().contains(&Rank::from(from)) { vec![] } else { vec![from as u8; 9] };

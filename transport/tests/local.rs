@@ -2,6 +2,7 @@
 
 mod support;
 
+use bytes::Bytes;
 use exflow_placement::Rank;
 use exflow_transport::{ByteClass, Communicator, RoundId, TransportError, local};
 use std::time::{Duration, Instant};
@@ -18,14 +19,15 @@ fn every_payload_arrives_and_is_counted() {
             std::thread::spawn(move || {
                 let rank = comm.rank().index();
                 for number in 0..50 {
-                    let send = (0..4).map(|to| vec![(rank * 4 + to) as u8; number as usize]).collect();
+                    let payload = |to| Bytes::from(vec![(rank * 4 + to) as u8; number as usize]);
+                    let send = (0..4).map(payload).collect();
                     let got = comm.exchange(round(number), send).expect("exchange");
                     for (from, payload) in got.iter().enumerate() {
                         assert_eq!(payload, &vec![(from * 4 + rank) as u8; number as usize]);
                     }
                 }
                 let ids = RoundId { number: 50, class: ByteClass::Ids, layer: u16::MAX };
-                let all = comm.all_gather(ids, vec![rank as u8]).expect("all-gather");
+                let all = comm.all_gather(ids, vec![rank as u8].into()).expect("all-gather");
                 assert_eq!(all, [&[0_u8][..], &[1], &[2], &[3]]);
                 (comm.stats(), comm)
             })
@@ -52,8 +54,8 @@ fn background_bytes_do_not_wait_for_rounds() {
     let mut world = local::world(2);
     let mut second = world.pop().expect("rank 1");
     let mut first = world.pop().expect("rank 0");
-    first.send_bulk(Rank(1), vec![7; 100]).expect("send");
-    first.send_bulk(Rank(1), vec![8; 10]).expect("send");
+    first.send_bulk(Rank(1), vec![7; 100].into()).expect("send");
+    first.send_bulk(Rank(1), vec![8; 10].into()).expect("send");
     let got = second.recv_bulk(Duration::ZERO).expect("receive").expect("there");
     assert_eq!((got.0, got.1.len()), (Rank(0), 100));
     assert_eq!(second.recv_bulk(Duration::ZERO).expect("receive").expect("there").1.len(), 10);
@@ -66,7 +68,7 @@ fn a_rank_that_leaves_is_named_at_once() {
     drop(world.pop());
     let mut comm = world.remove(0);
     let began = Instant::now();
-    let error = comm.exchange(round(0), vec![vec![]; 3]).expect_err("rank 2 is gone");
+    let error = comm.exchange(round(0), vec![Bytes::new(); 3]).expect_err("rank 2 is gone");
     assert!(matches!(error, TransportError::PeerLost { peer: Rank(2), .. }), "{error}");
     assert!(began.elapsed() < Duration::from_secs(5));
 }
@@ -75,7 +77,7 @@ fn a_rank_that_leaves_is_named_at_once() {
 fn a_silent_rank_is_named_at_the_deadline() {
     let options = local::LocalOptions { round_timeout: Duration::from_millis(30), ..Default::default() };
     let mut world = local::world_with(2, options);
-    let error = world[0].exchange(round(0), vec![vec![]; 2]).expect_err("rank 1 is silent");
+    let error = world[0].exchange(round(0), vec![Bytes::new(); 2]).expect_err("rank 1 is silent");
     assert!(
         matches!(error, TransportError::RoundTimeout { ref missing, .. } if *missing == [Rank(1)]),
         "{error}"
@@ -85,9 +87,9 @@ fn a_silent_rank_is_named_at_the_deadline() {
 #[test]
 fn mistakes_of_the_program_are_told() {
     let mut world = local::world(2);
-    let wrong_count = world[0].exchange(round(0), vec![vec![]; 3]).expect_err("three payloads");
+    let wrong_count = world[0].exchange(round(0), vec![Bytes::new(); 3]).expect_err("three payloads");
     assert!(matches!(wrong_count, TransportError::Misuse { .. }), "{wrong_count}");
-    let wrong_number = world[0].start_exchange(round(3), vec![vec![]; 2]).expect_err("round 3 first");
+    let wrong_number = world[0].start_exchange(round(3), vec![Bytes::new(); 2]).expect_err("round 3 first");
     assert!(wrong_number.to_string().contains("round 3"), "{wrong_number}");
     assert!(world[0].finish_exchange(round(0)).is_err());
 }

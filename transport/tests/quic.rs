@@ -2,6 +2,7 @@
 
 mod support;
 
+use bytes::Bytes;
 use exflow_placement::Rank;
 use exflow_transport::identity::ClusterAuthority;
 use exflow_transport::quic::{self, DriverThreads, QuicOptions};
@@ -49,7 +50,8 @@ fn large_payloads_and_open_rounds_work() {
         let world = quic::loopback_world(3, quick()).expect("world");
         on_threads(world, |mut comm| {
             let rank = comm.rank().index();
-            let big = |number: u64, from: usize| vec![(number as usize * 3 + from) as u8; 3_000_000];
+            let big =
+                |number: u64, from: usize| Bytes::from(vec![(number as usize * 3 + from) as u8; 3_000_000]);
             for number in 0..3 {
                 let send = vec![big(number, rank); 3];
                 comm.start_exchange(round(number, ByteClass::Dispatch), send).expect("start");
@@ -70,7 +72,7 @@ fn rounds_go_on_while_nobody_reads_a_flood_of_background_bytes() {
         let mut second = world.pop().expect("rank 1");
         let mut first = world.pop().expect("rank 0");
         for at in 0..40_u8 {
-            first.send_bulk(Rank(1), vec![at; 1 << 20]).expect("bulk");
+            first.send_bulk(Rank(1), vec![at; 1 << 20].into()).expect("bulk");
         }
         let other = std::thread::spawn(move || {
             run_rounds(&mut second, 0, 50, 1000).expect("rounds");
@@ -93,12 +95,17 @@ fn frames_handed_over_before_leaving_still_arrive() {
             let mut world = quic::loopback_world(2, quick()).expect("world");
             let mut second = world.pop().expect("rank 1");
             let mut first = world.pop().expect("rank 0");
-            first.start_exchange(round(0, ByteClass::Dispatch), vec![vec![1; 500_000]; 2]).expect("start");
+            first
+                .start_exchange(round(0, ByteClass::Dispatch), vec![Bytes::from(vec![1; 500_000]); 2])
+                .expect("start");
             drop(first);
-            second.exchange(round(0, ByteClass::Dispatch), vec![vec![2; 10]; 2]).expect("rank 0 had sent it");
+            second
+                .exchange(round(0, ByteClass::Dispatch), vec![Bytes::from(vec![2; 10]); 2])
+                .expect("rank 0 had sent it");
             let began = Instant::now();
-            let error =
-                second.exchange(round(1, ByteClass::Combine), vec![vec![]; 2]).expect_err("rank 0 left");
+            let error = second
+                .exchange(round(1, ByteClass::Combine), vec![Bytes::new(); 2])
+                .expect_err("rank 0 left");
             let left =
                 matches!(error, TransportError::PeerLost { peer: Rank(0), cause: LossCause::Left, .. });
             assert!(left && began.elapsed() < Duration::from_secs(1), "{error}");
@@ -111,8 +118,9 @@ fn a_round_timeout_names_the_missing() {
     bounded(|| {
         let options = QuicOptions { round_timeout: Duration::from_millis(200), ..quick() };
         let mut world = quic::loopback_world(3, options).expect("world");
-        let error =
-            world[0].exchange(round(0, ByteClass::Dispatch), vec![vec![]; 3]).expect_err("nobody else sends");
+        let error = world[0]
+            .exchange(round(0, ByteClass::Dispatch), vec![Bytes::new(); 3])
+            .expect_err("nobody else sends");
         let TransportError::RoundTimeout { missing, .. } = &error else { panic!("{error}") };
         assert_eq!(*missing, [Rank(1), Rank(2)]);
     });
@@ -124,7 +132,7 @@ fn a_rank_that_runs_other_exchanges_is_named_everywhere() {
         let world = quic::loopback_world(3, quick()).expect("world");
         let errors = on_threads(world, |mut comm| {
             let class = if comm.rank() == Rank(2) { ByteClass::Combine } else { ByteClass::Dispatch };
-            comm.exchange(round(0, class), vec![vec![]; 3]).expect_err("classes differ").to_string()
+            comm.exchange(round(0, class), vec![Bytes::new(); 3]).expect_err("classes differ").to_string()
         });
         assert!(errors.iter().all(|error| error.contains("do not run the same exchanges")), "{errors:?}");
     });

@@ -1,6 +1,7 @@
 //! What the engine's payloads look like: little-endian, counts first, lengths checked while reading.
 
 use crate::EngineError;
+use bytes::Bytes;
 use exflow_placement::Rank;
 use exflow_shaders::Cache;
 
@@ -83,8 +84,8 @@ impl Writer {
         self.u32(sequence).u32(position).u16(k).floats(values);
     }
 
-    pub(crate) fn finish(self) -> Vec<u8> {
-        self.bytes
+    pub(crate) fn finish(self) -> Bytes {
+        self.bytes.into()
     }
 }
 

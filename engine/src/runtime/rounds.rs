@@ -108,7 +108,7 @@ impl Worker {
         let round = RoundId { number: self.round, class: ByteClass::Ids, layer: u16::MAX };
         self.round += 1;
         let bytes = postcard::to_stdvec(&mine).map_err(|e| EngineError::Internal(e.to_string()))?;
-        let all = self.comm.all_gather(round, bytes)?;
+        let all = self.comm.all_gather(round, bytes.into())?;
         let mut directives = Vec::new();
         for (from, bytes) in all.iter().enumerate() {
             let from = Rank::from(from);

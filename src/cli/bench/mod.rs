@@ -1,5 +1,6 @@
 //! `exflow bench`: strategies and placements side by side; its sub-verbs measure one part each.
 
+mod alltoall;
 mod device;
 mod kernels;
 mod model;
@@ -33,6 +34,7 @@ const PROMPTS: [&str; 8] = [
 /// Parts that can be measured alone.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Part {
+    Alltoall(alltoall::Args),
     Device(device::Args),
     Kernels(kernels::Args),
     Model(model::Args),
@@ -103,6 +105,7 @@ impl Args {
     /// Ranks with a device of their own that this process will host.
     pub(crate) fn device_ranks(&self) -> usize {
         match &self.part {
+            Some(Part::Alltoall(_)) => 1,
             Some(Part::Device(_)) => 0,
             Some(Part::Kernels(args)) => args.ranks.hosted(),
             Some(Part::Model(args)) => args.ranks.hosted(),
@@ -129,6 +132,7 @@ impl Args {
 
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     match &args.part {
+        Some(Part::Alltoall(args)) => alltoall::run(args),
         Some(Part::Strategies(args)) => strategies::run(args),
         Some(Part::Device(args)) => device::run(args),
         Some(Part::Kernels(args)) => kernels::run(args),

@@ -1,82 +1,75 @@
-//! What an all-to-all costs over QUIC and, in the same run, over plain TCP without encryption.
+//! What an all-to-all costs over QUIC and, in the same run, over plain TCP without encryption, over MPI where it
+//! is asked for, and with quinn's default settings.
 //!
-//! Every iteration begins at a barrier and ends with the last byte at the slowest rank. Batches of the
-//! transports take turns, so that a busy machine is unfair to both alike.
+//! Every exchange begins at a barrier and ends with the last byte at the slowest rank. Every transport sends from
+//! a buffer that is there and leaves each peer's payload whole in memory. Turns of the transports alternate, so
+//! that a busy machine is unfair to all alike.
 
+mod hosts;
+mod mpi;
+mod samples;
+mod subject;
 mod tcp;
 
+pub use hosts::between_hosts;
+pub use mpi::MpiLaunch;
+pub use samples::{Point, table};
+
+use crate::TransportError;
 use crate::quic::{self, QuicOptions};
-use crate::{ByteClass, Communicator, RoundId, TransportError};
-use serde::Serialize;
+use samples::{Samples, cpu_time};
 use std::sync::{Barrier, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use subject::{Quic, Subject};
 
 /// Payload sizes per peer that are measured by default, bytes.
 pub const SIZES: [usize; 5] = [1024, 16384, 262_144, 1_048_576, 4_194_304];
-/// Turns that each transport takes per size.
-const TURNS: usize = 5;
-/// Iterations of a turn before those that count.
+/// Exchanges of a turn before those that count.
 const WARM_UP: usize = 3;
 
-/// One line of the result.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Point {
-    /// `quic` or `tcp`.
-    pub transport: &'static str,
-    /// Ranks that took part.
-    pub ranks: usize,
-    /// Payload that each rank sent to each other rank, bytes.
-    pub bytes_per_peer: usize,
-    /// Median time of an exchange, microseconds.
-    pub p50_us: f64,
-    /// 99th percentile, microseconds.
-    pub p99_us: f64,
-    /// Payload that one rank received, over the median time, Mbit/s.
-    pub goodput_mbit_s: f64,
-    /// CPU time of all ranks over all payload bytes, ns; absent where the system does not tell.
-    pub cpu_ns_per_byte: Option<f64>,
+/// What is to be measured.
+#[derive(Debug, Clone)]
+pub struct Order {
+    /// Payload sizes per peer, bytes.
+    pub sizes: Vec<usize>,
+    /// Turns that each transport takes per size.
+    pub turns: usize,
+    /// Settings of the `quic` rows.
+    pub quic: QuicOptions,
+    /// Also measure with quinn's default settings (`quinn` rows).
+    pub quinn_defaults: bool,
+    /// Also measure `MPI_Alltoallv`, started like this.
+    pub mpi: Option<MpiLaunch>,
+    /// Also measure the QUIC rows while every rank sends every other one bulk.
+    pub beside_bulk: bool,
 }
 
-/// Anything that can run one exchange of `bytes` per peer.
-trait Subject: Send {
-    fn exchange(&mut self, bytes: usize) -> Result<(), TransportError>;
-}
-
-struct Quic {
-    comm: quic::QuicCommunicator,
-    number: u64,
-}
-
-impl Subject for Quic {
-    fn exchange(&mut self, bytes: usize) -> Result<(), TransportError> {
-        let round = RoundId { number: self.number, class: ByteClass::Dispatch, layer: u16::MAX };
-        self.number += 1;
-        let send = vec![vec![7; bytes]; self.comm.world_size()];
-        self.comm.exchange(round, send).map(drop)
-    }
-}
-
-/// Measures `ranks` ranks of this process over the loopback interface, for each of `sizes`.
-pub fn alltoall_loopback(
-    ranks: usize,
-    sizes: &[usize],
-    options: &QuicOptions,
-) -> Result<Vec<Point>, TransportError> {
-    let world = quic::loopback_world(ranks, options.clone())?;
-    let mut quic: Vec<_> = world.into_iter().map(|comm| Quic { comm, number: 0 }).collect();
-    let mut tcp = tcp::loopback_world(ranks)?;
-    let mut points = Vec::new();
-    for &bytes in sizes {
-        let iterations = iterations(bytes);
-        let (mut with_quic, mut with_tcp) = (Samples::default(), Samples::default());
-        for _ in 0..TURNS {
-            turn(&mut tcp, bytes, iterations, &mut with_tcp)?;
-            turn(&mut quic, bytes, iterations, &mut with_quic)?;
+impl Default for Order {
+    fn default() -> Self {
+        Self {
+            sizes: SIZES.to_vec(),
+            turns: 5,
+            quic: QuicOptions::loopback(),
+            quinn_defaults: false,
+            mpi: None,
+            beside_bulk: false,
         }
-        points.push(with_quic.point("quic", ranks, bytes));
-        points.push(with_tcp.point("tcp", ranks, bytes));
     }
-    Ok(points)
+}
+
+impl Order {
+    fn check(&self) -> Result<(), TransportError> {
+        let wrong = |what: String, remedy: &str| Err(TransportError::Options { what, remedy: remedy.into() });
+        match self.sizes.iter().max() {
+            None => wrong("no sizes".into(), "give at least one"),
+            Some(largest) if *largest > self.quic.max_frame_bytes as usize => {
+                let cap = self.quic.max_frame_bytes;
+                wrong(format!("{largest} bytes per peer"), &format!("choose at most {cap}"))
+            }
+            Some(_) if self.turns == 0 => wrong("0 turns".into(), "choose at least 1"),
+            Some(_) => Ok(()),
+        }
+    }
 }
 
 /// Enough for a 99th percentile of small messages, within seconds for large ones.
@@ -84,45 +77,65 @@ fn iterations(bytes: usize) -> usize {
     (20_000_000 / (bytes + 20_000)).clamp(6, 300)
 }
 
-#[derive(Default)]
-struct Samples {
-    times: Vec<Duration>,
-    cpu: Option<Duration>,
-    exchanges: usize,
+/// Measures `ranks` ranks of this process over the loopback interface.
+pub fn loopback(ranks: usize, order: &Order) -> Result<Vec<Point>, TransportError> {
+    order.check()?;
+    let mpi = order.mpi.as_ref().map(mpi::Program::compile).transpose()?;
+    let mut quic = Quic::world(quic::loopback_world(ranks, order.quic.clone())?);
+    let mut tcp = tcp::loopback_world(ranks)?;
+    let mut quinn = match order.quinn_defaults {
+        true => {
+            let options = QuicOptions { link: order.quic.link, ..QuicOptions::quinn_defaults() };
+            Quic::world(quic::loopback_world(ranks, options)?)
+        }
+        false => Vec::new(),
+    };
+    let mut points = Vec::new();
+    for &bytes in &order.sizes {
+        let mut lines: [(&'static str, Samples); 5] =
+            ["quic", "tcp", "quinn", "mpi", "quic"].map(|name| (name, Samples::default()));
+        for _ in 0..order.turns {
+            turn(&mut quic, bytes, &mut lines[0].1)?;
+            turn(&mut tcp, bytes, &mut lines[1].1)?;
+            if !quinn.is_empty() {
+                turn(&mut quinn, bytes, &mut lines[2].1)?;
+            }
+            if let Some(mpi) = &mpi {
+                mpi.turn(ranks, bytes, iterations(bytes), &mut lines[3].1)?;
+            }
+            if order.beside_bulk {
+                quic.iter_mut().for_each(|rank| rank.begin_bulk());
+                turn(&mut quic, bytes, &mut lines[4].1)?;
+                quic.iter_mut().for_each(|rank| rank.end_bulk());
+            }
+        }
+        points.extend(order.points(lines, ranks, bytes));
+    }
+    Ok(points)
 }
 
-impl Samples {
-    fn point(mut self, transport: &'static str, ranks: usize, bytes: usize) -> Point {
-        self.times.sort_unstable();
-        let at = |share: f64| {
-            let index = ((self.times.len() as f64 * share) as usize).min(self.times.len().saturating_sub(1));
-            self.times.get(index).map_or(0.0, |time| time.as_secs_f64() * 1e6)
-        };
-        let (p50_us, p99_us) = (at(0.5), at(0.99));
-        let received = (ranks.saturating_sub(1) * bytes) as f64;
-        let total = received * ranks as f64 * self.exchanges as f64;
-        Point {
-            transport,
-            ranks,
-            bytes_per_peer: bytes,
-            p50_us,
-            p99_us,
-            goodput_mbit_s: received * 8.0 / p50_us.max(1e-3),
-            cpu_ns_per_byte: self.cpu.map(|cpu| cpu.as_secs_f64() * 1e9 / total.max(1.0)),
-        }
+impl Order {
+    /// The lines of those that were measured.
+    fn points(&self, lines: [(&'static str, Samples); 5], ranks: usize, bytes: usize) -> Vec<Point> {
+        let link = self.quic.link.map(|link| link.to_string());
+        let measured = lines.into_iter().enumerate().filter(|(_, (_, samples))| !samples.times.is_empty());
+        measured
+            .map(|(at, (name, samples))| Point {
+                // Only packets of our own sockets are shaped.
+                link: link.clone().filter(|_| matches!(name, "quic" | "quinn")),
+                beside_bulk: at == 4,
+                ..samples.point(name, ranks, bytes)
+            })
+            .collect()
     }
 }
 
 /// Runs one turn of a transport on one thread per rank.
-fn turn(
-    subjects: &mut [impl Subject],
-    bytes: usize,
-    iterations: usize,
-    samples: &mut Samples,
-) -> Result<(), TransportError> {
-    let all = WARM_UP + iterations;
+fn turn(subjects: &mut [impl Subject], bytes: usize, samples: &mut Samples) -> Result<(), TransportError> {
+    let all = WARM_UP + iterations(bytes);
     let barrier = Barrier::new(subjects.len());
     let spans = Mutex::new(vec![(Duration::MAX, Duration::ZERO); all]);
+    subjects.iter_mut().for_each(|subject| subject.prepare(bytes));
     let (began, cpu_before) = (Instant::now(), cpu_time());
     std::thread::scope(|scope| {
         let ranks: Vec<_> = subjects
@@ -131,10 +144,11 @@ fn turn(
                 scope.spawn(|| {
                     let mut result = Ok(());
                     for at in 0..all {
+                        // After an error the others still need this thread at the barrier.
+                        result = result.and_then(|()| subject.between());
                         barrier.wait();
                         let start = began.elapsed();
-                        // After an error the others still need this thread at the barrier.
-                        result = result.and_then(|()| subject.exchange(bytes));
+                        result = result.and_then(|()| subject.exchange());
                         let end = began.elapsed();
                         let mut spans = spans.lock().unwrap_or_else(PoisonError::into_inner);
                         spans[at] = (spans[at].0.min(start), spans[at].1.max(end));
@@ -157,45 +171,34 @@ fn turn(
     Ok(())
 }
 
-/// CPU time of this process so far, in steps of 10 ms.
-fn cpu_time() -> Option<Duration> {
-    const TICK: Duration = Duration::from_millis(10);
-    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
-    // The second field is a name in parentheses that may hold spaces; user and system time are 14th and 15th.
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
-    let ticks = fields.next()?.parse::<u32>().ok()? + fields.next()?.parse::<u32>().ok()?;
-    Some(TICK * ticks)
-}
-
-/// The result as a table.
-pub fn table(points: &[Point]) -> String {
-    let mut text = String::from("transport  ranks  bytes/peer      p50 us      p99 us    Mbit/s  CPU ns/B\n");
-    for point in points {
-        let cpu = point.cpu_ns_per_byte.map_or_else(|| "-".into(), |cpu| format!("{cpu:.2}"));
-        let line = format!(
-            "{:<9} {:>6} {:>11} {:>11.0} {:>11.0} {:>9.0} {cpu:>9}\n",
-            point.transport,
-            point.ranks,
-            point.bytes_per_peer,
-            point.p50_us,
-            point.p99_us,
-            point.goodput_mbit_s
-        );
-        text.push_str(&line);
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn both_transports_are_measured_for_each_size() {
-        let points = alltoall_loopback(3, &[100, 70_000], &QuicOptions::loopback()).expect("bench");
-        let names: Vec<_> = points.iter().map(|point| (point.transport, point.bytes_per_peer)).collect();
-        assert_eq!(names, [("quic", 100), ("tcp", 100), ("quic", 70_000), ("tcp", 70_000)]);
+    fn every_transport_is_measured_for_each_size() {
+        let order = Order {
+            sizes: vec![100, 70_000],
+            turns: 1,
+            quinn_defaults: true,
+            beside_bulk: true,
+            ..Order::default()
+        };
+        let points = loopback(3, &order).expect("bench");
+        let names: Vec<_> =
+            points.iter().map(|point| (point.transport, point.bytes_per_peer, point.beside_bulk)).collect();
+        let expected = [100, 70_000].map(|bytes| {
+            [("quic", bytes, false), ("tcp", bytes, false), ("quinn", bytes, false), ("quic", bytes, true)]
+        });
+        assert_eq!(names, expected.concat());
         assert!(points.iter().all(|point| point.p50_us > 0.0 && point.p99_us >= point.p50_us));
-        assert_eq!(table(&points).lines().count(), 5);
+        assert_eq!(table(&points).lines().count(), 9);
+    }
+
+    #[test]
+    fn orders_that_cannot_be_measured_are_refused() {
+        let refused = |order: Order| loopback(2, &order).expect_err("refused").to_string();
+        assert!(refused(Order { sizes: vec![], ..Order::default() }).contains("no sizes"));
+        assert!(refused(Order { sizes: vec![1 << 40], ..Order::default() }).contains("choose at most"));
     }
 }

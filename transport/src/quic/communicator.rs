@@ -15,7 +15,7 @@ use quinn::{Connection, Endpoint};
 use std::net::SocketAddr;
 use std::sync::{Arc, mpsc as blocking};
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
 
@@ -59,21 +59,16 @@ pub struct QuicCommunicator {
     connections: Vec<(Rank, Connection)>,
     inbox: Arc<Inbox>,
     bulk_numbers: Vec<u64>,
-    commands: mpsc::UnboundedSender<Command>,
+    /// By rank; this rank and absent ones have none.
+    senders: Vec<Option<LinkSender>>,
+    /// Closes the connections; with a reason: at once, else when the writers have sent all.
+    close: Option<oneshot::Sender<Farewell>>,
     closed: blocking::Receiver<()>,
     close_within: Duration,
     /// Keeps the door while the world runs.
     doorman: AbortHandle,
     /// Lives until the connections are closed.
     core: Arc<Core>,
-}
-
-enum Command {
-    Round(FrameHeader, Vec<(Rank, Bytes)>),
-    Bulk(Rank, FrameHeader, Bytes),
-    Message(Rank, FrameHeader, Bytes),
-    /// Close; with a reason: at once.
-    Close(Option<String>),
 }
 
 impl QuicCommunicator {
@@ -88,14 +83,13 @@ impl QuicCommunicator {
         messages.into_iter().for_each(|(peer, sent, bytes)| inbox.count_control(first_of(peer), sent, bytes));
         let links: Vec<_> =
             links.into_iter().map(|link| Link { peer: first_of(link.peer), ..link }).collect();
-        let connections = links.iter().map(|link| (link.peer, link.connection.clone())).collect();
+        let connections: Vec<_> = links.iter().map(|link| (link.peer, link.connection.clone())).collect();
         let context = LinkContext {
             inbox: Arc::clone(&inbox),
             world,
             max_frame_bytes,
             idle_timeout: options.idle_timeout,
         };
-        let (commands, queue) = mpsc::unbounded_channel();
         let linger = options.linger;
         let endpoint = core.bound.endpoint.clone();
         let watch = Watch {
@@ -105,14 +99,21 @@ impl QuicCommunicator {
             lose: lose_process(&inbox, &roster),
         };
         let doorman = core.runtime.handle().spawn(Arc::clone(&core.door).keep(watch)).abort_handle();
-        let closed = core.runtime.launch(async move {
-            let mut writers = JoinSet::new();
-            let mut senders: Vec<Option<LinkSender>> = (0..world_size).map(|_| None).collect();
+        let mut writers = JoinSet::new();
+        let mut senders: Vec<Option<LinkSender>> = (0..world_size).map(|_| None).collect();
+        {
+            let _within = core.runtime.handle().enter();
             for link in links {
                 let peer = link.peer;
                 senders[peer.index()] = Some(links::start(link, &context, &mut writers));
             }
-            Pump { senders, writers, endpoint, linger }.run(queue).await;
+        }
+        let (close, reason) = oneshot::channel();
+        let closer = Closer { writers, connections: connections.clone(), endpoint, linger };
+        let closed = core.runtime.launch(async move {
+            if let Ok(farewell) = reason.await {
+                closer.run(farewell).await;
+            }
         });
         Self {
             rank,
@@ -123,7 +124,8 @@ impl QuicCommunicator {
             connections,
             inbox,
             bulk_numbers: vec![0; world_size],
-            commands,
+            senders,
+            close: Some(close),
             closed,
             close_within: LONGEST_DRAIN * linger + 5 * CLOSING,
             doorman,
@@ -159,6 +161,11 @@ impl QuicCommunicator {
         reports
     }
 
+    /// Background bytes that still wait for their turn towards `to`.
+    pub fn unsent_bulk(&self, to: Rank) -> usize {
+        self.inbox.unsent_bulk(to)
+    }
+
     fn header(&self, round: RoundId) -> FrameHeader {
         FrameHeader {
             class: round.class,
@@ -171,8 +178,31 @@ impl QuicCommunicator {
         }
     }
 
-    fn command(&self, command: Command) -> Result<(), TransportError> {
-        self.commands.send(command).map_err(|_| TransportError::Closed { rank: self.rank })
+    /// Starts a round and gives its frames to the writers of the links.
+    fn hand_over(&self, round: RoundId, send: Vec<Bytes>) -> Result<(), TransportError> {
+        let mut outgoing = self.inbox.start(round, send)?;
+        // Each rank begins with its successor, so that not all send to the same rank first.
+        let successor = self.rank.index().min(outgoing.len());
+        outgoing.rotate_left(successor);
+        let header = self.header(round);
+        for (to, payload) in outgoing {
+            self.send(to, header, payload, |sender| &sender.rows);
+        }
+        Ok(())
+    }
+
+    fn send(
+        &self,
+        to: Rank,
+        header: FrameHeader,
+        payload: Bytes,
+        queue: impl Fn(&LinkSender) -> &mpsc::UnboundedSender<Outgoing>,
+    ) {
+        if let Some(sender) = &self.senders[to.index()] {
+            let header = FrameHeader { length: payload.len() as u32, ..header };
+            // A writer that has ended has lost its connection, which its reader reports.
+            let _ = queue(sender).send((header, payload));
+        }
     }
 }
 
@@ -212,32 +242,42 @@ impl Communicator for QuicCommunicator {
         &self.absent
     }
 
-    fn exchange(&mut self, round: RoundId, send: Vec<Vec<u8>>) -> Result<Vec<Bytes>, TransportError> {
-        self.start_exchange(round, send)?;
-        self.finish_exchange(round)
+    fn exchange(&mut self, round: RoundId, send: Vec<Bytes>) -> Result<Vec<Bytes>, TransportError> {
+        if self.core.runtime.is_free() {
+            let runtime = Arc::clone(&self.core.runtime);
+            return runtime.drive(async {
+                self.hand_over(round, send)?;
+                self.inbox.finish_here(round).await
+            });
+        }
+        self.hand_over(round, send)?;
+        let result = self.inbox.finish(round);
+        self.core.runtime.reserve();
+        result
     }
 
-    fn start_exchange(&mut self, round: RoundId, send: Vec<Vec<u8>>) -> Result<(), TransportError> {
-        let mut outgoing = self.inbox.start(round, send)?;
-        // Each rank begins with its successor, so that not all send to the same rank first.
-        let successor = self.rank.index().min(outgoing.len());
-        outgoing.rotate_left(successor);
-        self.command(Command::Round(self.header(round), outgoing))
+    fn start_exchange(&mut self, round: RoundId, send: Vec<Bytes>) -> Result<(), TransportError> {
+        self.hand_over(round, send)?;
+        self.core.runtime.wake();
+        Ok(())
     }
 
     fn finish_exchange(&mut self, round: RoundId) -> Result<Vec<Bytes>, TransportError> {
         self.inbox.finish(round)
     }
 
-    fn send_bulk(&mut self, to: Rank, payload: Vec<u8>) -> Result<(), TransportError> {
+    fn send_bulk(&mut self, to: Rank, payload: Bytes) -> Result<(), TransportError> {
         self.inbox.reserve_bulk(to, payload.len())?;
         let number = self.bulk_numbers[to.index()];
         self.bulk_numbers[to.index()] += 1;
         let header = self.header(RoundId { number, class: ByteClass::Kv, layer: u16::MAX });
-        self.command(Command::Bulk(to, header, payload.into()))
+        self.send(to, header, payload, |sender| &sender.bulk);
+        self.core.runtime.wake();
+        Ok(())
     }
 
     fn recv_bulk(&mut self, timeout: Duration) -> Result<Option<(Rank, Bytes)>, TransportError> {
+        self.core.runtime.wake();
         self.inbox.recv_bulk(timeout)
     }
 
@@ -250,10 +290,13 @@ impl Communicator for QuicCommunicator {
     ) -> Result<(), TransportError> {
         let number = MESSAGE | self.inbox.send_message(to, class, payload.len())?;
         let header = self.header(RoundId { number, class, layer });
-        self.command(Command::Message(to, header, payload))
+        self.send(to, header, payload, |sender| &sender.rows);
+        self.core.runtime.wake();
+        Ok(())
     }
 
     fn recv_message(&mut self, timeout: Duration) -> Result<Option<Message>, TransportError> {
+        self.core.runtime.wake();
         self.inbox.recv_message(timeout)
     }
 
@@ -271,63 +314,42 @@ impl Drop for QuicCommunicator {
         };
         self.inbox.close();
         self.doorman.abort();
-        if self.command(Command::Close(reason)).is_ok() {
+        let farewell = Farewell { reason, senders: std::mem::take(&mut self.senders) };
+        if let Some(close) = self.close.take()
+            && close.send(farewell).is_ok()
+        {
+            self.core.runtime.wake();
             // If the driver does not answer in time, the process may end without a word to the peers.
             let _ = self.closed.recv_timeout(self.close_within);
         }
     }
 }
 
-/// Hands the frames of the rank's thread to the writers of the links.
-struct Pump {
+/// How a communicator ends.
+#[derive(Debug)]
+struct Farewell {
+    /// Why it failed, if it did.
+    reason: Option<String>,
+    /// Writers finish their streams, which says that this rank left in order, when these are dropped.
     senders: Vec<Option<LinkSender>>,
+}
+
+/// Ends the connections of a communicator.
+struct Closer {
     writers: JoinSet<()>,
+    connections: Vec<(Rank, Connection)>,
     endpoint: Endpoint,
     linger: Duration,
 }
 
-impl Pump {
-    async fn run(self, mut queue: mpsc::UnboundedReceiver<Command>) {
-        let reason = loop {
-            match queue.recv().await {
-                Some(Command::Round(header, outgoing)) => {
-                    for (to, payload) in outgoing {
-                        self.send(to, header, payload, |sender| &sender.rows);
-                    }
-                }
-                Some(Command::Bulk(to, header, payload)) => {
-                    self.send(to, header, payload, |sender| &sender.bulk)
-                }
-                Some(Command::Message(to, header, payload)) => {
-                    self.send(to, header, payload, |sender| &sender.rows);
-                }
-                Some(Command::Close(reason)) => break reason,
-                None => break None,
-            }
-        };
-        self.close(reason).await;
-    }
-
-    fn send(
-        &self,
-        to: Rank,
-        header: FrameHeader,
-        payload: Bytes,
-        queue: impl Fn(&LinkSender) -> &mpsc::UnboundedSender<Outgoing>,
-    ) {
-        if let Some(sender) = &self.senders[to.index()] {
-            let header = FrameHeader { length: payload.len() as u32, ..header };
-            // A writer that has ended has lost its connection, which its reader reports.
-            let _ = queue(sender).send((header, payload));
-        }
-    }
-
-    async fn close(mut self, reason: Option<String>) {
-        let connections: Vec<_> =
-            self.senders.into_iter().flatten().map(|sender| sender.connection).collect();
+impl Closer {
+    async fn run(mut self, farewell: Farewell) {
+        let connections: Vec<_> = self.connections.into_iter().map(|(_, connection)| connection).collect();
+        let Farewell { reason, senders } = farewell;
         let (code, words) = match reason {
             Some(reason) => (CLOSE_FAILED, reason),
             None => {
+                drop(senders);
                 drain(&mut self.writers, &connections, self.linger).await;
                 (CLOSE_LEFT, String::new())
             }

@@ -15,6 +15,8 @@ const DECREASE: f64 = 0.85;
 const GROWTH: u64 = 64;
 /// The window is never below this, so that a burst of loss cannot stall the link.
 const FLOOR_BYTES: u64 = 32 * 1024;
+/// Nor below so many packets: a receiver acknowledges every ninth.
+const FLOOR_PACKETS: u64 = 10;
 
 /// Builds [`BoundedWindow`]s.
 #[derive(Debug, Clone, Copy)]
@@ -24,7 +26,7 @@ pub(crate) struct BoundedWindowConfig {
 
 impl ControllerFactory for BoundedWindowConfig {
     fn build(self: Arc<Self>, now: Instant, mtu: u16) -> Box<dyn Controller> {
-        let floor = FLOOR_BYTES.min(self.window_bytes).max(2 * u64::from(mtu));
+        let floor = FLOOR_BYTES.min(self.window_bytes).max(FLOOR_PACKETS * u64::from(mtu));
         let bound = self.window_bytes.max(floor);
         Box::new(BoundedWindow { bound, floor, window: bound, reacted: now })
     }
@@ -56,7 +58,7 @@ impl Controller for BoundedWindow {
     }
 
     fn on_mtu_update(&mut self, new_mtu: u16) {
-        self.floor = self.floor.max(2 * u64::from(new_mtu));
+        self.floor = self.floor.max(FLOOR_PACKETS * u64::from(new_mtu));
         self.bound = self.bound.max(self.floor);
         self.window = self.window.max(self.floor);
     }

@@ -21,6 +21,10 @@ const STREAM_WINDOW: u32 = 2 * 1024 * MIN_UDP_PAYLOAD as u32;
 const INITIAL_RTT: Duration = Duration::from_millis(50);
 /// The peer acknowledges after at most this long; 25 ms, the default, would be part of every probe timeout.
 const MAX_ACK_DELAY: Duration = Duration::from_millis(1);
+/// So many packets may come before the next is acknowledged at once, unless one is missing. An exchange of small
+/// payloads is one packet per peer and direction: acknowledging every second one, the default, is half as many packets
+/// again. The floor of [`BoundedWindowConfig`] is above it, so that no sender waits for an acknowledgement for long.
+const ACK_THRESHOLD: u32 = 8;
 /// Handshakes under way at once, from anybody.
 const MAX_INCOMING: usize = 256;
 
@@ -34,7 +38,9 @@ pub(crate) struct Bound {
 /// Opens the UDP socket. Must be called within the runtime that will drive it.
 pub(crate) fn bind(listen: SocketAddr, tls: &Tls, options: &QuicOptions) -> io::Result<Bound> {
     let socket = UdpSocket::bind(listen)?;
-    set_buffers(&socket, options.socket_buffer_bytes);
+    if !options.untuned {
+        set_buffers(&socket, options.socket_buffer_bytes);
+    }
     let address = socket.local_addr()?;
     let mut config = EndpointConfig::default();
     config.max_udp_payload_size(options.max_udp_payload).map_err(io::Error::other)?;
@@ -73,12 +79,16 @@ fn transport(options: &QuicOptions, incoming_streams: u32) -> TransportConfig {
         .max_concurrent_bidi_streams(incoming_streams.into())
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .datagram_receive_buffer_size(None)
+        .max_idle_timeout(IdleTimeout::try_from(options.idle_timeout).ok())
+        .keep_alive_interval(Some(options.idle_timeout / 5));
+    if options.untuned {
+        return config;
+    }
+    config
         .stream_receive_window(STREAM_WINDOW.into())
         // Room for every stream's whole window, so that a bulk stream that nobody reads never blocks rows.
         .receive_window((STREAMS * STREAM_WINDOW).into())
         .send_window(u64::from(STREAMS * STREAM_WINDOW))
-        .max_idle_timeout(IdleTimeout::try_from(options.idle_timeout).ok())
-        .keep_alive_interval(Some(options.idle_timeout / 5))
         .initial_rtt(INITIAL_RTT)
         .mtu_discovery_config(Some(discovery(options.max_udp_payload)))
         .ack_frequency_config(Some(acks()));
@@ -96,6 +106,6 @@ fn discovery(upper_bound: u16) -> MtuDiscoveryConfig {
 
 fn acks() -> AckFrequencyConfig {
     let mut config = AckFrequencyConfig::default();
-    config.max_ack_delay(Some(MAX_ACK_DELAY));
+    config.max_ack_delay(Some(MAX_ACK_DELAY)).ack_eliciting_threshold(ACK_THRESHOLD.into());
     config
 }

@@ -31,8 +31,8 @@ pub(crate) struct LinkContext {
 pub(crate) type Outgoing = (FrameHeader, Bytes);
 
 /// Where frames for a peer are handed in.
+#[derive(Debug)]
 pub(crate) struct LinkSender {
-    pub(crate) connection: Connection,
     pub(crate) rows: mpsc::UnboundedSender<Outgoing>,
     pub(crate) bulk: mpsc::UnboundedSender<Outgoing>,
 }
@@ -48,7 +48,7 @@ pub(crate) fn start(link: Link, context: &LinkContext, writers: &mut JoinSet<()>
     tokio::spawn(reader(rows.1, "rows").run());
     tokio::spawn(reader(bulk.1, "bulk").run());
     tokio::spawn(hold_control(control.0, reader(control.1, "control")));
-    LinkSender { connection, rows: rows_sender, bulk: bulk_sender }
+    LinkSender { rows: rows_sender, bulk: bulk_sender }
 }
 
 async fn write_rows(mut send: SendStream, mut queue: mpsc::UnboundedReceiver<Outgoing>) {

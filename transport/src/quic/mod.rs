@@ -18,7 +18,7 @@ mod wire;
 pub use communicator::{LinkReport, QuicCommunicator};
 pub use options::{
     Congestion, Decide, DriverThreads, ETHERNET_UDP_PAYLOAD, JUMBO_UDP_PAYLOAD, JoinEvent, JoinObserver,
-    JoinOptions, Life, MIN_UDP_PAYLOAD, QuicOptions, Ruling,
+    JoinOptions, LOOPBACK_UDP_PAYLOAD, Life, MIN_UDP_PAYLOAD, QuicOptions, Ruling,
 };
 
 use crate::TransportError;

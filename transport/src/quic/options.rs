@@ -19,6 +19,9 @@ pub const MIN_UDP_PAYLOAD: u16 = 1200;
 pub const ETHERNET_UDP_PAYLOAD: u16 = 1452;
 /// UDP payload of a 9000 byte jumbo frame with room for IPv6.
 pub const JUMBO_UDP_PAYLOAD: u16 = 8952;
+/// UDP payload for the loopback interface, which takes up to 65,507 bytes: a frame of 16 KiB fits into one, and more
+/// per packet gains nothing.
+pub const LOOPBACK_UDP_PAYLOAD: u16 = 16_700;
 
 /// How much may be in flight towards a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,6 +79,9 @@ pub struct QuicOptions {
     pub threads: DriverThreads,
     /// Shapes what this rank sends; reports must name it.
     pub link: Option<LinkSpec>,
+    /// Leaves congestion control, packet sizes, acknowledgements, windows and socket buffers as quinn has them: the
+    /// baseline of measurements.
+    pub untuned: bool,
 }
 
 impl Default for QuicOptions {
@@ -96,20 +102,26 @@ impl Default for QuicOptions {
             socket_buffer_bytes: 4 << 20,
             threads: DriverThreads::PerRank,
             link: None,
+            untuned: false,
         }
     }
 }
 
 impl QuicOptions {
-    /// Settings for ranks of one process that talk over the loopback interface. One thread drives them all: with
-    /// more ranks than cores, small exchanges take two thirds of the time that they take with a thread per rank.
+    /// Settings for ranks of one process that talk over the loopback interface.
     pub fn loopback() -> Self {
         let window_bytes = 1 << 20;
         Self {
             congestion: Congestion::Bounded { window_bytes },
-            threads: DriverThreads::Shared,
+            max_udp_payload: LOOPBACK_UDP_PAYLOAD,
             ..Self::default()
         }
+    }
+
+    /// This crate's protocol over quinn as it comes, to compare with.
+    pub fn quinn_defaults() -> Self {
+        let congestion = Congestion::Cubic;
+        Self { untuned: true, congestion, max_udp_payload: ETHERNET_UDP_PAYLOAD, ..Self::loopback() }
     }
 
     pub(crate) fn check(&self) -> Result<(), TransportError> {

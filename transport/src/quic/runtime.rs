@@ -1,35 +1,87 @@
-//! The thread that drives sockets, timers and keep-alives: a single-threaded tokio runtime of its own, so that
-//! no GPU work can make a rank look dead.
+//! Who drives sockets, timers and heartbeats: a thread of its own, so that no GPU work can make a rank look dead,
+//! and, while a rank waits for its peers anyway, that rank's thread, which saves two changes of thread per exchange.
 
 use std::future::Future;
 use std::io;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
-use tokio::runtime::Handle;
-use tokio::sync::oneshot;
+use std::time::{Duration, Instant};
+use tokio::runtime::{Handle, Runtime};
+use tokio::sync::Notify;
 
-/// A runtime on its own thread; ends when the last owner lets go.
+/// How long the thread leaves the driving to a rank that has just driven and will probably do so again.
+const GRACE: Duration = Duration::from_micros(500);
+
+/// A single-threaded runtime and its thread; ends when the last owner lets go.
 #[derive(Debug)]
 pub(crate) struct RuntimeThread {
-    handle: Handle,
-    stop: Option<oneshot::Sender<()>>,
+    runtime: Arc<Runtime>,
+    turns: Arc<Turns>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// Whose turn it is to drive.
+#[derive(Debug, Default)]
+struct Turns {
+    state: Mutex<State>,
+    changed: Condvar,
+    /// Tells the thread to stop driving.
+    release: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Ranks that drive, or wait while another one does.
+    callers: usize,
+    /// Whether the thread drives.
+    driving: bool,
+    /// Until when the thread leaves it to the ranks.
+    reserved: Option<Instant>,
+    stop: bool,
+}
+
+impl Turns {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until the thread is to drive; false when it is to end.
+    fn wait(&self) -> bool {
+        let mut state = self.lock();
+        loop {
+            if state.stop {
+                return false;
+            }
+            let now = Instant::now();
+            let left = match state.reserved {
+                // Callers do not tell when they leave: that would cost a change of thread per exchange.
+                _ if state.callers > 0 => GRACE,
+                Some(until) if until > now => until - now,
+                _ => break,
+            };
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        state.driving = true;
+        true
+    }
 }
 
 impl RuntimeThread {
     pub(crate) fn start(name: String) -> io::Result<Arc<Self>> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let handle = runtime.handle().clone();
-        let (stop, stopped) = oneshot::channel();
+        let runtime = Arc::new(tokio::runtime::Builder::new_current_thread().enable_all().build()?);
+        let turns = Arc::new(Turns::default());
+        let (driven, its_turns) = (Arc::clone(&runtime), Arc::clone(&turns));
         let thread = std::thread::Builder::new().name(name).spawn(move || {
-            // Ends when told to, or when the owner is gone.
-            let _ = runtime.block_on(stopped);
+            while its_turns.wait() {
+                driven.block_on(its_turns.release.notified());
+                its_turns.lock().driving = false;
+            }
         })?;
-        Ok(Arc::new(Self { handle, stop: Some(stop), thread: Some(thread) }))
+        Ok(Arc::new(Self { runtime, turns, thread: Some(thread) }))
     }
 
     pub(crate) fn handle(&self) -> &Handle {
-        &self.handle
+        self.runtime.handle()
     }
 
     /// Starts `future` on the thread; its result can be received, or is missing if the thread died.
@@ -38,19 +90,57 @@ impl RuntimeThread {
         future: impl Future<Output = T> + Send + 'static,
     ) -> mpsc::Receiver<T> {
         let (sender, receiver) = mpsc::sync_channel(1);
-        self.handle.spawn(async move {
+        self.handle().spawn(async move {
             // The receiver may have stopped waiting.
             let _ = sender.send(future.await);
         });
         receiver
     }
+
+    /// Whether a caller may drive without waiting for the thread to let go.
+    pub(crate) fn is_free(&self) -> bool {
+        // A runtime within a runtime is refused by tokio; such a caller waits for the thread instead.
+        !self.turns.lock().driving && Handle::try_current().is_err()
+    }
+
+    /// Drives on the calling thread until `future` is done.
+    pub(crate) fn drive<T>(&self, future: impl Future<Output = T>) -> T {
+        self.turns.lock().callers += 1;
+        let result = self.runtime.block_on(future);
+        let mut state = self.turns.lock();
+        state.callers -= 1;
+        state.reserved = Some(Instant::now() + GRACE);
+        result
+    }
+
+    /// Leaves the next turn to the caller, who is likely to drive within [`GRACE`].
+    pub(crate) fn reserve(&self) {
+        let mut state = self.turns.lock();
+        state.reserved = Some(Instant::now() + GRACE);
+        let driving = state.driving;
+        drop(state);
+        if driving {
+            self.turns.release.notify_one();
+        }
+    }
+
+    /// Makes sure that what was handed over is worked on now.
+    pub(crate) fn wake(&self) {
+        let mut state = self.turns.lock();
+        let idle = state.callers == 0 && !state.driving;
+        state.reserved = None;
+        drop(state);
+        if idle {
+            self.turns.changed.notify_one();
+        }
+    }
 }
 
 impl Drop for RuntimeThread {
     fn drop(&mut self) {
-        if let Some(stop) = self.stop.take() {
-            let _ = stop.send(());
-        }
+        self.turns.lock().stop = true;
+        self.turns.changed.notify_one();
+        self.turns.release.notify_one();
         if let Some(thread) = self.thread.take()
             && thread.thread().id() != std::thread::current().id()
         {

@@ -33,7 +33,7 @@ pub fn round(number: u64, class: ByteClass) -> RoundId {
 }
 
 /// What `from` sends `to` in a round: any length, also none.
-pub fn payload(from: usize, to: usize, number: u64, scale: usize) -> Vec<u8> {
+pub fn payload(from: usize, to: usize, number: u64, scale: usize) -> Bytes {
     let length = (from * 7 + to * 3 + number as usize * 5) % 11 * scale;
     (0..length).map(|at| (at * 31 + from * 17 + to * 5 + number as usize) as u8).collect()
 }
@@ -126,7 +126,7 @@ pub fn talk<C: Communicator + 'static>(world: Vec<C>) {
                     i.to_le_bytes().iter().copied().cycle().take(4 + i as usize * 9).collect();
                 comm.send_message(Rank::from(to), class_of(i), i as u16, payload).expect("send");
                 if i % 10 == 0 {
-                    comm.send_bulk(Rank::from(to), vec![i as u8; 3]).expect("send");
+                    comm.send_bulk(Rank::from(to), vec![i as u8; 3].into()).expect("send");
                 }
             }
             if i == EACH / 2 {

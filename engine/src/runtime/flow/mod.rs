@@ -429,7 +429,7 @@ impl Worker {
     ) -> Result<(), EngineError> {
         for (to, payload) in payloads.into_iter().enumerate() {
             if let Some(payload) = payload {
-                self.comm.send_message(Rank::from(to), class, layer, payload.finish().into())?;
+                self.comm.send_message(Rank::from(to), class, layer, payload.finish())?;
             }
         }
         Ok(())
