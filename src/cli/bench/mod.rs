@@ -117,7 +117,7 @@ impl Args {
     /// The model that is measured, which may be named as on the Hub.
     pub(crate) fn model_mut(&mut self) -> Option<&mut PathBuf> {
         match &mut self.part {
-            Some(Part::Device(_) | Part::Strategies(_)) => None,
+            Some(Part::Alltoall(_) | Part::Device(_) | Part::Strategies(_)) => None,
             Some(Part::Kernels(args)) => Some(&mut args.ranks.model),
             Some(Part::Model(args)) => Some(&mut args.ranks.model),
             None => self.model.as_mut(),
