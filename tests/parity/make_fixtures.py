@@ -92,7 +92,20 @@ FIXTURES = {
     "rope_longrope": ("qwen3_moe", dict(QWEN, head_dim=8, **LONG), ["published"]),
     "rope_yarn": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=2, intermediate_size=24, head_dim=16,
                                   rope_parameters=YARN), ["published"]),
+    # Its greedy text outgrows the original context, where transformers makes all keys anew.
+    "phimoe_longrope_grows": ("phimoe", dict(num_local_experts=6, num_experts_per_tok=2, intermediate_size=25, attention_bias=True,
+                                             lm_head_bias=True, hidden_size=32,
+                                             rope_parameters=dict(rope_type="longrope", rope_theta=10000.0, original_max_position_embeddings=20,
+                                                                  short_factor=[1.0 + 0.1 * i for i in range(4)],
+                                                                  long_factor=[1.5 + 0.7 * i for i in range(4)],
+                                                                  short_mscale=1.1, long_mscale=1.4)), ["published"]),
+    # Longer than max_position_embeddings, which is what a dynamic base is for.
+    "rope_dynamic_past": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=2, intermediate_size=14, head_dim=8,
+                                          max_position_embeddings=16, **rope(rope_type="dynamic", factor=4.0)), ["published"]),
 }
+PROMPTS = {"rope_dynamic_past": 23}
+# Whose greedy tokens are decided clearly.
+SEEDS = {"phimoe_longrope_grows": 74}
 
 
 def randomise(model, seed):
@@ -268,7 +281,7 @@ def make(name, number):
     config._experts_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     randomise(model, 100 + number)
-    ids = torch.randint(3, VOCAB, (PROMPT,), generator=torch.Generator().manual_seed(number)).tolist()
+    ids = torch.randint(3, VOCAB, (PROMPTS.get(name, PROMPT),), generator=torch.Generator().manual_seed(number)).tolist()
     # The head's scale gives logits their spread.
     spread = run(model, ids)[0].std().item()
     with torch.no_grad():
@@ -382,4 +395,4 @@ if __name__ == "__main__":
     wanted = sys.argv[1:] or list(FIXTURES)
     for number, name in enumerate(FIXTURES):
         if name in wanted:
-            make(name, number)
+            make(name, SEEDS.get(name, number))
