@@ -58,7 +58,8 @@ pub struct RunStats {
     pub output_tokens: u64,
     /// From the call to the last token.
     pub seconds: f64,
-    /// Tokens after each sequence's first, per second spent in decode steps.
+    /// Tokens after each sequence's first, per second spent in decode steps; in flow, per second from the first of all
+    /// tokens to the last.
     pub tokens_per_s: f64,
     /// Mean milliseconds from the call to a sequence's first token.
     pub ttft_ms: f64,
@@ -115,7 +116,14 @@ pub(crate) fn summarise(
     let prefill_wire = merged(|r| &r.prefill_wire);
     let decode_tokens = sum(|r| r.decode_tokens);
     let steps = |of: fn(&RankStats) -> u64| reports.first().map_or(0.0, |r| of(r) as f64);
-    let decode_seconds = reports.first().map_or(0.0, |r| r.decode_seconds);
+    let decode_seconds = match options.schedule {
+        // There are no steps to add up: from the first of all tokens to the last.
+        Schedule::Flow if options.ranks > 1 => {
+            let first = times.iter().map(|t| t.0).fold(f64::INFINITY, f64::min);
+            times.iter().map(|t| t.1).fold(0.0, f64::max) - first
+        }
+        _ => reports.first().map_or(0.0, |r| r.decode_seconds),
+    };
     let later: Vec<_> = times.iter().filter(|(_, _, n)| *n > 1).collect();
     let tpot = |(first, last, n): &&(f64, f64, usize)| 1e3 * (last - first) / (*n as f64 - 1.0);
     RunStats {
