@@ -49,8 +49,8 @@ pub enum DriverThreads {
 pub struct QuicOptions {
     /// How long a round may take from its start. Generous, so that slow GPU work is not taken for death.
     pub round_timeout: Duration,
-    /// A connection on which nothing is heard for this long is dead. Keep-alives come five times as often,
-    /// from a thread that no GPU work blocks.
+    /// A connection on which nothing is heard for this long is dead: every rank must know of a lost rank 0 within 2 s.
+    /// Keep-alives come five times as often, from a thread that no GPU work blocks.
     pub idle_timeout: Duration,
     /// How long a rank waits until all have joined.
     pub join_timeout: Duration,
@@ -88,7 +88,7 @@ impl Default for QuicOptions {
     fn default() -> Self {
         Self {
             round_timeout: Duration::from_secs(30),
-            idle_timeout: Duration::from_secs(3),
+            idle_timeout: Duration::from_millis(1500),
             join_timeout: Duration::from_secs(60),
             hello_timeout: Duration::from_secs(5),
             linger: Duration::from_secs(1),

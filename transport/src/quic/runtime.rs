@@ -106,11 +106,8 @@ impl RuntimeThread {
     /// Drives on the calling thread until `future` is done.
     pub(crate) fn drive<T>(&self, future: impl Future<Output = T>) -> T {
         self.turns.lock().callers += 1;
-        let result = self.runtime.block_on(future);
-        let mut state = self.turns.lock();
-        state.callers -= 1;
-        state.reserved = Some(Instant::now() + GRACE);
-        result
+        let _leaves = Leaves(&self.turns);
+        self.runtime.block_on(future)
     }
 
     /// Leaves the next turn to the caller, who is likely to drive within [`GRACE`].
@@ -133,6 +130,17 @@ impl RuntimeThread {
         if idle {
             self.turns.changed.notify_one();
         }
+    }
+}
+
+/// Notes that a caller no longer drives, also where it panics: else nobody would.
+struct Leaves<'a>(&'a Turns);
+
+impl Drop for Leaves<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.callers -= 1;
+        state.reserved = Some(Instant::now() + GRACE);
     }
 }
 
