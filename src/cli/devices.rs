@@ -1,6 +1,7 @@
 //! `exflow devices`: every adapter of this machine.
 
 use super::failure::Failure;
+use super::flags::LARGE_MODEL_BYTES;
 use super::output::{self, Format};
 use exflow::engine::{self, DeviceReport};
 use exflow::report::byte_text;
@@ -53,8 +54,32 @@ fn describe(device: &DeviceReport) -> String {
     if !device.features.is_empty() {
         let _ = write!(text, "\n   {}", device.features.join(" "));
     }
+    let _ = write!(text, "\n   kernels: {}", kernels(device));
+    if let Some(threads) = launch_threads(device) {
+        let _ = write!(text, "; LP_NUM_THREADS {threads}");
+    }
     text.push('\n');
     text
+}
+
+/// Which variant of the kernels runs here; all of them give the same bits.
+fn kernels(device: &DeviceReport) -> &'static str {
+    let has = device.features.iter().any(|f| f == "subgroup");
+    match device.subgroup {
+        Some((smallest, _)) if has && smallest >= 8 => "subgroup",
+        _ => "plain",
+    }
+}
+
+/// How many threads of its own lavapipe is left, on adapters that are CPUs.
+fn launch_threads(device: &DeviceReport) -> Option<String> {
+    (device.kind == "cpu").then(|| match std::env::var("LP_NUM_THREADS") {
+        Ok(set) => format!("{set}, as set"),
+        Err(_) => format!(
+            "0 for several ranks and models of less than {}, else its own choice",
+            byte_text(LARGE_MODEL_BYTES as f64)
+        ),
+    })
 }
 
 fn as_json(device: &DeviceReport) -> serde_json::Value {
@@ -69,5 +94,7 @@ fn as_json(device: &DeviceReport) -> serde_json::Value {
         "memory": device.memory,
         "subgroup": device.subgroup,
         "features": device.features,
+        "kernels": kernels(device),
+        "lp_num_threads": launch_threads(device),
     })
 }

@@ -97,7 +97,7 @@ impl RankFlags {
 }
 
 /// Where the time of matrix products outweighs the 45 µs that each launch pays for the pool.
-const LARGE_MODEL_BYTES: u64 = 128 << 20;
+pub(super) const LARGE_MODEL_BYTES: u64 = 128 << 20;
 
 /// Bytes of a model folder's weights; 0 where it cannot be read, which others will tell.
 fn weight_bytes(folder: &Path) -> u64 {

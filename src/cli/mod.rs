@@ -73,7 +73,9 @@ impl Verb {
             Self::Eval(args) => args.ranks.hosted(),
             Self::Profile(args) => args.ranks.hosted(),
             Self::Bench(args) => args.device_ranks(),
-            Self::Devices(_) | Self::Place(_) | Self::Simulate(_) | Self::Report(_) | Self::Selftest(_) => 1,
+            // Tells what the user has set.
+            Self::Devices(_) => 0,
+            Self::Place(_) | Self::Simulate(_) | Self::Report(_) | Self::Selftest(_) => 1,
             Self::Completions(_) | Self::Man(_) | Self::Doctor(_) | Self::Cert(_) => 1,
         }
     }

@@ -45,8 +45,7 @@ pub(crate) fn tile_for_each(rows: usize) -> Variant {
     let tile = match rows {
         0..2 => RowTile::One,
         2..10 => RowTile::Eight,
-        10..48 => RowTile::Sixteen,
-        _ => RowTile::ThirtyTwo,
+        _ => RowTile::Sixteen,
     };
     Variant { tile, ..tile_for(rows) }
 }
