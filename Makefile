@@ -12,8 +12,10 @@ demo: vulkan ## the main job on the bundled model; ends with the address of its 
 test: vulkan ## every test that needs only Rust and a Vulkan driver
 	$(CARGO) test --workspace --locked
 
-test-cluster: ## QUIC between ranks over a shaped link in a network namespace (root, iproute2)
+test-cluster: ## QUIC over a shaped link, processes killed and stopped, four hosts in network namespaces (root, iproute2)
 	tests/netns/shaped.sh $(CARGO) test --workspace --locked --test quic --test trust --test faults --test processes --test lives
+	$(CARGO) test --workspace --locked --test group -- --include-ignored --test-threads=1
+	$(CARGO) run --locked --example multi_host
 
 test-product: demo ## report and dashboard in Chromium, the server with OpenAI's client and under load, downloads from a Hub
 	$(CARGO) build --release --locked --bin exflow

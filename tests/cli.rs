@@ -10,7 +10,8 @@ use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-const VERBS: [&str; 14] = [
+const VERBS: [&str; 15] = [
+    "worker",
     "devices",
     "eval",
     "generate",

@@ -1,52 +1,57 @@
-//! Several ranks of this process running one model: the engine's public entry.
+//! Several ranks running one model, in this process and perhaps in others: the engine's public entry.
+
+mod group;
+mod host;
+mod journal;
+mod member;
+mod placing;
+mod plan;
+
+pub use member::work;
 
 use crate::generate::{self, Run};
-use crate::gpu::Gpu;
 use crate::logits::{self, LogitsDump};
 use crate::model::ModelSpec;
-use crate::model::decoder::Decoder;
-use crate::options::{ClusterOptions, Feed, PlacementSource, Progress, TransportKind};
-use crate::runtime::{Admission, Command, Event, RankStats, Worker, WorkerOptions};
+use crate::options::{ClusterOptions, Feed, NoProgress, Progress};
+use crate::runtime::{Admission, Command, Event, RankStats};
 use crate::text::TextCodec;
-use crate::weights::{self, ModelWeights, Store};
 use crate::{EngineError, Generation, Request, TokenEvent};
-use exflow_placement::{LayerId, PlacementTable, Rank, RoutingTrace};
-use exflow_transport::Communicator;
+use exflow_placement::{PlacementTable, Rank, RoutingTrace};
+use group::{Group, World};
+use host::{Host, News, Running};
+use journal::Journal;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// Several ranks of this process running one model.
+/// Several ranks running one model, rank 0 among them in this process.
 ///
 /// Each rank is a thread with its own device, its own experts and its own end of the transport. Dropping the
-/// cluster ends them.
+/// cluster ends them all. With [`ClusterOptions::group`] further ranks are in other processes ([`work`]); if one is
+/// lost, those that are left, or it itself when it is back, go on in a new epoch, and open requests are run again
+/// from what was told of them to the same tokens.
 pub struct Cluster {
     options: ClusterOptions,
-    spec: ModelSpec,
-    table: PlacementTable,
     text: Result<Arc<TextCodec>, String>,
-    adapters: Vec<String>,
-    commands: Sender<Command>,
-    events: Receiver<Event>,
-    events_in: Sender<Event>,
-    threads: Vec<JoinHandle<()>>,
-    next_request: u32,
-}
-
-/// What all ranks of a start share.
-struct Shared<'a> {
-    store: Store,
-    spec: ModelSpec,
+    host: Host,
+    group: Group,
     table: PlacementTable,
-    options: ClusterOptions,
-    progress: &'a dyn Progress,
+    adapters: Vec<String>,
+    /// Ranks that are not there in this epoch.
+    absent: Vec<Rank>,
+    epoch: u32,
+    running: Option<Running>,
+    commands: Sender<Command>,
+    events_in: Sender<Event>,
+    events: Receiver<Event>,
+    journal: Journal,
+    /// Epochs since a token was told, and the tokens told then.
+    fruitless: (u32, u64),
 }
 
-/// Contexts of this many full lengths fit into the cache, unless that would take more than
-/// [`CACHE_POSITIONS`] positions.
-const CACHE_CONTEXTS: usize = 16;
-const CACHE_POSITIONS: usize = 16_384;
+/// So many epochs may fail one after the other without a token between them.
+const FRUITLESS_EPOCHS: u32 = 8;
 
 impl Cluster {
     /// Loads the model onto the ranks and joins them.
@@ -55,43 +60,45 @@ impl Cluster {
     /// Bad options, a model that cannot be read, a table that does not fit: errors for which
     /// [`EngineError::is_input`] holds. No adapter, no memory, no connection: others.
     pub fn start(options: ClusterOptions, progress: &dyn Progress) -> Result<Self, EngineError> {
-        let mut spec = ModelSpec::read(&options.model)?;
-        check_ranks(&options, &spec)?;
-        let store = Store::open(&options.model)?;
-        weights::check(&spec, &store)?;
-        spec.digest = store.digest(&options.model);
-        let table = resolve_placement(&options, &spec)?;
+        let mut host = Host::new(options)?;
+        let (options, spec) = (host.options.clone(), &host.spec);
         let text = TextCodec::open(&options.model, spec.vocab_size).map(Arc::new).map_err(|e| e.to_string());
-        let comms = join(&options)?;
+        let mut group = Group::new(&options, spec)?;
+        let world = group.form(&options, spec, 0)?;
+        host.load(&world.plan, Rank(0), progress)?;
         let (events_in, events) = channel();
-        let (commands, commands_out) = channel();
-        let shared = Shared { store, spec: spec.clone(), table: table.clone(), options, progress };
-        let decoders = shared.load_all()?;
-        let mut commands_out = Some(commands_out);
-        let mut threads = Vec::new();
-        for (decoder, comm) in decoders.into_iter().zip(comms) {
-            threads.push(shared.spawn(decoder, comm, events_in.clone(), commands_out.take())?);
-        }
-        let options = shared.options;
+        let (commands, _) = channel();
         let mut cluster = Self {
+            table: world.plan.table.clone(),
             options,
-            spec,
-            table,
             text,
+            host,
+            group,
             adapters: Vec::new(),
+            absent: Vec::new(),
+            epoch: 0,
+            running: None,
             commands,
-            events,
             events_in,
-            threads,
-            next_request: 0,
+            events,
+            journal: Journal::default(),
+            fruitless: (0, 0),
         };
-        cluster.await_ready()?;
+        let mut here: BTreeSet<Rank> = (0..world.comms.len()).map(Rank::from).collect();
+        cluster.begin(world)?;
+        while !here.is_empty() {
+            // Of ranks in other processes the adapters' names came with their hellos.
+            if let Event::Ready(rank, adapter) = cluster.event()? {
+                here.remove(&rank);
+                cluster.adapters[rank.index()] = adapter;
+            }
+        }
         Ok(cluster)
     }
 
     /// The model's shape.
     pub fn spec(&self) -> &ModelSpec {
-        &self.spec
+        &self.host.spec
     }
 
     /// The model's tokenizer.
@@ -102,7 +109,7 @@ impl Cluster {
         match &self.text {
             Ok(codec) => Ok(codec),
             // Read anew for the error itself, which cannot be kept and lent at once.
-            Err(said) => Err(TextCodec::open(&self.options.model, self.spec.vocab_size)
+            Err(said) => Err(TextCodec::open(&self.options.model, self.spec().vocab_size)
                 .err()
                 .unwrap_or_else(|| EngineError::usage(said.clone(), "start again"))),
         }
@@ -115,15 +122,15 @@ impl Cluster {
 
     /// Positions of KV cache on each rank.
     pub(crate) fn cache_positions(&self) -> usize {
-        cache_blocks(&self.options, &self.spec) * crate::runtime::BLOCK
+        placing::cache_blocks(&self.options, self.spec()) * crate::runtime::BLOCK
     }
 
-    /// Where each expert is.
+    /// Where each expert is, in this epoch.
     pub fn placement(&self) -> &PlacementTable {
         &self.table
     }
 
-    /// What the cluster was started with.
+    /// What the cluster was started with; [`ClusterOptions::ranks`] are those of all processes.
     pub fn options(&self) -> &ClusterOptions {
         &self.options
     }
@@ -131,6 +138,16 @@ impl Cluster {
     /// Each rank's adapter.
     pub fn adapters(&self) -> Vec<String> {
         self.adapters.clone()
+    }
+
+    /// How often the world was made anew, because ranks were lost or came back.
+    pub fn epoch(&self) -> u32 {
+        self.epoch
+    }
+
+    /// Ranks that are lost and have not come back.
+    pub fn absent(&self) -> &[Rank] {
+        &self.absent
     }
 
     /// Runs the requests together to their end, calling `sink` as tokens appear.
@@ -159,12 +176,9 @@ impl Cluster {
 
     /// Sends `ids` to the model as a prompt.
     pub(crate) fn submit(&mut self, run: Run) -> Result<u32, EngineError> {
-        generate::check_prompt(&self.spec, &run.prompt)?;
-        generate::check_room(&self.spec, self.cache_positions(), run.prompt.len(), run.max_tokens)?;
-        let request = self.next_request;
-        self.next_request += 1;
-        let admission = Admission {
-            request,
+        generate::check_prompt(self.spec(), &run.prompt)?;
+        generate::check_room(self.spec(), self.cache_positions(), run.prompt.len(), run.max_tokens)?;
+        let admission = self.journal.open(Admission {
             known: (run.prompt.len() + run.forced.len()) as u32,
             prompt: run.prompt,
             max_tokens: u32::try_from(run.max_tokens).unwrap_or(u32::MAX),
@@ -175,35 +189,59 @@ impl Cluster {
             capture_routes: run.capture_routes,
             capture_logits: run.capture_logits,
             ..Admission::default()
-        };
+        });
+        let request = admission.request;
         self.command(Command::Submit(admission))?;
         Ok(request)
     }
 
+    /// Tells rank 0. Where it has failed, [`Cluster::event`] finds that out next, and what is open is submitted again.
     pub(crate) fn command(&mut self, command: Command) -> Result<(), EngineError> {
-        match self.commands.send(command) {
-            Ok(()) => Ok(()),
-            Err(_) => Err(self.cause(EngineError::Internal("rank 0 is gone".into()))),
+        match &command {
+            Command::Cancel(request) => self.journal.close(*request),
+            Command::Report => {
+                self.journal.ask_reports((0..self.options.ranks).map(Rank::from));
+                self.report_for(self.absent.iter().copied());
+            }
+            _ => {}
+        }
+        let _ = self.commands.send(command);
+        Ok(())
+    }
+
+    /// Reports nothing for ranks that cannot do so themselves.
+    fn report_for(&self, ranks: impl Iterator<Item = Rank>) {
+        for rank in ranks {
+            let _ = self.events_in.send(Event::Report(rank, Box::default()));
         }
     }
 
-    /// The next thing that a rank tells.
+    /// The next thing that a rank tells. A lost rank makes a new epoch here, of which the caller notices a pause.
     pub(crate) fn event(&mut self) -> Result<Event, EngineError> {
-        match self.events.recv() {
-            Ok(Event::Failed(error)) => Err(self.cause(error)),
-            Ok(event) => Ok(event),
-            Err(_) => Err(EngineError::Internal("all ranks are gone".into())),
+        loop {
+            let event = self.events.recv();
+            let event = event.map_err(|_| EngineError::Internal("all ranks are gone".into()))?;
+            if let Some(event) = self.take(event)? {
+                return Ok(event);
+            }
         }
     }
 
     /// The next thing that a rank tells, or nothing within `wait`.
     pub(crate) fn event_within(&mut self, wait: Duration) -> Result<Option<Event>, EngineError> {
         match self.events.recv_timeout(wait) {
-            Ok(Event::Failed(error)) => Err(self.cause(error)),
-            Ok(event) => Ok(Some(event)),
+            Ok(event) => self.take(event),
             Err(RecvTimeoutError::Timeout) => Ok(None),
             Err(RecvTimeoutError::Disconnected) => Err(EngineError::Internal("all ranks are gone".into())),
         }
+    }
+
+    fn take(&mut self, event: Event) -> Result<Option<Event>, EngineError> {
+        if matches!(event, Event::Failed) {
+            return self.go_on().map(|()| None);
+        }
+        self.journal.note(&event);
+        Ok(Some(event))
     }
 
     /// What wakes [`event_within`](Self::event_within) from outside.
@@ -211,7 +249,7 @@ impl Cluster {
         self.events_in.clone()
     }
 
-    /// Everybody's counts since the last report, by rank.
+    /// Everybody's counts since the last report, by rank; zeroes of those that are absent.
     pub(crate) fn report(&mut self) -> Result<Vec<RankStats>, EngineError> {
         self.command(Command::Report)?;
         let mut reports: Vec<Option<RankStats>> = (0..self.options.ranks).map(|_| None).collect();
@@ -223,174 +261,77 @@ impl Cluster {
         Ok(reports.into_iter().flatten().collect())
     }
 
-    fn await_ready(&mut self) -> Result<(), EngineError> {
-        let mut adapters: Vec<Option<String>> = vec![None; self.options.ranks];
-        while adapters.iter().any(Option::is_none) {
-            if let Event::Ready(rank, adapter) = self.event()? {
-                adapters[rank.index()] = Some(adapter);
-            }
-        }
-        self.adapters = adapters.into_iter().flatten().collect();
+    /// Starts this process's ranks in a world whose experts they hold.
+    fn begin(&mut self, world: World) -> Result<(), EngineError> {
+        let World { plan, roster, epoch, comms, adapters } = world;
+        let (commands, orders) = channel();
+        self.options.ranks = roster.world_size();
+        self.adapters = adapters;
+        self.adapters.resize(self.options.ranks, String::new());
+        self.absent = roster.absent();
+        self.epoch = epoch;
+        self.commands = commands;
+        self.running =
+            Some(self.host.start(comms, &plan, &News::Driver(self.events_in.clone()), Some(orders))?);
+        self.table = plan.table;
         Ok(())
     }
 
-    /// The failure behind `first`: where one rank fails, the others only tell that they lost it.
-    fn cause(&mut self, first: EngineError) -> EngineError {
-        if !first.is_consequence() {
-            return first;
+    /// After a rank of this process has ended: finds out why, and makes the next epoch where others are to blame.
+    fn go_on(&mut self) -> Result<(), EngineError> {
+        let Some(running) = self.running.take() else { return Ok(()) }; // the word of a second rank
+        // Rank 0 stops waiting for orders.
+        self.commands = channel().0;
+        let ended = running.finish(&mut self.host);
+        let cause = ended.err().unwrap_or_else(|| EngineError::Internal("the ranks ended early".into()));
+        if !self.group.goes_on() || !cause.is_loss() {
+            return Err(cause);
         }
-        let wait = Duration::from_millis(500);
-        while let Ok(event) = self.events.recv_timeout(wait) {
-            if let Event::Failed(other) = event
-                && !other.is_consequence()
-            {
-                return other;
-            }
+        let tokens = self.journal.tokens();
+        let epochs = if self.fruitless.1 == tokens { self.fruitless.0 + 1 } else { 1 };
+        self.fruitless = (epochs, tokens);
+        if epochs > FRUITLESS_EPOCHS {
+            return Err(cause);
         }
-        first
+        self.tell(&format!("epoch {} is over: {cause}", self.epoch));
+        let world = self.group.form(&self.options, &self.host.spec, self.epoch + 1)?;
+        self.host.load(&world.plan, Rank(0), &NoProgress)?;
+        // What was told and not yet taken is made again.
+        let left: Vec<Event> = self.events.try_iter().collect();
+        if left.iter().any(|event| matches!(event, Event::Wake)) {
+            let _ = self.events_in.send(Event::Wake);
+        }
+        self.begin(world)?;
+        self.tell(&self.describe());
+        for admission in self.journal.replay() {
+            self.command(Command::Submit(admission))?;
+        }
+        let reports = self.journal.take_reports();
+        self.report_for(reports.into_iter());
+        Ok(())
+    }
+
+    fn describe(&self) -> String {
+        let ranks = self.options.ranks - self.absent.len();
+        let absent: Vec<_> = self.absent.iter().map(Rank::to_string).collect();
+        match absent.is_empty() {
+            true => format!("epoch {}: all {ranks} ranks go on", self.epoch),
+            false => format!("epoch {}: {ranks} ranks go on without rank {}", self.epoch, absent.join(", ")),
+        }
+    }
+
+    fn tell(&self, what: &str) {
+        if let Some(group) = &self.options.group {
+            group.observer.tell(what);
+        }
     }
 }
 
 impl Drop for Cluster {
     fn drop(&mut self) {
         let _ = self.commands.send(Command::Stop);
-        for thread in self.threads.drain(..) {
-            let _ = thread.join();
+        if let Some(running) = self.running.take() {
+            let _ = running.finish(&mut self.host);
         }
     }
-}
-
-impl Shared<'_> {
-    /// Every rank's weights on its device, the ranks side by side.
-    fn load_all(&self) -> Result<Vec<Decoder>, EngineError> {
-        std::thread::scope(|scope| {
-            let ranks = (0..self.options.ranks).map(|rank| scope.spawn(move || self.load(Rank::from(rank))));
-            let loading: Vec<_> = ranks.collect();
-            let lost = |_| Err(EngineError::Internal("a loading thread panicked".into()));
-            loading.into_iter().map(|thread| thread.join().unwrap_or_else(lost)).collect()
-        })
-    }
-
-    fn load(&self, rank: Rank) -> Result<Decoder, EngineError> {
-        let failed = |source| match source {
-            e @ (EngineError::Tensor { .. } | EngineError::File { .. } | EngineError::Usage { .. }) => e,
-            other => EngineError::Rank { rank, source: Box::new(other) },
-        };
-        self.load_on(rank).map_err(failed)
-    }
-
-    fn load_on(&self, rank: Rank) -> Result<Decoder, EngineError> {
-        let gpu = Gpu::open(self.options.adapter.as_deref(), rank.index())?;
-        let layers = 0..self.spec.moe_layers();
-        let experts: Vec<_> = layers.map(|l| self.table.experts_of(LayerId::from(l), rank)).collect();
-        let held: usize = experts.iter().map(Vec::len).sum();
-        let total = self.spec.elements(held);
-        let stage = format!("load rank {rank}");
-        let mut done = 0;
-        let mut read = |elements| {
-            done += elements;
-            self.progress.update(&stage, done, total, "elements");
-        };
-        let held_as = (self.options.dtype, self.options.quant);
-        let weights = ModelWeights::load(&self.spec, &self.store, &gpu, &experts, held_as, &mut read)?;
-        Decoder::new(
-            gpu,
-            self.spec.clone(),
-            weights,
-            (cache_blocks(&self.options, &self.spec) * crate::runtime::BLOCK, self.options.kv_dtype.into()),
-        )
-    }
-
-    fn spawn(
-        &self,
-        decoder: Decoder,
-        comm: Box<dyn Communicator>,
-        events: Sender<Event>,
-        commands: Option<Receiver<Command>>,
-    ) -> Result<JoinHandle<()>, EngineError> {
-        let rank = comm.rank();
-        let options = WorkerOptions {
-            table: self.table.clone(),
-            strategy: self.options.strategy,
-            combine: self.options.combine,
-            schedule: self.options.schedule,
-            cache_blocks: cache_blocks(&self.options, &self.spec),
-        };
-        let failures = events.clone();
-        let run = move || {
-            let _guard = Panicking(rank, failures.clone());
-            let worker = Worker::new(decoder, comm, options, events, commands);
-            if let Err(source) = worker.run() {
-                let _ = failures.send(Event::Failed(EngineError::Rank { rank, source: Box::new(source) }));
-            }
-        };
-        std::thread::Builder::new()
-            .name(format!("rank {rank}"))
-            .spawn(run)
-            .map_err(|e| EngineError::Internal(format!("no thread for rank {rank}: {e}")))
-    }
-}
-
-/// Tells the driver where a rank's thread ends by a panic: nobody else would.
-struct Panicking(Rank, Sender<Event>);
-
-impl Drop for Panicking {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            let source = Box::new(EngineError::Internal("its thread panicked".into()));
-            let _ = self.1.send(Event::Failed(EngineError::Rank { rank: self.0, source }));
-        }
-    }
-}
-
-fn cache_blocks(options: &ClusterOptions, spec: &ModelSpec) -> usize {
-    let positions = (CACHE_CONTEXTS * spec.max_positions).min(CACHE_POSITIONS);
-    options.cache_positions.unwrap_or(positions).div_ceil(crate::runtime::BLOCK).max(1)
-}
-
-fn check_ranks(options: &ClusterOptions, spec: &ModelSpec) -> Result<(), EngineError> {
-    let (ranks, experts) = (options.ranks, spec.experts);
-    if ranks == 0 {
-        return Err(EngineError::usage("0 ranks", "use at least 1"));
-    }
-    if ranks > experts {
-        let what = format!("{ranks} ranks for {experts} experts a layer");
-        return Err(EngineError::usage(what, format!("use at most {experts} ranks")));
-    }
-    Ok(())
-}
-
-fn resolve_placement(options: &ClusterOptions, spec: &ModelSpec) -> Result<PlacementTable, EngineError> {
-    let (layers, experts, ranks) = (spec.moe_layers(), spec.experts, options.ranks);
-    let fits = |table: &PlacementTable| table.check_fits(layers, experts, ranks, Some(&spec.digest));
-    match &options.placement {
-        PlacementSource::RoundRobin => Ok(PlacementTable::round_robin(layers, experts, ranks)),
-        PlacementSource::Linear => Ok(PlacementTable::linear(layers, experts, ranks)),
-        PlacementSource::Table(table) => {
-            fits(table)?;
-            Ok(table.clone())
-        }
-        PlacementSource::File(path) => {
-            let remedy = "make one for this model and world size with `exflow place`";
-            let shape = exflow_placement::TableShape { experts, ranks: Some(ranks) };
-            let table = PlacementTable::read(path, Some(shape))
-                .map_err(|e| EngineError::file(path, format!("no placement table: {e}"), remedy))?;
-            fits(&table).map_err(|e| EngineError::file(path, e.to_string(), remedy))?;
-            Ok(table)
-        }
-    }
-}
-
-fn join(options: &ClusterOptions) -> Result<Vec<Box<dyn Communicator>>, EngineError> {
-    fn boxed<C: Communicator + 'static>(comms: Vec<C>) -> Vec<Box<dyn Communicator>> {
-        comms.into_iter().map(|c| Box::new(c) as Box<dyn Communicator>).collect()
-    }
-    Ok(match options.transport {
-        TransportKind::Local => boxed(exflow_transport::local::world(options.ranks)),
-        TransportKind::Quic => {
-            let loopback = exflow_transport::quic::QuicOptions::loopback();
-            let quic = exflow_transport::quic::QuicOptions { link: options.link, ..loopback };
-            boxed(exflow_transport::quic::loopback_world(options.ranks, quic)?)
-        }
-    })
 }

@@ -86,6 +86,22 @@ pub enum EngineError {
         /// Why.
         cause: String,
     },
+    /// The ranks that are there cannot hold the model.
+    #[error("{what}; {remedy}")]
+    Capacity {
+        /// What does not fit where, and how much memory is missing.
+        what: String,
+        /// What to do.
+        remedy: String,
+    },
+    /// Rank 0 is gone, and with it the world.
+    #[error(
+        "rank 0 is gone and could not be reached again ({source}); see its log, then start the group again"
+    )]
+    LeaderLost {
+        /// What was seen of it last.
+        source: Box<EngineError>,
+    },
     /// One rank failed.
     #[error("rank {rank}: {source}")]
     Rank {
@@ -106,16 +122,27 @@ impl EngineError {
             Self::File { .. } | Self::Tensor { .. } | Self::Config { .. } | Self::Usage { .. } => true,
             Self::Placement(_) => true,
             Self::Rank { source, .. } => source.is_input(),
-            Self::Gpu { .. } | Self::Transport(_) | Self::Write { .. } | Self::Internal(_) => false,
+            Self::Transport(error) => {
+                matches!(error, TransportError::Options { .. } | TransportError::Identity { .. })
+            }
+            Self::Gpu { .. } | Self::Write { .. } | Self::Internal(_) => false,
+            Self::Capacity { .. } | Self::LeaderLost { .. } => false,
             Self::Busy { .. } | Self::Stopped { .. } => false,
         }
     }
 
-    /// Whether this only tells that some other rank failed.
-    pub(crate) fn is_consequence(&self) -> bool {
+    /// Whether this only tells that some other rank is lost.
+    pub(crate) fn is_loss(&self) -> bool {
         match self {
-            Self::Transport(_) => true,
-            Self::Rank { source, .. } => source.is_consequence(),
+            Self::Transport(error) => matches!(
+                error,
+                TransportError::PeerLost { .. }
+                    | TransportError::RoundTimeout { .. }
+                    | TransportError::Protocol { .. }
+                    | TransportError::Backlog { .. }
+                    | TransportError::Closed { .. }
+            ),
+            Self::Rank { source, .. } => source.is_loss(),
             _ => false,
         }
     }

@@ -31,7 +31,7 @@ mod hostile_tests;
 
 pub use bench::{DeviceRates, KernelRate, bench_device, bench_kernels};
 pub use chat::{ChatTemplate, Message};
-pub use cluster::Cluster;
+pub use cluster::{Cluster, work};
 pub use error::EngineError;
 pub use exflow_placement::{Affinity, PlacementTable, Rank, RoutingTrace, Strategy};
 pub use generate::{Completion, Generation, Hop, Request, TokenEvent};
@@ -39,8 +39,8 @@ pub use gpu::{DeviceMemory, DeviceReport, Probe, devices, prepare_process, probe
 pub use logits::{LayerRouting, LogitsDump};
 pub use model::{ModelSpec, spec};
 pub use options::{
-    ClusterOptions, Combine, Dtype, Feed, KvDtype, NoProgress, PlacementSource, Progress, Quant, Schedule,
-    TransportKind,
+    ClusterOptions, Combine, Dtype, Feed, GroupOptions, KvDtype, NoProgress, Observer, PlacementSource, Progress,
+    Quant, Schedule, TransportKind,
 };
 pub use runtime::FinishReason;
 pub use sampling::{Logprobs, MAX_LOGPROBS, Sampling};

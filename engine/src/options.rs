@@ -4,10 +4,13 @@ use crate::EngineError;
 use exflow_placement::{PlacementTable, Strategy};
 use exflow_shaders::Cache;
 use exflow_transport::link::LinkSpec;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
 
 /// Where each expert goes.
 #[allow(clippy::large_enum_variant, reason = "there is one per cluster")]
@@ -49,7 +52,7 @@ impl fmt::Display for PlacementSource {
 macro_rules! words {
     ($(#[$doc:meta])* $name:ident, $what:literal { $($(#[$vdoc:meta])* $variant:ident = $word:literal),* }) => {
         $(#[$doc])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
         #[serde(rename_all = "lowercase")]
         pub enum $name { $($(#[$vdoc])* $variant),* }
 
@@ -159,7 +162,7 @@ impl From<KvDtype> for Cache {
 pub struct ClusterOptions {
     /// Folder with config.json, model.safetensors and tokenizer.json.
     pub model: PathBuf,
-    /// How many ranks.
+    /// How many ranks this process hosts.
     pub ranks: usize,
     /// How they exchange rows.
     pub transport: TransportKind,
@@ -184,6 +187,79 @@ pub struct ClusterOptions {
     /// Positions that the KV cache of every rank holds, for all sequences together; `None`: 16 contexts, but at
     /// most 16,384 positions.
     pub cache_positions: Option<usize>,
+    /// Adapter of each rank of this process, like [`ClusterOptions::adapter`], which stands for all where this is
+    /// empty.
+    pub devices: Vec<String>,
+    /// Bytes that each rank of this process may take; `None`: not known, and not checked.
+    pub memory: Option<u64>,
+    /// The group of processes that this one belongs to; `None`: all ranks are in this process.
+    pub group: Option<GroupOptions>,
+}
+
+/// How several processes, here or on other hosts, make one world.
+#[derive(Debug, Clone)]
+pub struct GroupOptions {
+    /// The number of this process; 0 leads.
+    pub process: usize,
+    /// How many processes there are; each hosts one rank or several.
+    pub processes: usize,
+    /// `HOST:PORT` where process 0 is reached.
+    pub leader: String,
+    /// UDP address to listen on; `None`: every interface, with process 0 on its leader's port.
+    pub listen: Option<SocketAddr>,
+    /// Folder of this process's identity, or one that holds it as `rank-N`.
+    pub identity: PathBuf,
+    /// How long the others are waited for.
+    pub join_timeout: Duration,
+    /// Told what happens to the group.
+    pub observer: Observer,
+}
+
+impl GroupOptions {
+    /// A minute's patience, any address, no shaping, nobody told.
+    pub fn new(
+        process: usize,
+        processes: usize,
+        leader: impl Into<String>,
+        identity: impl Into<PathBuf>,
+    ) -> Self {
+        Self {
+            process,
+            processes,
+            leader: leader.into(),
+            listen: None,
+            identity: identity.into(),
+            join_timeout: Duration::from_secs(60),
+            observer: Observer::default(),
+        }
+    }
+}
+
+/// Told in words what happens to a group: who joined, who was refused, which epoch begins. May be called on any
+/// thread and must not block.
+#[derive(Clone, Default)]
+pub struct Observer(Option<Arc<Tell>>);
+
+type Tell = dyn Fn(&str) + Send + Sync;
+
+impl Observer {
+    /// Calls `tell` with each line.
+    pub fn new(tell: impl Fn(&str) + Send + Sync + 'static) -> Self {
+        Self(Some(Arc::new(tell)))
+    }
+
+    pub(crate) fn tell(&self, what: &str) {
+        tracing::info!("{what}");
+        if let Some(tell) = &self.0 {
+            tell(what);
+        }
+    }
+}
+
+impl fmt::Debug for Observer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Observer")
+    }
 }
 
 impl ClusterOptions {
@@ -203,7 +279,16 @@ impl ClusterOptions {
             quant: None,
             kv_dtype: KvDtype::F32,
             cache_positions: None,
+            devices: Vec::new(),
+            memory: None,
+            group: None,
         }
+    }
+
+    /// The adapter that rank `local` of this process is to run on.
+    pub(crate) fn adapter_of(&self, local: usize) -> Option<&str> {
+        let own = (!self.devices.is_empty()).then(|| &self.devices[local % self.devices.len()]);
+        own.or(self.adapter.as_ref()).map(String::as_str)
     }
 }
 

@@ -50,7 +50,7 @@ pub struct RunStats {
     pub combine: String,
     /// World size.
     pub ranks: usize,
-    /// What lies between the ranks: `local` (memory) or `loopback`.
+    /// What lies between the ranks: `local` (memory), `loopback`, `network`, or what this process shapes its link to.
     pub link: String,
     /// Tokens of all prompts.
     pub prompt_tokens: u64,
@@ -136,9 +136,11 @@ pub(crate) fn summarise(
         transport: options.transport.to_string(),
         combine: options.combine.to_string(),
         ranks: options.ranks,
-        link: match options.transport {
-            TransportKind::Local => "local".into(),
-            TransportKind::Quic => options.link.map_or_else(|| "loopback".into(), |link| link.to_string()),
+        link: match (options.link, &options.group, options.transport) {
+            (_, None, TransportKind::Local) => "local".into(),
+            (Some(link), ..) => link.to_string(),
+            (None, Some(_), _) => "network".into(),
+            (None, None, TransportKind::Quic) => "loopback".into(),
         },
         prompt_tokens,
         output_tokens: times.iter().map(|(_, _, n)| *n as u64).sum(),

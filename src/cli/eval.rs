@@ -87,7 +87,7 @@ struct Sums {
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let texts = args.text.iter().map(|path| flags::read_text(path)).collect::<Result<Vec<_>, _>>()?;
     let bars = Bars::new();
-    let mut cluster = Cluster::start(args.ranks.options(), &bars)?;
+    let Some(mut cluster) = args.ranks.start(&bars)? else { return Ok(()) };
     let mut contexts = Vec::new();
     for text in &texts {
         let ids = cluster.text()?.encode(text)?;
@@ -99,7 +99,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     }
     let mut other = match &args.against {
         Some(changes) => {
-            let mut options = args.ranks.options();
+            let mut options = args.ranks.options()?;
             changes.iter().for_each(|change| change.apply(&mut options));
             Some(Cluster::start(options, &bars)?)
         }

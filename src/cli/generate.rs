@@ -76,7 +76,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     // Ids as typed are checked before a model is loaded.
     let given =
         args.prompts.prompt_ids.iter().map(|ids| flags::token_ids(ids)).collect::<Result<Vec<_>, _>>()?;
-    let mut cluster = Cluster::start(args.ranks.options(), &Bars::terminal_only())?;
+    let Some(mut cluster) = args.ranks.start(&Bars::terminal_only())? else { return Ok(()) };
     let prompts = match (given.is_empty(), args.chat) {
         (false, _) => given,
         (true, false) => encode(&cluster, &args.prompts.prompt)?,

@@ -4,7 +4,7 @@ use super::failure::Failure;
 use super::flags::{self, RankFlags};
 use super::output;
 use clap::ValueEnum;
-use exflow::engine::{Cluster, Feed};
+use exflow::engine::Feed;
 use exflow::progress::Bars;
 use std::path::PathBuf;
 
@@ -38,7 +38,7 @@ enum FeedFlag {
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let ids = flags::token_ids(&args.prompt_ids)?;
     flags::check_out(&args.out)?;
-    let mut cluster = Cluster::start(args.ranks.options(), &Bars::terminal_only())?;
+    let Some(mut cluster) = args.ranks.start(&Bars::terminal_only())? else { return Ok(()) };
     let feed = match args.feed {
         FeedFlag::Prefill => Feed::Prefill,
         FeedFlag::Decode => Feed::Decode,

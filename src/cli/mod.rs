@@ -21,6 +21,7 @@ mod selftest;
 #[cfg(feature = "server")]
 mod serve;
 mod simulate;
+mod worker;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use failure::Failure;
@@ -58,6 +59,7 @@ enum Verb {
     Report(report::Args),
     Selftest(selftest::Args),
     Cert(cert::Args),
+    Worker(worker::Args),
     Completions(completions::Args),
     Man(completions::ManArgs),
 }
@@ -77,6 +79,7 @@ impl Verb {
             Self::Devices(_) => 0,
             Self::Place(_) | Self::Simulate(_) | Self::Report(_) | Self::Selftest(_) => 1,
             Self::Completions(_) | Self::Man(_) | Self::Doctor(_) | Self::Cert(_) => 1,
+            Self::Worker(_) => 1,
         }
     }
 
@@ -91,6 +94,7 @@ impl Verb {
             Self::Profile(args) => Some(&mut args.ranks.model),
             Self::Bench(args) => args.model_mut(),
             Self::Report(args) => args.model.as_mut(),
+            Self::Worker(args) => Some(&mut args.model),
             Self::Devices(_) | Self::Place(_) | Self::Simulate(_) | Self::Selftest(_) => None,
             Self::Completions(_) | Self::Man(_) | Self::Doctor(_) | Self::Cert(_) => None,
         }
@@ -115,6 +119,7 @@ impl Verb {
             Self::Bench(args) => bench::run(args),
             Self::Selftest(args) => selftest::run(args),
             Self::Cert(args) => cert::run(args),
+            Self::Worker(args) => worker::run(args),
             Self::Completions(args) => completions::run::<Cli>(args),
             Self::Man(args) => completions::man::<Cli>(args),
         }

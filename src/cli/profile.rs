@@ -3,7 +3,6 @@
 use super::failure::Failure;
 use super::flags::{self, RankFlags};
 use super::output;
-use exflow::engine::Cluster;
 use exflow::placement::Affinity;
 use exflow::progress::Bars;
 use exflow::study::{passages, save_affinity};
@@ -36,7 +35,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         flags::check_out(out)?;
     }
     let bars = Bars::new();
-    let mut cluster = Cluster::start(args.ranks.options(), &bars)?;
+    let Some(mut cluster) = args.ranks.start(&bars)? else { return Ok(()) };
     let mut sequences = Vec::new();
     for text in &texts {
         let ids = cluster.text()?.encode(text)?;

@@ -57,7 +57,8 @@ fn key(text: &str) -> Result<String, String> {
 
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let engine_options = EngineOptions { max_waiting: args.max_waiting, count_routes: args.count_routes };
-    let engine = Engine::start(args.ranks.options(), engine_options, &Bars::new())?;
+    let Some(options) = args.ranks.led(&Bars::new())? else { return Ok(()) };
+    let engine = Engine::start(options, engine_options, &Bars::new())?;
     args.ranks.note_placement();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

@@ -2,11 +2,11 @@
 
 use crate::ByteClass;
 use exflow_placement::Rank;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 /// Traffic of one class between a rank and one of its peers, as that rank saw it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct ClassStats {
     /// Bytes of payload handed over for sending.
     pub payload_bytes_sent: u64,
@@ -38,7 +38,7 @@ impl ClassStats {
 }
 
 /// All that one rank exchanged with one peer.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LinkStats {
     /// The rank that counted.
     pub rank: Rank,
@@ -49,7 +49,7 @@ pub struct LinkStats {
 }
 
 /// Rounds of one rank, by class in the order of [`ByteClass::ALL`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RoundStats {
     /// The rank that counted.
     pub rank: Rank,
@@ -62,7 +62,7 @@ pub struct RoundStats {
 /// Bytes, frames, exchanges and waiting times since a communicator was made.
 ///
 /// One communicator's statistics name itself as the rank of every entry; those of several ranks can be merged.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct WireStats {
     /// One entry per (rank, peer), in that order.
     pub links: Vec<LinkStats>,

@@ -61,6 +61,11 @@ pub fn prepare_process(ranks: usize) {
     }
 }
 
+/// The name of the adapter that a rank would take.
+pub(crate) fn adapter_name(wanted: Option<&str>, rank: usize) -> Result<String, EngineError> {
+    Ok(choose(wanted, rank)?.report.name)
+}
+
 pub(super) fn choose(wanted: Option<&str>, rank: usize) -> Result<Candidate, EngineError> {
     let mut all = candidates();
     if all.is_empty() {

@@ -4,6 +4,7 @@ mod coherence;
 mod experts;
 mod flow;
 mod frames;
+mod outlet;
 mod rounds;
 mod scheduler;
 mod sequence;
@@ -11,6 +12,7 @@ mod stats;
 mod step;
 mod worker;
 
+pub(crate) use outlet::Outlet;
 pub use sequence::FinishReason;
 pub(crate) use sequence::{Admission, BLOCK, positions_needed};
 pub(crate) use stats::{RankStats, class_bytes, row_exchanges};

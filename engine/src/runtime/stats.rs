@@ -1,9 +1,10 @@
 //! What one rank counts while it runs; the driver adds the ranks up.
 
 use exflow_transport::{ByteClass, WireStats};
+use serde::{Deserialize, Serialize};
 
 /// Counts of one rank since the last report.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct RankStats {
     /// Bytes and rounds of everything.
     pub(crate) wire: WireStats,

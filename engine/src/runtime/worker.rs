@@ -1,6 +1,7 @@
 //! One rank: what it holds, what rank 0 orders, what it tells the driver. The loops are in files of their own.
 
 use super::coherence::Coherence;
+use super::outlet::Outlet;
 use super::scheduler::Scheduler;
 use super::sequence::{Admission, FinishReason, Order, Sampled, Sequences};
 use super::stats::RankStats;
@@ -11,7 +12,7 @@ use crate::sampling::Logprobs;
 use exflow_placement::{PlacementTable, Rank, Strategy};
 use exflow_transport::{Communicator, WireStats};
 use serde::{Deserialize, Serialize};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::Duration;
 
 /// What the driver asks of rank 0.
@@ -36,14 +37,14 @@ pub(crate) enum Event {
     Captured(Captured),
     /// Counts since the last report.
     Report(Rank, Box<RankStats>),
-    /// A rank failed.
-    Failed(EngineError),
+    /// A rank of this process has ended in an error, which its thread returns.
+    Failed,
     /// Nothing from the ranks: the driver itself is to look after something else.
     Wake,
 }
 
 /// Routes and logits handed to the driver.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum Captured {
     Route { rank: Rank, request: u32, position: u32, layer: u16, experts: Vec<u32>, weights: Vec<f32> },
     Logits { position: u32, values: Vec<f32> },
@@ -71,7 +72,7 @@ pub(crate) struct Worker {
     pub(super) decoder: Decoder,
     pub(super) comm: Box<dyn Communicator>,
     pub(super) options: WorkerOptions,
-    pub(super) events: Sender<Event>,
+    pub(super) outlet: Outlet,
     /// Rank 0's alone.
     pub(super) commands: Option<Receiver<Command>>,
     /// Rank 0's policy; other ranks do not ask it.
@@ -82,6 +83,8 @@ pub(crate) struct Worker {
     pub(super) reported: WireStats,
     pub(super) round: u64,
     pub(super) stopping: bool,
+    /// Some rank has more news for the driver than one gathering takes.
+    pub(super) behind: bool,
 }
 
 /// With nothing to do, ranks still meet so often: it keeps every rank's wait below its deadline.
@@ -92,20 +95,22 @@ impl Worker {
         decoder: Decoder,
         comm: Box<dyn Communicator>,
         options: WorkerOptions,
-        events: Sender<Event>,
+        outlet: Outlet,
         commands: Option<Receiver<Command>>,
     ) -> Self {
         let spec = &decoder.spec;
         let remade_beyond = spec.attention.rope.as_ref().and_then(|rope| rope.remade_beyond());
         let sequences = Sequences::new(options.cache_blocks, spec.max_positions, spec.eos.clone())
             .remade_beyond(remade_beyond);
-        let scheduler = Scheduler::new((0..options.table.ranks).map(Rank::from).collect(), spec.vocab_size);
+        let there = |rank: &Rank| !comm.absent().contains(rank);
+        let homes = (0..options.table.ranks).map(Rank::from).filter(there).collect();
+        let scheduler = Scheduler::new(homes, spec.vocab_size);
         Self {
             decoder,
             reported: comm.stats(),
             comm,
             options,
-            events,
+            outlet,
             commands,
             scheduler,
             sequences,
@@ -113,21 +118,22 @@ impl Worker {
             stats: RankStats::default(),
             round: 0,
             stopping: false,
+            behind: false,
         }
     }
 
-    /// Runs until rank 0 says stop.
-    pub(crate) fn run(self) -> Result<(), EngineError> {
+    /// Runs until rank 0 says stop, or something fails; gives the device with its weights back.
+    pub(crate) fn run(mut self) -> (Decoder, Result<(), EngineError>) {
         // One rank has nobody to wait for: a whole step is one submission.
-        match (self.options.schedule, self.comm.world_size()) {
+        let ended = match (self.options.schedule, self.comm.world_size()) {
             (Schedule::Flow, 2..) => self.run_flow(),
             _ => self.run_rounds(),
-        }
+        };
+        (self.decoder, ended)
     }
 
-    pub(super) fn tell(&self, event: Event) {
-        // A driver that went away is noticed by rank 0, which stops the world.
-        let _ = self.events.send(event);
+    pub(super) fn tell(&mut self, event: Event) {
+        self.outlet.tell(event);
     }
 
     /// Rank 0: what the driver asked for and what the scheduler makes of it. Waits where there is nothing else to do.
@@ -140,7 +146,7 @@ impl Worker {
             Command::Report => directives.push(Directive::Report),
             Command::Stop => directives.push(Directive::Stop),
         };
-        if self.sequences.running.is_empty() && self.scheduler.is_idle() {
+        if self.sequences.running.is_empty() && self.scheduler.is_idle() && !self.behind {
             match commands.recv_timeout(IDLE) {
                 Ok(command) => take(command, &mut self.scheduler),
                 Err(RecvTimeoutError::Timeout) => {}

@@ -126,6 +126,32 @@ impl ModelWeights {
     }
 }
 
+impl ModelWeights {
+    /// Reads the experts of each MoE layer anew where `experts[layer]` are others than `held[layer]`.
+    pub(crate) fn replace_experts(
+        &mut self,
+        (spec, store, gpu): (&ModelSpec, &Store, &Gpu),
+        held: &[Vec<ExpertId>],
+        experts: &[Vec<ExpertId>],
+        (dtype, quant): (Dtype, Option<Quant>),
+        read: &mut dyn FnMut(u64),
+    ) -> Result<(), EngineError> {
+        let form = form_of(dtype, quant);
+        let mut loader = Loader { spec, names: Names::of(spec), store, gpu, form, read };
+        for (layer, weights) in self.layers.iter_mut().enumerate() {
+            let (LayerFfn::Moe { experts: there, .. }, Some(index)) =
+                (&mut weights.ffn, spec.moe_index(layer))
+            else {
+                continue;
+            };
+            if held[index] != experts[index] {
+                *there = loader.experts(layer, &experts[index])?;
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Loader<'_> {
     fn layer(&mut self, layer: usize, held: Option<&[ExpertId]>) -> Result<LayerWeights, EngineError> {
         let (norm_1, norm_2) = (self.names.norm_1, self.names.norm_2);

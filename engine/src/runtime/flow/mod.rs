@@ -53,7 +53,7 @@ pub(super) enum Waiting {
 }
 
 impl Worker {
-    pub(super) fn run_flow(mut self) -> Result<(), EngineError> {
+    pub(super) fn run_flow(&mut self) -> Result<(), EngineError> {
         self.meet()?;
         let me = self.comm.rank();
         let mut flow = Flow {
@@ -66,6 +66,7 @@ impl Worker {
         while !self.stopping {
             self.receive(&mut flow, Duration::ZERO)?;
             self.order(&mut flow)?;
+            self.send_news()?;
             let began = Instant::now();
             match self.pick(&mut flow) {
                 Some(picked) => {
@@ -217,9 +218,23 @@ impl Worker {
                 self.count_in_order(flow, sequence);
             }
             Note::Holds(sequence) => flow.notes.holds(sequence, from),
+            Note::News(news) => news.into_iter().for_each(|news| self.tell(news.event(from))),
             Note::Goodbye => {}
         }
         Ok(())
+    }
+
+    /// What the driver is to know goes to rank 0, from a rank of another process.
+    fn send_news(&mut self) -> Result<(), EngineError> {
+        loop {
+            let (news, more) = self.outlet.take();
+            if !news.is_empty() {
+                self.note_to(Rank(0), &Note::News(news))?;
+            }
+            if !more {
+                return Ok(());
+            }
+        }
     }
 
     /// Takes note of the sampled ids of a sequence as far as none is missing.
@@ -334,7 +349,9 @@ impl Worker {
         let me = self.comm.rank();
         (0..self.comm.world_size())
             .map(Rank::from)
-            .filter(|to| *to != me)
+            .filter(|to| *to != me && !self.comm.absent().contains(to))
+            .collect::<Vec<_>>()
+            .into_iter()
             .try_for_each(|to| self.note_to(to, note))
     }
 
@@ -385,6 +402,7 @@ impl Worker {
             let units = picked.units;
             let Hopped { outcome, .. } = hopped;
             outcome.captured.into_iter().for_each(|captured| self.tell(Event::Captured(captured)));
+            self.send_news()?; // before the ids that end a sequence
             self.finish(flow, units, outcome.sampled)?;
         } else {
             self.send_on(flow, stage, prefill, picked.units, hopped)?;
@@ -526,9 +544,9 @@ impl Worker {
     }
 
     /// Everybody waits for everybody's goodbye, so that nobody takes a peer that left for one that failed.
-    fn part(mut self) -> Result<(), EngineError> {
+    fn part(&mut self) -> Result<(), EngineError> {
         self.note_to_all(&Note::Goodbye)?;
-        let mut missing = self.comm.world_size() - 1;
+        let mut missing = self.comm.world_size() - 1 - self.comm.absent().len();
         let deadline = Instant::now() + GOODBYE;
         while missing > 0 {
             let left = deadline.saturating_duration_since(Instant::now());

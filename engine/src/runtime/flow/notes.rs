@@ -1,5 +1,6 @@
 //! What ranks tell each other in flow beside rows, partials, keys and values; and what of it came out of order.
 
+use super::super::outlet::News;
 use super::super::sequence::Sampled;
 use super::super::worker::Directive;
 use exflow_placement::Rank;
@@ -15,6 +16,8 @@ pub(crate) enum Note {
     Sampled(Sampled, u32),
     /// The sender holds the whole prompt of a sequence; told to its home.
     Holds(u32),
+    /// To rank 0: what its driver is to know, from a rank of another process.
+    News(Vec<News>),
     /// The sender has stopped.
     Goodbye,
 }

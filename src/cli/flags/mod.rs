@@ -1,10 +1,13 @@
 //! Flags that several verbs share.
 
+pub(crate) mod group;
+
 use super::failure::Failure;
 use super::output;
 use clap::ValueEnum;
 use exflow::engine::{
-    ClusterOptions, Combine, Dtype, KvDtype, PlacementSource, Quant, Schedule, Strategy, TransportKind,
+    Cluster, ClusterOptions, Combine, Dtype, KvDtype, PlacementSource, Progress, Quant, Schedule, Strategy,
+    TransportKind,
 };
 use exflow::transport::link::LinkSpec;
 use std::path::{Path, PathBuf};
@@ -15,8 +18,8 @@ pub(crate) struct RankFlags {
     /// Model folder: config.json, *.safetensors, tokenizer.json; or a name on the Hub, ORG/NAME or ORG/NAME@REVISION
     #[arg(short, long, value_name = "DIR|ORG/NAME")]
     pub(crate) model: PathBuf,
-    /// Ranks that the experts are spread over, each a device of its own
-    #[arg(long, value_name = "R", default_value_t = 1, value_parser = ranks)]
+    /// Ranks of this process, where it is the only one
+    #[arg(long, value_name = "R", default_value_t = 1, value_parser = ranks, conflicts_with_all = ["rank", "world_size", "leader"])]
     pub(crate) ep_size: usize,
     /// What joins the ranks of this process
     #[arg(long, value_enum, default_value = "local")]
@@ -51,11 +54,13 @@ pub(crate) struct RankFlags {
     /// Positions of KV cache on every rank, for all sequences together [default: 16 contexts, at most 16384]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) ctx_size: Option<u32>,
+    #[command(flatten)]
+    pub(crate) group: group::GroupFlags,
 }
 
 impl RankFlags {
     /// As the engine wants them.
-    pub(crate) fn options(&self) -> ClusterOptions {
+    pub(crate) fn options(&self) -> Result<ClusterOptions, Failure> {
         let mut options = ClusterOptions::new(&self.model);
         options.ranks = self.ep_size;
         options.transport = self.transport.into();
@@ -69,7 +74,28 @@ impl RankFlags {
         options.quant = self.quant.map(Into::into);
         options.kv_dtype = self.kv_dtype.into();
         options.cache_positions = self.ctx_size.map(|n| n as usize);
-        options
+        self.group.apply(&mut options)?;
+        Ok(options)
+    }
+
+    /// What to run, where this process leads; one that does not lead serves rank 0 to its end and gives none.
+    pub(crate) fn led(&self, progress: &dyn Progress) -> Result<Option<ClusterOptions>, Failure> {
+        let options = self.options()?;
+        if options.group.as_ref().is_none_or(|group| group.process == 0) {
+            return Ok(Some(options));
+        }
+        // Its own choices give way to rank 0's.
+        let mut worker = ClusterOptions::new(&self.model);
+        (worker.devices, worker.ranks, worker.adapter) = (options.devices, options.ranks, options.adapter);
+        (worker.memory, worker.group, worker.link) = (options.memory, options.group, options.link);
+        exflow::engine::work(worker, progress)?;
+        Ok(None)
+    }
+
+    /// The cluster, where this process leads.
+    pub(crate) fn start(&self, progress: &dyn Progress) -> Result<Option<Cluster>, Failure> {
+        let Some(options) = self.led(progress)? else { return Ok(None) };
+        Ok(Some(Cluster::start(options, progress)?))
     }
 
     /// Ranks for which the driver is to be set up: 0 for one rank with matrices so large that a pool of threads pays

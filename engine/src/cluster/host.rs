@@ -1,0 +1,232 @@
+//! The ranks of this process: their devices and weights, kept over epochs, and the threads that run them.
+
+use super::plan::Plan;
+use crate::EngineError;
+use crate::gpu::Gpu;
+use crate::model::ModelSpec;
+use crate::model::decoder::Decoder;
+use crate::options::{ClusterOptions, Progress};
+use crate::runtime::{BLOCK, Command, Event, Outlet, Worker, WorkerOptions};
+use crate::weights::{self, ModelWeights, Store};
+use exflow_placement::{ExpertId, LayerId, PlacementTable, Rank};
+use exflow_transport::Communicator;
+use std::sync::mpsc::{Receiver, Sender};
+use std::thread::JoinHandle;
+
+/// The ranks of this process.
+pub(crate) struct Host {
+    pub(crate) options: ClusterOptions,
+    pub(crate) spec: ModelSpec,
+    store: Store,
+    /// In order; taken out while they run.
+    hosted: Vec<Option<Hosted>>,
+}
+
+/// One rank between two epochs.
+struct Hosted {
+    decoder: Decoder,
+    /// The experts that it holds, of each MoE layer.
+    held: Vec<Vec<ExpertId>>,
+}
+
+/// Where the news of this process's ranks go.
+#[derive(Clone)]
+pub(crate) enum News {
+    /// To the driver, which is here.
+    Driver(Sender<Event>),
+    /// To rank 0's process.
+    Away,
+}
+
+impl Host {
+    /// Opens the model; nothing is loaded yet.
+    pub(crate) fn new(options: ClusterOptions) -> Result<Self, EngineError> {
+        let mut spec = ModelSpec::read(&options.model)?;
+        let store = Store::open(&options.model)?;
+        weights::check(&spec, &store)?;
+        spec.digest = store.digest(&options.model);
+        let hosted = (0..options.ranks).map(|_| None).collect();
+        Ok(Self { options, spec, store, hosted })
+    }
+
+    /// Brings every rank's weights onto its device, the ranks side by side: all of them at first, later the experts
+    /// of the layers where the plan gives it others. `first`: this process's first rank.
+    pub(crate) fn load(
+        &mut self,
+        plan: &Plan,
+        first: Rank,
+        progress: &dyn Progress,
+    ) -> Result<(), EngineError> {
+        plan.apply(&mut self.options);
+        let Self { options, spec, store, hosted } = self;
+        let loader = Loader { options, spec, store, plan, progress };
+        std::thread::scope(|scope| {
+            let loading: Vec<_> = hosted
+                .iter_mut()
+                .enumerate()
+                .map(|(local, hosted)| {
+                    let rank = Rank::from(first.index() + local);
+                    let loader = &loader;
+                    scope.spawn(move || loader.bring(rank, local, hosted))
+                })
+                .collect();
+            let lost = |_| Err(EngineError::Internal("a loading thread panicked".into()));
+            loading.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(lost))
+        })
+    }
+
+    /// Starts the ranks; rank 0, where it is here, takes `commands`.
+    pub(crate) fn start(
+        &mut self,
+        comms: Vec<Box<dyn Communicator>>,
+        plan: &Plan,
+        news: &News,
+        commands: Option<Receiver<Command>>,
+    ) -> Result<Running, EngineError> {
+        let mut commands = commands;
+        let mut threads = Vec::new();
+        for (local, comm) in comms.into_iter().enumerate() {
+            let rank = comm.rank();
+            let Some(Hosted { decoder, held }) = self.hosted.get_mut(local).and_then(Option::take) else {
+                return Err(EngineError::Internal(format!("rank {rank} has nothing loaded")));
+            };
+            let options = WorkerOptions {
+                table: plan.table.clone(),
+                strategy: plan.strategy,
+                combine: plan.combine,
+                schedule: plan.schedule,
+                cache_blocks: plan.cache_blocks,
+            };
+            let (news, commands) = (news.clone(), commands.take());
+            let run = move || {
+                let _guard = Panicking(news.clone());
+                let outlet = match &news {
+                    News::Driver(events) => Outlet::Driver(events.clone()),
+                    News::Away => Outlet::away(),
+                };
+                let (decoder, ended) = Worker::new(decoder, comm, options, outlet, commands).run();
+                let ended = ended.map_err(|source| EngineError::Rank { rank, source: Box::new(source) });
+                if ended.is_err() {
+                    tell_failed(&news);
+                }
+                (Hosted { decoder, held }, ended)
+            };
+            let thread = std::thread::Builder::new().name(format!("rank {rank}")).spawn(run);
+            let none = |e| EngineError::Internal(format!("no thread for rank {rank}: {e}"));
+            threads.push(thread.map_err(none)?);
+        }
+        Ok(Running { threads })
+    }
+}
+
+/// Has the driver look why a rank has ended.
+fn tell_failed(news: &News) {
+    if let News::Driver(events) = news {
+        let _ = events.send(Event::Failed);
+    }
+}
+
+/// Tells the driver where a rank's thread ends by a panic: nobody else would.
+struct Panicking(News);
+
+impl Drop for Panicking {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            tell_failed(&self.0);
+        }
+    }
+}
+
+/// The ranks of this process while they run.
+pub(crate) struct Running {
+    threads: Vec<JoinHandle<(Hosted, Result<(), EngineError>)>>,
+}
+
+impl Running {
+    /// Waits until all have ended and gives their devices and weights back to the host. A failure of one of them says
+    /// more than that others lost somebody.
+    pub(crate) fn finish(self, host: &mut Host) -> Result<(), EngineError> {
+        let mut first: Result<(), EngineError> = Ok(());
+        for (local, thread) in self.threads.into_iter().enumerate() {
+            let ended = match thread.join() {
+                Ok((hosted, ended)) => {
+                    host.hosted[local] = Some(hosted);
+                    ended
+                }
+                Err(_) => Err(EngineError::Internal("a rank's thread panicked".into())),
+            };
+            if let Err(error) = ended
+                && first.as_ref().map_or_else(|known| known.is_loss() && !error.is_loss(), |()| true)
+            {
+                first = Err(error);
+            }
+        }
+        first
+    }
+}
+
+/// What loading needs to know.
+struct Loader<'a> {
+    options: &'a ClusterOptions,
+    spec: &'a ModelSpec,
+    store: &'a Store,
+    plan: &'a Plan,
+    progress: &'a dyn Progress,
+}
+
+impl Loader<'_> {
+    fn bring(&self, rank: Rank, local: usize, hosted: &mut Option<Hosted>) -> Result<(), EngineError> {
+        let failed = |source| match source {
+            e @ (EngineError::Tensor { .. } | EngineError::File { .. } | EngineError::Usage { .. }) => e,
+            other => EngineError::Rank { rank, source: Box::new(other) },
+        };
+        let experts = experts_of(&self.plan.table, rank);
+        match hosted {
+            Some(there) => self.replace(rank, there, experts),
+            None => self.whole(rank, local, experts).map(|new| *hosted = Some(new)),
+        }
+        .map_err(failed)
+    }
+
+    fn whole(&self, rank: Rank, local: usize, held: Vec<Vec<ExpertId>>) -> Result<Hosted, EngineError> {
+        let gpu = Gpu::open(self.options.adapter_of(local), local)?;
+        let total = self.spec.elements(held.iter().map(Vec::len).sum());
+        let mut read = self.counter(format!("load rank {rank}"), total);
+        let held_as = (self.options.dtype, self.options.quant);
+        let weights = ModelWeights::load(self.spec, self.store, &gpu, &held, held_as, &mut read)?;
+        let cache = (self.plan.cache_blocks * BLOCK, self.options.kv_dtype.into());
+        let decoder = Decoder::new(gpu, self.spec.clone(), weights, cache)?;
+        Ok(Hosted { decoder, held })
+    }
+
+    /// Other experts than before, read anew for each layer whose experts differ.
+    fn replace(
+        &self,
+        rank: Rank,
+        there: &mut Hosted,
+        experts: Vec<Vec<ExpertId>>,
+    ) -> Result<(), EngineError> {
+        let changed = experts.iter().zip(&there.held).filter(|(new, old)| new != old);
+        let count: usize = changed.map(|(new, _)| new.len()).sum();
+        let total = self.spec.elements(count) - self.spec.elements(0);
+        let mut read = self.counter(format!("load rank {rank} anew"), total);
+        let Hosted { decoder, held } = there;
+        let (weights, held_as) = (&mut decoder.weights, (self.options.dtype, self.options.quant));
+        weights.replace_experts((self.spec, self.store, &decoder.gpu), held, &experts, held_as, &mut read)?;
+        *held = experts;
+        Ok(())
+    }
+
+    fn counter(&self, stage: String, total: u64) -> impl FnMut(u64) {
+        let mut done = 0;
+        move |elements| {
+            done += elements;
+            self.progress.update(&stage, done, total, "elements");
+        }
+    }
+}
+
+/// The experts of each MoE layer that a rank holds.
+fn experts_of(table: &PlacementTable, rank: Rank) -> Vec<Vec<ExpertId>> {
+    (0..table.layers).map(|layer| table.experts_of(LayerId::from(layer), rank)).collect()
+}

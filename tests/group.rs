@@ -1,0 +1,382 @@
+//! Ranks in processes of their own: one world, what it refuses, and how it goes on when ranks are lost.
+#![cfg(unix)]
+
+mod common;
+
+use common::tiny::{Folder, Tiny};
+use common::{prepare, request, root, tokens};
+use exflow::engine::{
+    Cluster, ClusterOptions, Feed, GroupOptions, NoProgress, Observer, PlacementSource, Rank, Strategy,
+    TransportKind,
+};
+use exflow::placement::PlacementTable;
+use exflow::transport::identity::{ClusterAuthority, DEFAULT_VALIDITY};
+use std::net::UdpSocket;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// Certificates, a port and a model for one group of processes on this machine.
+struct Group {
+    certificates: tempfile::TempDir,
+    leader: String,
+    processes: usize,
+    model: PathBuf,
+    said: Arc<Mutex<Vec<String>>>,
+}
+
+/// A worker that ends with the test, whatever happens.
+struct Worker(Option<Child>);
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Worker {
+    fn signal(&self, name: &str) {
+        let id = self.0.as_ref().expect("it runs").id().to_string();
+        assert!(Command::new("kill").args([name, &id]).status().expect("kill").success());
+    }
+
+    /// Waits for its end; a worker that does not end in a minute fails the test.
+    fn end(mut self) -> Output {
+        let mut child = self.0.take().expect("it runs");
+        let began = Instant::now();
+        while child.try_wait().expect("wait").is_none() {
+            if began.elapsed() > Duration::from_secs(60) {
+                let _ = child.kill();
+                panic!("a worker does not end");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        child.wait_with_output().expect("output")
+    }
+}
+
+fn err(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+impl Group {
+    fn new(processes: usize, model: &Path) -> Self {
+        let certificates = tempfile::tempdir().expect("a folder");
+        let authority = ClusterAuthority::init(certificates.path()).expect("authority");
+        for rank in (0..processes).map(Rank::from) {
+            authority.issue_into(certificates.path(), rank, DEFAULT_VALIDITY).expect("identity");
+        }
+        // Free a moment ago: rank 0 takes it at once.
+        let port = UdpSocket::bind("127.0.0.1:0").expect("a port").local_addr().expect("address").port();
+        let leader = format!("127.0.0.1:{port}");
+        Self { certificates, leader, processes, model: model.to_owned(), said: Arc::default() }
+    }
+
+    fn options(&self) -> ClusterOptions {
+        prepare();
+        let mut group = GroupOptions::new(0, self.processes, &self.leader, self.certificates.path());
+        group.join_timeout = Duration::from_secs(40);
+        let said = Arc::clone(&self.said);
+        group.observer = Observer::new(move |what| said.lock().expect("words").push(what.to_owned()));
+        let mut options = ClusterOptions::new(&self.model);
+        options.transport = TransportKind::Quic;
+        options.group = Some(group);
+        options
+    }
+
+    fn start(&self, options: ClusterOptions) -> JoinHandle<Cluster> {
+        std::thread::spawn(move || Cluster::start(options, &NoProgress).expect("rank 0 starts"))
+    }
+
+    /// All processes, joined.
+    fn run(&self) -> (Cluster, Vec<Worker>) {
+        let workers: Vec<_> = (1..self.processes).map(|rank| self.worker(rank, &[])).collect();
+        (self.start(self.options()).join().expect("thread"), workers)
+    }
+
+    fn said(&self) -> String {
+        self.said.lock().expect("words").join("\n")
+    }
+
+    /// The command of a process; `more` may say a flag once more than the usual ones.
+    fn command(&self, verb: &str, rank: usize, more: &[&str]) -> Command {
+        let (rank, size) = (rank.to_string(), self.processes.to_string());
+        let mut command = Command::new(env!("CARGO_BIN_EXE_exflow"));
+        command.arg(verb).arg("-m").arg(&self.model).args(more);
+        for (flag, value) in [("--rank", rank.as_str()), ("--world-size", &size), ("--leader", &self.leader)]
+        {
+            if !more.contains(&flag) {
+                command.args([flag, value]);
+            }
+        }
+        if !more.contains(&"--identity") {
+            command.arg("--identity").arg(self.certificates.path());
+        }
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    fn worker(&self, rank: usize, more: &[&str]) -> Worker {
+        let more = [more, &["--listen", "127.0.0.1:0"]].concat();
+        Worker(Some(self.command("worker", rank, &more).spawn().expect("a worker")))
+    }
+}
+
+fn tiny() -> Folder {
+    Tiny { layers: 3, experts: 8, seed: 5, ..Tiny::default() }.write()
+}
+
+/// Requests of different lengths, and what one undisturbed rank makes of them.
+fn undisturbed(model: &Path, n: usize) -> (Vec<exflow::engine::Request>, Vec<Vec<u32>>) {
+    let requests = vec![request(&[1, 2, 3], n), request(&[7, 5], n), request(&[4, 4, 4, 4, 9], n)];
+    let mut alone = common::Setup::one_rank(model).start();
+    let said = tokens(&alone.generate(&requests, &mut |_| {}).expect("one rank"));
+    (requests, said)
+}
+
+#[test]
+fn processes_make_one_world_and_a_killed_one_changes_no_token() {
+    let folder = tiny();
+    let (requests, expected) = undisturbed(folder.path(), 24);
+    let group = Group::new(3, folder.path());
+    let (mut cluster, mut workers) = group.run();
+    assert_eq!(tokens(&cluster.generate(&requests, &mut |_| {}).expect("three processes")), expected);
+    let alone =
+        common::Setup::one_rank(folder.path()).start().logits(&[1, 2, 3, 4], Feed::Decode).expect("one");
+    assert_eq!(cluster.logits(&[1, 2, 3, 4], Feed::Decode).expect("three processes"), alone, "bit by bit");
+
+    // Rank 2 is killed amid a run: the others take its experts over and go on.
+    let mut victim = workers.pop();
+    let mut events = 0;
+    let run = cluster.generate(&requests, &mut |_| {
+        events += 1;
+        if events == 20 {
+            drop(victim.take());
+        }
+    });
+    assert_eq!(tokens(&run.unwrap_or_else(|e| panic!("{e}\n{}", group.said()))), expected);
+    assert_eq!(events, expected.iter().map(Vec::len).sum::<usize>(), "no token is told twice");
+    assert_eq!((cluster.epoch(), cluster.absent()), (1, &[Rank(2)][..]));
+    assert_eq!(cluster.placement().experts_per_rank()[2], 0);
+
+    // It comes back, and is let in.
+    workers.push(group.worker(2, &[]));
+    let began = Instant::now();
+    while !cluster.absent().is_empty() {
+        assert!(began.elapsed() < Duration::from_secs(60), "{}", group.said());
+        assert_eq!(tokens(&cluster.generate(&requests, &mut |_| {}).expect("with or without it")), expected);
+    }
+    assert!(cluster.epoch() >= 2);
+    assert_eq!(tokens(&cluster.generate(&requests, &mut |_| {}).expect("all again")), expected);
+    drop(cluster);
+    for worker in workers {
+        let output = worker.end();
+        assert!(output.status.success(), "a worker ends with rank 0: {}", err(&output));
+    }
+}
+
+#[test]
+fn those_who_do_not_fit_hear_why_and_the_others_join() {
+    let folder = tiny();
+    let other = Tiny { layers: 3, experts: 8, seed: 6, ..Tiny::default() }.write();
+    let (requests, expected) = undisturbed(folder.path(), 4);
+    let group = Group::new(3, folder.path());
+    let mut options = group.options();
+    let tables = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| tables.path().join(name).display().to_string();
+    PlacementTable::linear(3, 8, 3).save(path("linear").as_ref()).expect("table");
+    PlacementTable::round_robin(3, 8, 3).save(path("round_robin").as_ref()).expect("table");
+    options.placement = PlacementSource::File(path("linear").into());
+    let leader = group.start(options);
+    let identity = |rank: usize| group.certificates.path().join(format!("rank-{rank}")).display().to_string();
+    let refused = |rank: usize, more: &[&str], words: &str| {
+        let output = group.worker(rank, more).end();
+        let told = err(&output);
+        assert!(!output.status.success() && told.contains(words), "{words}:\n{told}");
+        assert!(told.lines().filter(|line| line.starts_with("error")).count() == 1, "{told}");
+    };
+    refused(1, &["-m", &other.path().display().to_string()], "another model");
+    refused(1, &["--world-size", "4"], "world size 4 where it is 3");
+    refused(1, &["--identity", &identity(2)], "not rank 1's");
+    refused(1, &["--placement", &path("round_robin")], "another placement table");
+    let first = group.worker(1, &["--placement", &path("linear")]);
+    while !group.said().contains("rank 1 joined") {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    refused(1, &[], "rank 1 has already joined");
+    let _second = group.worker(2, &[]);
+    let mut cluster = leader.join().expect("thread");
+    assert_eq!(tokens(&cluster.generate(&requests, &mut |_| {}).expect("all are there")), expected);
+    let said = group.said();
+    for words in
+        ["another model", "world size 4", "not rank 1's", "another placement table", "already joined"]
+    {
+        assert!(said.contains(words), "rank 0 is told too: {words}\n{said}");
+    }
+    drop((cluster, first));
+}
+
+#[test]
+fn the_loss_of_rank_0_ends_a_worker_with_its_name() {
+    let group = Group::new(2, &root().join("examples/models/gpt-moe-16e"));
+    let more = ["--prompt-ids", "1,2,3", "-n", "200", "--ignore-eos"];
+    let mut leader = Worker(Some(group.command("generate", 0, &more).spawn().expect("rank 0")));
+    let worker = group.worker(1, &[]);
+    // Its first byte of text: they are amid a run.
+    let out = leader.0.as_mut().and_then(|child| child.stdout.as_mut()).expect("stdout");
+    std::io::Read::read_exact(out, &mut [0; 1]).expect("text");
+    leader.signal("-KILL");
+    let began = Instant::now();
+    let output = worker.end();
+    eprintln!("the worker ended after {:?}", began.elapsed());
+    assert_eq!(output.status.code(), Some(1), "{}", err(&output));
+    assert!(err(&output).contains("error: rank 0 is gone"), "{}", err(&output));
+}
+
+#[test]
+fn what_no_longer_fits_is_named_with_the_memory_that_is_missing() {
+    let folder = tiny();
+    let group = Group::new(2, folder.path());
+    let mut options = group.options();
+    options.memory = Some(1 << 30);
+    options.cache_positions = Some(64);
+    let probe =
+        Cluster::start(ClusterOptions { group: None, ..options.clone() }, &NoProgress).expect("it fits");
+    drop(probe);
+    // Room for the half that it holds with two ranks, and not for all.
+    options.memory = Some(memory_for(&options, 12));
+    options.group.as_mut().expect("group").join_timeout = Duration::from_secs(3);
+    let worker = group.worker(1, &["--memory", "1GiB"]);
+    let mut cluster = Cluster::start(options, &NoProgress).expect("two ranks fit");
+    let mut worker = Some(worker);
+    let run = cluster.generate(&[request(&[1, 2, 3], 20)], &mut |_| drop(worker.take()));
+    let told = run.expect_err("one rank is too few").to_string();
+    for words in ["without rank 1", "no room for 12 of the experts", "layer 0", "KiB are missing"] {
+        assert!(told.contains(words), "{words}: {told}");
+    }
+}
+
+/// The least memory with which the error says that one rank alone has room for exactly `experts`.
+fn memory_for(options: &ClusterOptions, experts: usize) -> u64 {
+    let says = |memory: u64| {
+        let alone = ClusterOptions { group: None, memory: Some(memory), ..options.clone() };
+        match Cluster::start(alone, &NoProgress) {
+            Err(error) => error.to_string().contains(&format!("has room for {experts}:")),
+            Ok(_) => false,
+        }
+    };
+    (1..).map(|step| step * 4096).take(1 << 12).find(|&memory| says(memory)).expect("some memory")
+}
+
+#[test]
+#[ignore = "make test-cluster: it takes its time"]
+fn kills_at_any_moment_change_no_token() {
+    let folder = tiny();
+    let (requests, expected) = undisturbed(folder.path(), 24);
+    for (moment, strategy) in
+        [0, 1, 7, 23, 40, 71].into_iter().zip([Strategy::Coherent, Strategy::Vanilla].into_iter().cycle())
+    {
+        let group = Group::new(4, folder.path());
+        let mut workers: Vec<_> = (1..4).map(|rank| Some(group.worker(rank, &[]))).collect();
+        let mut cluster = group.start(ClusterOptions { strategy, ..group.options() }).join().expect("thread");
+        if moment == 0 {
+            drop(workers[1].take());
+        }
+        let mut events = 0;
+        let run = cluster.generate(&requests, &mut |_| {
+            events += 1;
+            // A second one later: two of four are left.
+            match events {
+                at if at == moment => drop(workers[1].take()),
+                at if at == moment + 13 => drop(workers[2].take()),
+                _ => {}
+            }
+        });
+        assert_eq!(
+            tokens(&run.unwrap_or_else(|e| panic!("{moment}: {e}\n{}", group.said()))),
+            expected,
+            "{moment}"
+        );
+    }
+}
+
+#[test]
+#[ignore = "make test-cluster: it takes its time"]
+fn a_process_that_is_stopped_for_5_s_is_done_without_and_comes_back() {
+    let folder = tiny();
+    let (requests, expected) = undisturbed(folder.path(), 24);
+    let group = Group::new(3, folder.path());
+    let (mut cluster, workers) = group.run();
+    let mut events = 0;
+    let run = cluster.generate(&requests, &mut |_| {
+        events += 1;
+        if events == 20 {
+            workers[1].signal("-STOP");
+        }
+    });
+    assert_eq!(tokens(&run.expect("two of three")), expected);
+    assert_eq!(cluster.absent(), [Rank(2)], "{}", group.said());
+    std::thread::sleep(Duration::from_secs(4));
+    workers[1].signal("-CONT");
+    let began = Instant::now();
+    while !cluster.absent().is_empty() {
+        assert!(began.elapsed() < Duration::from_secs(60), "{}", group.said());
+        assert_eq!(tokens(&cluster.generate(&requests, &mut |_| {}).expect("it comes back")), expected);
+    }
+}
+
+#[test]
+#[ignore = "make test-cluster: it takes its time"]
+fn a_restart_on_the_same_port_is_let_in_at_the_next_epoch() {
+    let folder = tiny();
+    let (requests, expected) = undisturbed(folder.path(), 24);
+    let group = Group::new(3, folder.path());
+    let port = UdpSocket::bind("127.0.0.1:0").expect("a port").local_addr().expect("address").to_string();
+    let worker = || Worker(Some(group.command("worker", 2, &["--listen", &port]).spawn().expect("worker")));
+    let (_one, mut two) = (group.worker(1, &[]), Some(worker()));
+    let mut cluster = group.start(group.options()).join().expect("thread");
+    let mut events = 0;
+    let run = cluster.generate(&requests, &mut |_| {
+        events += 1;
+        if events == 20 {
+            drop(two.take());
+            two = Some(worker());
+        }
+    });
+    assert_eq!(tokens(&run.unwrap_or_else(|e| panic!("{e}\n{}", group.said()))), expected);
+    let began = Instant::now();
+    while !cluster.absent().is_empty() {
+        assert!(began.elapsed() < Duration::from_secs(60), "{}", group.said());
+        assert_eq!(tokens(&cluster.generate(&requests, &mut |_| {}).expect("it comes back")), expected);
+    }
+}
+
+#[test]
+#[ignore = "make test-cluster: it takes its time"]
+fn ranks_may_start_seconds_apart_and_one_that_never_comes_is_named() {
+    let folder = tiny();
+    let (requests, expected) = undisturbed(folder.path(), 6);
+    let group = Group::new(3, folder.path());
+    let _one = group.worker(1, &[]);
+    std::thread::sleep(Duration::from_secs(2));
+    let leader = group.start(group.options());
+    std::thread::sleep(Duration::from_secs(2));
+    let _two = group.worker(2, &[]);
+    let mut cluster = leader.join().expect("thread");
+    assert_eq!(tokens(&cluster.generate(&requests, &mut |_| {}).expect("all came")), expected);
+
+    let group = Group::new(3, folder.path());
+    let one = group.worker(1, &[]);
+    let mut options = group.options();
+    options.group.as_mut().expect("group").join_timeout = Duration::from_secs(5);
+    let error = Cluster::start(options, &NoProgress).err().expect("rank 2 never comes").to_string();
+    assert!(error.contains("rank 2 had not joined"), "{error}");
+    let output = one.end();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(err(&output).contains("rank 2 missing"), "{}", err(&output));
+}
