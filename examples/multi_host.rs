@@ -111,7 +111,9 @@ impl Network {
         for host in 0..HOSTS {
             let (name, port) = (network.namespace(&host.to_string()), format!("port{host}"));
             ip(&["netns", "add", &name])?;
-            ip(&["-n", &name, "link", "add", "eth0", "type", "veth", "peer", "name", &port, "netns", &bridge])?;
+            ip(&[
+                "-n", &name, "link", "add", "eth0", "type", "veth", "peer", "name", &port, "netns", &bridge,
+            ])?;
             ip(&["-n", &bridge, "link", "set", &port, "master", "br0", "up"])?;
             ip(&["-n", &name, "addr", "add", &format!("{}/24", address(host)), "dev", "eth0"])?;
             ip(&["-n", &name, "link", "set", "eth0", "up"])?;
@@ -138,7 +140,10 @@ impl Network {
 impl Drop for Network {
     fn drop(&mut self) {
         for of in ["b", "0", "1", "2", "3"] {
-            let _ = Command::new("ip").args(["netns", "delete", &self.namespace(of)]).stderr(Stdio::null()).status();
+            let _ = Command::new("ip")
+                .args(["netns", "delete", &self.namespace(of)])
+                .stderr(Stdio::null())
+                .status();
         }
     }
 }
@@ -146,7 +151,10 @@ impl Drop for Network {
 fn ip(args: &[&str]) -> Outcome {
     match Command::new("ip").args(args).status()?.success() {
         true => Ok(()),
-        false => Err(format!("ip {}: run as root, on a kernel that allows network namespaces", args.join(" ")).into()),
+        false => {
+            Err(format!("ip {}: run as root, on a kernel that allows network namespaces", args.join(" "))
+                .into())
+        }
     }
 }
 
