@@ -107,7 +107,10 @@ impl Group {
     fn command(&self, verb: &str, rank: usize, more: &[&str]) -> Command {
         let (rank, size) = (rank.to_string(), self.processes.to_string());
         let mut command = Command::new(env!("CARGO_BIN_EXE_exflow"));
-        command.arg(verb).arg("-m").arg(&self.model).args(more);
+        command.arg(verb).args(more);
+        if !more.contains(&"-m") {
+            command.arg("-m").arg(&self.model);
+        }
         for (flag, value) in [("--rank", rank.as_str()), ("--world-size", &size), ("--leader", &self.leader)]
         {
             if !more.contains(&flag) {

@@ -184,6 +184,10 @@ pub(crate) fn join_options(
 ) -> Result<JoinOptions, EngineError> {
     let rank = u16::try_from(group.process).map(Rank);
     let rank = rank.map_err(|_| EngineError::usage(format!("process {}", group.process), "count from 0"))?;
+    if options.ranks > 1 {
+        let what = format!("{} ranks in one process of a group", options.ranks);
+        return Err(EngineError::usage(what, "start a process for each device, with one of --devices each"));
+    }
     let identity = identity_of(group)?;
     let listen = match group.listen {
         Some(listen) => listen,

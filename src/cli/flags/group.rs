@@ -3,7 +3,7 @@
 use super::duration;
 use crate::cli::failure::Failure;
 use crate::cli::output;
-use exflow::engine::{ClusterOptions, DeviceReport, GroupOptions, Observer, TransportKind, devices};
+use exflow::engine::{ClusterOptions, GroupOptions, Observer, TransportKind};
 use exflow::transport::launch::{self, Launch};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -28,7 +28,8 @@ pub(crate) struct GroupFlags {
     /// Folder of this process's identity, or one that holds it as rank-I (`exflow cert issue`)
     #[arg(long, value_name = "DIR")]
     identity: Option<PathBuf>,
-    /// Adapters by their numbers in `exflow devices`, a rank on each [default: all of the best kind]
+    /// Adapters by their numbers in `exflow devices`, a rank on each; a process of a group hosts one rank for now
+    /// [default: the best one]
     #[arg(long, value_name = "0,1", value_delimiter = ',')]
     devices: Vec<usize>,
     /// Ranks on each adapter
@@ -47,13 +48,8 @@ impl GroupFlags {
     pub(crate) fn apply(&self, options: &mut ClusterOptions) -> Result<(), Failure> {
         options.memory = self.memory;
         let group = self.group()?;
-        let chosen: Vec<usize> = match (self.devices.is_empty(), &group) {
-            (false, _) => self.devices.clone(),
-            (true, Some(_)) if options.adapter.is_none() => best_kind(&devices()),
-            (true, _) => Vec::new(),
-        };
         let each = |device: &usize| std::iter::repeat_n(device.to_string(), self.ranks_per_device);
-        options.devices = chosen.iter().flat_map(each).collect();
+        options.devices = self.devices.iter().flat_map(each).collect();
         if group.is_some() {
             options.ranks = options.devices.len().max(self.ranks_per_device);
             options.transport = TransportKind::Quic;
@@ -110,13 +106,6 @@ fn input(error: exflow::transport::TransportError) -> Failure {
 
 fn given<T>(value: Option<T>, flag: &str, remedy: &str) -> Result<T, Failure> {
     value.ok_or_else(|| Failure::Input(format!("{flag} is missing for a group of processes; {remedy}")))
-}
-
-/// The adapters of the kind and the driver of the best one: the same card may be listed by two drivers.
-fn best_kind(all: &[DeviceReport]) -> Vec<usize> {
-    let Some(best) = all.first() else { return Vec::new() };
-    let alike = |device: &&DeviceReport| device.kind == best.kind && device.backend == best.backend;
-    all.iter().filter(alike).map(|device| device.index).collect()
 }
 
 /// `10GiB`, `500MiB`, `8GB`, or bytes.
