@@ -50,7 +50,7 @@ fn host_process(host: usize, model: &Path) -> Outcome {
     check("four hosts", &expected, &all)?;
     let victim = std::env::var(VICTIM)?;
     let rest = run(&mut cluster, &requests, &mut |tokens| match tokens {
-        30 => Command::new("kill").args(["-KILL", &victim]).status().map(|_| ()),
+        30 => Command::new("kill").args(["-KILL", victim.as_str()]).status().map(|_| ()),
         _ => Ok(()),
     })?;
     check("three of them", &expected, &rest)?;
@@ -66,7 +66,12 @@ fn requests(cluster: &Cluster) -> Outcome<Vec<Request>> {
     let prompts = ["In the beginning", "The king said", "There was a man"];
     let request = |text: &&str| {
         let prompt_ids = cluster.text()?.encode(text)?;
-        Ok(Request { prompt_ids, max_tokens: 40, ignore_eos: true, ..Request::default() })
+        Ok::<_, Box<dyn Error>>(Request {
+            prompt_ids,
+            max_tokens: 40,
+            ignore_eos: true,
+            ..Request::default()
+        })
     };
     prompts.iter().map(request).collect()
 }
@@ -88,10 +93,11 @@ fn run(cluster: &mut Cluster, requests: &[Request], hook: Hook<'_>) -> Outcome<V
 }
 
 fn check(who: &str, expected: &[String], said: &[String]) -> Outcome {
-    match expected == said {
-        true => Ok(eprintln!("{who} say what one rank says")),
-        false => Err(format!("{who} say {said:?}, one rank says {expected:?}").into()),
+    if expected != said {
+        return Err(format!("{who} say {said:?}, one rank says {expected:?}").into());
     }
+    eprintln!("{who} say what one rank says");
+    Ok(())
 }
 
 fn address(host: u16) -> Ipv4Addr {
@@ -174,7 +180,7 @@ fn all_hosts() -> Outcome {
     drop(network);
     std::fs::remove_dir_all(&identities)?;
     match leader.success() {
-        true => Ok(eprintln!("done")),
+        true => Ok(()),
         false => Err("rank 0 failed".into()),
     }
 }
