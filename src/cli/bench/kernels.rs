@@ -38,7 +38,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     if args.rows.iter().any(|rows| !(1..=4096).contains(rows)) {
         return Err(Failure::Input("--rows takes numbers from 1 to 4096".into()));
     }
-    let (limits, measured) = bench_kernels(&args.ranks.options(), &args.rows)?;
+    let (limits, measured) = bench_kernels(&args.ranks.options()?, &args.rows)?;
     match args.format {
         Format::Json => output::json(&json!({ "device": limits, "kernels": measured })),
         Format::Text | Format::Md => {

@@ -54,7 +54,7 @@ struct Line {
 
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let (prompt, decode) = (args.prompt_tokens, args.decode_tokens);
-    let mut cluster = Cluster::start(args.ranks.options(), &Bars::new())?;
+    let mut cluster = Cluster::start(args.ranks.options()?, &Bars::new())?;
     let mut lines = Vec::new();
     if prompt > 0 {
         lines.push(test(args, &mut cluster, format!("pp{prompt}"), (prompt, 1))?);
