@@ -16,6 +16,7 @@ test-cluster: ## QUIC over a shaped link, processes killed and stopped, four hos
 	tests/netns/shaped.sh $(CARGO) test --workspace --locked --test quic --test trust --test faults --test processes --test lives
 	$(CARGO) test --workspace --locked --test group -- --include-ignored --test-threads=1
 	$(CARGO) run --locked --example multi_host
+	@if command -v mpirun >/dev/null; then tests/launchers/open_mpi.sh target/debug/exflow; else echo "no mpirun: Open MPI not tried"; fi
 
 test-product: demo ## report and dashboard in Chromium, the server with OpenAI's client and under load, downloads from a Hub
 	$(CARGO) build --release --locked --bin exflow

@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Four processes started by Open MPI, rank 0 generating: the tokens must be those of one process alone.
-#   tests/launchers/open_mpi.sh PATH/TO/exflow IDENTITIES   (IDENTITIES holds rank-0 … rank-3)
+#   tests/launchers/open_mpi.sh PATH/TO/exflow
 set -euo pipefail
-exflow="$1" identities="$2" model=examples/models/gpt-moe-16e
+exflow="$1" model=examples/models/gpt-moe-16e
 port=$((20000 + $$ % 20000))
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
+identities="$work/certs"
+"$exflow" cert init "$identities" >/dev/null
+for rank in 0 1 2 3; do "$exflow" cert issue "$identities" --rank "$rank" >/dev/null; done
 group=(--leader "127.0.0.1:$port" --identity "$identities")
 ask=(-m "$model" --prompt-ids 1,2,3 -n 24 --ignore-eos --format json)
 mpi=(mpirun --allow-run-as-root --oversubscribe)
