@@ -16,9 +16,9 @@ use std::time::Duration;
 
 /// Nothing heard for this long: a rank is lost. With [`CONTACT`] it keeps the promise that the loss of rank 0 ends
 /// every process within 2 s.
-const SILENCE: Duration = Duration::from_millis(1200);
+const SILENCE: Duration = Duration::from_millis(1100);
 /// How long a rank that lost its group tries to reach rank 0.
-pub(crate) const CONTACT: Duration = Duration::from_millis(500);
+pub(crate) const CONTACT: Duration = Duration::from_millis(400);
 /// How long the ranks of the last epoch are waited for before those who are there go on: longer than a silence takes
 /// to be noticed on the other side of a path that broke.
 const REGROUP: Duration = Duration::from_millis(1500);
