@@ -107,25 +107,33 @@ pub fn balances(
             threads: 1,
             ..options.clone()
         };
-        let table = solve(part, topology, &options, &mut |_| ()).ok();
+        solve(part, topology, &options, &mut |_| ()).ok()
+    };
+    let (layer, total) = match options.threads {
+        0 | 1 => (one(Balance::Layer), one(Balance::Total)),
+        _ => std::thread::scope(|scope| {
+            let total = scope.spawn(|| one(Balance::Total));
+            (one(Balance::Layer), total.join().ok().flatten())
+        }),
+    };
+    let score = |balance, table: Option<&PlacementTable>| {
         let ranks = |table: &PlacementTable| {
             let held = (0..table.layers).map(|layer| table.ranks_of(LayerId::from(layer)).len());
             held.sum::<usize>() as f64 / table.layers as f64
         };
         BalanceScore {
             balance,
-            ranks_per_layer: table.as_ref().map_or(0.0, ranks),
-            score: table.map(|table| score_affinity(&table, kept, topology)),
+            ranks_per_layer: table.map_or(0.0, ranks),
+            score: table.map(|table| score_affinity(table, kept, topology)),
         }
     };
-    if options.threads < 2 {
-        return vec![one(Balance::Layer), one(Balance::Total)];
-    }
-    std::thread::scope(|scope| {
-        let total = scope.spawn(|| one(Balance::Total));
-        let layer = one(Balance::Layer);
-        std::iter::once(layer).chain(total.join()).collect()
-    })
+    // A table that is even in every layer is even in all, so the wider search never has the worse answer.
+    let cost = |table: &Option<PlacementTable>| table.as_ref().and_then(|table| table.cost);
+    let wider = match (cost(&layer), cost(&total)) {
+        (Some(even), Some(wide)) if even <= wide => &layer,
+        _ => &total,
+    };
+    vec![score(Balance::Layer, layer.as_ref()), score(Balance::Total, wider.as_ref())]
 }
 
 /// To two digits, so that nobody takes an estimate for a measurement.

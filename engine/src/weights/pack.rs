@@ -126,7 +126,7 @@ mod tests {
     const SHAPE: Shape = Shape { height: 44, columns: 36 };
 
     fn rows() -> Vec<f32> {
-        (0..44 * 36).map(|i| ((i * 37 % 101) as f32 - 50.0) / 64.0).collect()
+        (0..44 * 36).map(|i| ((i * 37 % 101) as f32 - 50.0) / 61.0).collect()
     }
 
     #[test]

@@ -3,23 +3,24 @@
 //! Makes four network namespaces on a bridge, issues an identity to each, starts a process in each, and lets rank 0
 //! generate. Then one of the hosts is switched off amid a second run. Both runs must say what one rank says alone.
 
+mod network;
+
 use exflow::engine::{
     Cluster, ClusterOptions, GroupOptions, NoProgress, Observer, Rank, Request, TransportKind,
     prepare_process, work,
 };
 use exflow::transport::identity::{ClusterAuthority, DEFAULT_VALIDITY};
+use network::{Network, address};
 use std::error::Error;
-use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 
 type Outcome<T = ()> = Result<T, Box<dyn Error>>;
 
 const HOSTS: u16 = 4;
-/// Where a process of this example is told which host it is, and where the identities are.
+/// Where a process is told which host it is, where identities are, and rank 0 whom it may switch off.
 const HOST: &str = "EXFLOW_EXAMPLE_HOST";
 const IDENTITIES: &str = "EXFLOW_EXAMPLE_IDENTITIES";
-/// Where rank 0 is told which process it may switch off.
 const VICTIM: &str = "EXFLOW_EXAMPLE_VICTIM";
 
 fn main() -> Outcome {
@@ -42,9 +43,10 @@ fn host_process(host: usize, model: &Path) -> Outcome {
     if host > 0 {
         return Ok(work(options, &NoProgress)?);
     }
-    let alone = Cluster::start(ClusterOptions { group: None, ..options.clone() }, &NoProgress)?;
+    let mut alone = Cluster::start(ClusterOptions { group: None, ..options.clone() }, &NoProgress)?;
     let requests = requests(&alone)?;
-    let expected = texts(alone, &requests, &mut |_| Ok(()))?;
+    let expected = run(&mut alone, &requests, &mut |_| Ok(()))?;
+    drop(alone);
     let mut cluster = Cluster::start(options, &NoProgress)?;
     let all = run(&mut cluster, &requests, &mut |_| Ok(()))?;
     check("four hosts", &expected, &all)?;
@@ -55,7 +57,6 @@ fn host_process(host: usize, model: &Path) -> Outcome {
     })?;
     check("three of them", &expected, &rest)?;
     eprintln!("epoch {}, absent ranks {:?}", cluster.epoch(), cluster.absent());
-    expected.iter().for_each(|text| eprintln!("> {}", text.replace('\n', " ")));
     match cluster.absent().is_empty() {
         true => Err("the last host was not missed".into()),
         false => Ok(()),
@@ -78,10 +79,6 @@ fn requests(cluster: &Cluster) -> Outcome<Vec<Request>> {
 
 type Hook<'a> = &'a mut dyn FnMut(usize) -> std::io::Result<()>;
 
-fn texts(mut cluster: Cluster, requests: &[Request], hook: Hook<'_>) -> Outcome<Vec<String>> {
-    run(&mut cluster, requests, hook)
-}
-
 fn run(cluster: &mut Cluster, requests: &[Request], hook: Hook<'_>) -> Outcome<Vec<String>> {
     let (mut tokens, mut failed) = (0, None);
     let generation = cluster.generate(requests, &mut |_| {
@@ -98,70 +95,6 @@ fn check(who: &str, expected: &[String], said: &[String]) -> Outcome {
     }
     eprintln!("{who} say what one rank says");
     Ok(())
-}
-
-fn address(host: u16) -> Ipv4Addr {
-    Ipv4Addr::new(10, 77, 0, host as u8 + 1)
-}
-
-/// Namespaces and their bridge, removed with the value.
-struct Network(String);
-
-impl Network {
-    fn new() -> Outcome<Self> {
-        let network = Self(format!("xf{}", std::process::id()));
-        let bridge = network.namespace("b");
-        ip(&["netns", "add", &bridge])?;
-        ip(&["-n", &bridge, "link", "add", "br0", "type", "bridge"])?;
-        ip(&["-n", &bridge, "link", "set", "br0", "up"])?;
-        for host in 0..HOSTS {
-            let (name, port) = (network.namespace(&host.to_string()), format!("port{host}"));
-            ip(&["netns", "add", &name])?;
-            ip(&[
-                "-n", &name, "link", "add", "eth0", "type", "veth", "peer", "name", &port, "netns", &bridge,
-            ])?;
-            ip(&["-n", &bridge, "link", "set", &port, "master", "br0", "up"])?;
-            ip(&["-n", &name, "addr", "add", &format!("{}/24", address(host)), "dev", "eth0"])?;
-            ip(&["-n", &name, "link", "set", "eth0", "up"])?;
-            ip(&["-n", &name, "link", "set", "lo", "up"])?;
-        }
-        Ok(network)
-    }
-
-    fn namespace(&self, of: &str) -> String {
-        format!("{}-{of}", self.0)
-    }
-
-    fn spawn(&self, host: u16, identities: &Path, victim: Option<&Child>) -> Outcome<Child> {
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", &self.namespace(&host.to_string())]).arg(std::env::current_exe()?);
-        command.env(HOST, host.to_string()).env(IDENTITIES, identities).stdin(Stdio::null());
-        if let Some(victim) = victim {
-            command.env(VICTIM, victim.id().to_string());
-        }
-        Ok(command.spawn()?)
-    }
-}
-
-impl Drop for Network {
-    fn drop(&mut self) {
-        for of in ["b", "0", "1", "2", "3"] {
-            let _ = Command::new("ip")
-                .args(["netns", "delete", &self.namespace(of)])
-                .stderr(Stdio::null())
-                .status();
-        }
-    }
-}
-
-fn ip(args: &[&str]) -> Outcome {
-    match Command::new("ip").args(args).status()?.success() {
-        true => Ok(()),
-        false => {
-            Err(format!("ip {}: run as root, on a kernel that allows network namespaces", args.join(" "))
-                .into())
-        }
-    }
 }
 
 fn all_hosts() -> Outcome {
