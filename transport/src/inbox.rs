@@ -43,6 +43,8 @@ struct State {
     bulk: VecDeque<(Rank, Bytes)>,
     messages: messages::Messages,
     unread: Vec<usize>,
+    /// By peer: whether a bulk stream of its own may still bring something.
+    bulk_coming: Vec<bool>,
     unsent: Vec<usize>,
     stats: WireStats,
     holding: usize,
@@ -56,6 +58,7 @@ impl Inbox {
             bulk: VecDeque::new(),
             messages: messages::Messages::new(world),
             unread: vec![0; world],
+            bulk_coming: vec![false; world],
             unsent: vec![0; world],
             stats: WireStats::new(rank, world),
             holding: 0,
@@ -322,6 +325,12 @@ impl Inbox {
         state.unread[peer.index()] += payload.len();
         state.bulk.push_back((peer, payload));
         drop(state);
+        self.wake();
+    }
+
+    /// Notes whether a stream of background bytes of `peer` is open.
+    pub(crate) fn bulk_coming(&self, peer: Rank, coming: bool) {
+        self.lock().bulk_coming[peer.index()] = coming;
         self.wake();
     }
 

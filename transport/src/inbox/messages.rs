@@ -64,7 +64,7 @@ impl Inbox {
                 return Ok(Some(message));
             }
             self.check_open(&state)?;
-            if let Some(failure) = state.rounds.first_gone() {
+            if let Some(failure) = state.rounds.first_gone(|peer| state.bulk_coming[peer.index()]) {
                 return Err(self.error(failure, None));
             }
             let Some(left) = timeout.checked_sub(began.elapsed()).filter(|left| !left.is_zero()) else {

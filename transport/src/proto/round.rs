@@ -336,9 +336,13 @@ impl Rounds {
         })
     }
 
-    /// The first peer, by rank, that is gone for whatever reason.
-    pub fn first_gone(&self) -> Option<RoundFailure> {
-        self.fates.iter().enumerate().find_map(|(peer, fate)| failure_of(Rank::from(peer), fate))
+    /// The first peer, by rank, that is gone for whatever reason. One that left in order, and of which something is
+    /// still `coming` on another stream, is not gone yet.
+    pub fn first_gone(&self, coming: impl Fn(Rank) -> bool) -> Option<RoundFailure> {
+        self.fates.iter().enumerate().find_map(|(peer, fate)| match fate {
+            Fate::Lost(LossCause::Left) if coming(Rank::from(peer)) => None,
+            _ => failure_of(Rank::from(peer), fate),
+        })
     }
 
     /// Looks whether a started round is complete, lost or too late; a round that is given out is over.

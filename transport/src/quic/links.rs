@@ -44,6 +44,7 @@ pub(crate) fn start(link: Link, context: &LinkContext, writers: &mut JoinSet<()>
     let (bulk_sender, bulk_queue) = mpsc::unbounded_channel();
     writers.spawn(write_rows(rows.0, rows_queue));
     writers.spawn(write_bulk(bulk.0, bulk_queue, Arc::clone(&context.inbox), peer));
+    context.inbox.bulk_coming(peer, true);
     let reader = |recv, stream| Reader::new(recv, stream, peer, connection.clone(), context.clone());
     tokio::spawn(reader(rows.1, "rows").run());
     tokio::spawn(reader(bulk.1, "bulk").run());
@@ -139,6 +140,9 @@ impl Reader {
             _ => self.read_control().await,
         };
         let inbox = &self.context.inbox;
+        if self.stream == "bulk" {
+            inbox.bulk_coming(self.peer, false);
+        }
         match ended {
             Ok(()) if self.stream == "rows" => inbox.lose_peer(self.peer, LossCause::Left),
             Ok(()) => {}

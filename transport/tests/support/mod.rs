@@ -8,7 +8,7 @@ use exflow_transport::identity::{ClusterAuthority, DEFAULT_VALIDITY, Identity};
 use exflow_transport::quic::{JoinOptions, Listener, QuicCommunicator, QuicOptions};
 use exflow_transport::{ByteClass, Communicator, RoundId, TransportError};
 use std::net::SocketAddr;
-use std::sync::mpsc;
+use std::sync::{Arc, Barrier, mpsc};
 use std::time::Duration;
 
 /// No test may take longer than this.
@@ -116,6 +116,7 @@ pub fn issued(authority: &ClusterAuthority, rank: u16) -> Identity {
 pub fn talk<C: Communicator + 'static>(world: Vec<C>) {
     const EACH: u32 = 60;
     let n = world.len();
+    let all_read = Arc::new(Barrier::new(n));
     let stats = on_threads(world, move |mut comm| {
         let rank = comm.rank().index();
         let peers: Vec<usize> = (0..n).filter(|peer| *peer != rank).collect();
@@ -151,6 +152,7 @@ pub fn talk<C: Communicator + 'static>(world: Vec<C>) {
             next[from] += 1;
         }
         let stats = comm.stats();
+        all_read.wait(); // a rank that leaves ends the others' reading, whoever's messages are on their way
         if rank == 0 {
             return stats; // leaves
         }
