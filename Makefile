@@ -1,5 +1,7 @@
 # What a newcomer types. Linux; on Windows and macOS the plain cargo lines of the README do the same.
 CARGO ?= cargo
+# Property tests draw the same cases each time; PROPTEST_RNG_SEED=$$RANDOM make test, or plain cargo test, draws others.
+export PROPTEST_RNG_SEED ?= 1
 
 .PHONY: demo test test-cluster test-product check fmt lint deny bench vulkan help
 

@@ -22,16 +22,27 @@ pub(crate) fn disturb(state: &mut State<'_>, rng: &mut Rng) -> (usize, usize) {
     (first, length)
 }
 
-/// Deals the experts of two or three ranks anew among them; where their numbers are open, those as well.
+/// Deals all experts of all layers anew.
+pub(crate) fn deal_anew(state: &mut State<'_>, rng: &mut Rng) {
+    let ranks = some_ranks(state.problem.ranks, state.problem.ranks, rng);
+    deal(state, rng, &ranks, 0, state.problem.layers);
+}
+
+/// Deals the experts of two or three ranks anew among them.
 fn scramble(state: &mut State<'_>, rng: &mut Rng, first: usize, length: usize) {
     let ranks = some_ranks(state.problem.ranks, 2 + rng.below(2), rng);
+    deal(state, rng, &ranks, first, length);
+}
+
+/// Deals the experts of some ranks anew among them; where their numbers are open, those as well.
+fn deal(state: &mut State<'_>, rng: &mut Rng, ranks: &[u16], first: usize, length: usize) {
     for layer in run(state, first, length) {
         let row = state.layer(layer);
         let experts: Vec<u16> = (0..row.len() as u16).filter(|&x| ranks.contains(&row[x as usize])).collect();
         let mut holders: Vec<u16> = experts.iter().map(|&x| row[x as usize]).collect();
         let capacity = &state.problem.capacity;
         if capacity.total.is_none() && !capacity.is_exact() {
-            holders = numbers(&ranks, experts.len(), &capacity.least, &capacity.most, rng);
+            holders = numbers(ranks, experts.len(), &capacity.least, &capacity.most, rng);
         }
         rng.shuffle(&mut holders);
         experts.iter().zip(holders).for_each(|(&expert, to)| state.shift(layer, Shift { expert, to }));

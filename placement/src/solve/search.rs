@@ -13,8 +13,10 @@ use crate::solve::{greedy, grouped};
 const REACH: usize = 3;
 /// A step may worsen the cost by this share and still be taken.
 const TOLERANCE: f64 = 2e-4;
-/// Steps without a new best after which the walk returns to the best.
+/// Steps without a new best after which a walk returns to its best, at most.
 const PATIENCE: u64 = 400;
+/// Fewer experts than this over all layers: walks also begin afresh.
+const SMALL: u64 = 128;
 
 /// A search that can be run a slice at a time.
 pub(crate) struct Search<'p> {
@@ -218,14 +220,35 @@ impl<'p> Search<'p> {
         if walk.cost < self.best_cost {
             self.offer(&walk.known);
         }
-        if walk.idle > PATIENCE {
+        if walk.idle > self.patience() {
             let alone = self.walks.is_empty();
-            let holders = if alone { self.best.clone() } else { walk.known.clone() };
+            let afresh = self.is_small() && alone && self.rng.below(2) == 0;
+            let holders = match (afresh, alone) {
+                (true, _) => self.fresh(),
+                (_, true) => self.best.clone(),
+                _ => walk.known.clone(),
+            };
             walk.state.replace(holders);
+            if afresh && self.rng.below(2) == 0 {
+                perturb::deal_anew(&mut walk.state, &mut self.rng);
+            }
             self.sweeper.settle(&mut walk.state);
             walk.cost = self.total(&walk.state);
+            if afresh {
+                (walk.record, walk.known) = (walk.cost, walk.state.holders.clone());
+            }
             (walk.record, walk.idle) = (walk.cost.min(walk.record), 0);
         }
+    }
+
+    /// Few experts have few ways to be disturbed: those were soon all tried.
+    fn patience(&self) -> u64 {
+        PATIENCE.min((self.problem.layers * self.problem.experts) as u64)
+    }
+
+    /// Where a fresh start is cheaper than waiting for a disturbance that leads out of a local optimum.
+    fn is_small(&self) -> bool {
+        self.patience() < SMALL && self.problem.capacity.total.is_none()
     }
 
     fn widen(&self, first: usize, length: usize) -> (usize, usize) {
