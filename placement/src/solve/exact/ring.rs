@@ -1,8 +1,11 @@
 //! The chain closed to a ring by the wrap.
 //!
 //! With the wrap's far end left free, `past + ahead` bounds every ring through a state from below. That leaves few states
-//! of each layer open for a ring cheaper than the best one known, and fewest in some layer: rings are searched through
-//! each open state of that layer, forwards around the ring, among open states alone.
+//! of each layer open for a ring cheaper than the best one known. A ring ends where it began: any price e(s) that is paid
+//! where it begins and paid back where it ends leaves its cost as it is, but not the bound of ways whose ends
+//! differ. With e = `ahead` of the lap before (value iteration for the cheapest mean cycle) each lap closes further states.
+//! Rings are then searched through each open state of the layer that has fewest, forwards around the ring, among open
+//! states alone.
 
 use super::Exact;
 use super::chain::{Chain, Direction, sum};
@@ -11,7 +14,7 @@ use crate::solve::state::State;
 use crate::solve::sweep::Sweeper;
 
 /// First states whose ring is looked for in a hurry, to have a good one before any is searched in full.
-const HURRIED: usize = 3;
+const HURRIED: usize = 1;
 /// States of a layer that such a search keeps.
 const WIDTH: usize = 24;
 
@@ -25,10 +28,23 @@ struct Reached {
     from: usize,
 }
 
+/// The cheapest ring is looked for first in this share of the way from the bound to the best ring known: the less there is
+/// to win, the fewer states are open.
+const NARROW: f64 = 0.04;
+/// Where there is none, in a share so many times as wide.
+const WIDENING: f64 = 2.5;
+
+/// Laps that close fewer of the open states than this share are the last.
+const WORTH: f64 = 0.15;
+/// Laps at most.
+const LAPS: usize = 12;
+
 /// Where rings cheaper than some limit can pass.
 struct Open {
     /// `[L][orbits]`: least cost from any beginning to a state of this layer, its own not included.
     past: Vec<Vec<f64>>,
+    /// `[L][orbits]`: least cost from a state of this layer to any end, its own included.
+    ahead: Vec<Vec<f64>>,
     /// `[L]` the states.
     states: Vec<Vec<u32>>,
 }
@@ -37,6 +53,8 @@ struct Open {
 struct Rooted<'o> {
     layer: usize,
     open: &'o Open,
+    /// `[orbits]` of that layer: what a ring that begins there is paid, and pays back at its end.
+    price: Vec<f64>,
     /// `[L][orbits]`, counted from that layer: least cost from any of its states to a state, its own not included.
     past: Vec<Vec<f64>>,
 }
@@ -73,27 +91,38 @@ pub(super) fn solve(
             keep(state.holders, &mut cost);
         }
     }
-    let below = |cost: f64| cost * (1.0 - ROUNDING);
-    let first = chain.ahead[0][order[0]];
-    let Some(open) = ring.open(below(cost), stop) else {
-        return Some(Exact { bound: first.min(cost), holders: best });
-    };
-    let (root, orbits) = ring.narrowest(&open);
-    let bound = orbits.first().map_or(cost, |(_, bound)| bound.min(cost));
-    let Some(past) = ring.past_from(root, &open, stop) else { return Some(Exact { bound, holders: best }) };
-    let from = Rooted { layer: root, open: &open, past };
-    for (orbit, free) in orbits {
-        // Rings from here on are bounded by `free`, which only rises.
-        if free >= below(cost) {
-            break;
+    let mut bound = chain.ahead[0][order[0]].min(cost);
+    let mut excess = (cost - bound) * NARROW;
+    loop {
+        let all = cost * (1.0 - ROUNDING);
+        if bound >= all {
+            return Some(Exact { bound: cost, holders: best });
         }
-        match ring.through(&from, chain.states.representative(orbit), below(cost), stop) {
-            None => return Some(Exact { bound: free, holders: best }),
-            Some(None) => {}
-            Some(Some(holders)) => keep(holders, &mut cost),
+        let limit = all.min(bound + excess);
+        match ring.cheapest(limit, stop) {
+            None => return Some(Exact { bound, holders: best }),
+            Some(None) => (bound, excess) = (limit, excess * WIDENING),
+            Some(Some(holders)) => {
+                keep(holders, &mut cost);
+                bound = cost;
+            }
         }
     }
-    Some(Exact { bound: cost, holders: best })
+}
+
+impl Open {
+    /// Open states of all layers.
+    fn size(&self) -> usize {
+        self.states.iter().map(Vec::len).sum()
+    }
+
+    /// `[orbits]` a price for each orbit of a layer at which rings may be cut: `ahead`, counted from its least;
+    /// infinite where no ring passes.
+    fn price(&self, layer: usize) -> Vec<f64> {
+        let least = self.ahead[layer].iter().copied().fold(f64::INFINITY, f64::min);
+        let price = |(past, ahead): (&f64, &f64)| if past.is_finite() { ahead - least } else { f64::INFINITY };
+        self.past[layer].iter().zip(&self.ahead[layer]).map(price).collect()
+    }
 }
 
 impl<'c> Ring<'c, '_> {
@@ -106,53 +135,114 @@ impl<'c> Ring<'c, '_> {
         if layer + 1 < self.layers() { self.chain.edge(layer) } else { Some(self.wrap) }
     }
 
-    /// States through which a ring below `limit` may pass, its two ends left unjoined.
-    fn open(&self, limit: f64, stop: &dyn Fn() -> bool) -> Option<Open> {
-        let chain = self.chain;
-        let mut past = vec![vec![0.0; chain.states.orbits()]];
-        for layer in 0..self.layers() {
-            let closed = |(past, ahead): (&mut f64, &f64)| {
-                if *past + ahead >= limit {
-                    *past = f64::INFINITY;
-                }
-            };
-            past[layer].iter_mut().zip(&chain.ahead[layer]).for_each(closed);
-            if layer + 1 < self.layers() {
-                let here = sum(&past[layer], &chain.own[layer]);
-                past.push(chain.least(chain.edge(layer), &here, Direction::Forth, None, stop)?);
+    /// The cheapest ring that costs less than `limit`: none where time ran out, some none where there is no such ring.
+    fn cheapest(&self, mut limit: f64, stop: &dyn Fn() -> bool) -> Option<Option<Vec<u16>>> {
+        let open = self.laps(self.open(limit, stop)?, limit, stop)?;
+        let (root, orbits) = self.narrowest(&open);
+        if orbits.is_empty() {
+            return Some(None);
+        }
+        let from = self.rooted(root, &open, stop)?;
+        let mut best = None;
+        // Bounds of the rings through each orbit, rising.
+        for (orbit, bound) in orbits {
+            if bound >= limit {
+                break;
+            }
+            if let Some(holders) = self.through(&from, self.chain.states.representative(orbit), limit, stop)? {
+                limit = self.chain.problem.cost(&holders) * (1.0 - ROUNDING);
+                best = Some(holders);
             }
         }
-        let of_layer = |past: &Vec<f64>| {
-            let states = 0..chain.states.len() as u32;
+        Some(best)
+    }
+
+    /// States through which a ring below `limit` may pass, its two ends left unjoined.
+    fn open(&self, limit: f64, stop: &dyn Fn() -> bool) -> Option<Open> {
+        let begin = vec![0.0; self.chain.states.orbits()];
+        self.opened(begin, self.chain.ahead.clone(), None, limit, stop)
+    }
+
+    /// States through which a way below `limit` passes, by what it costs to `begin` in each orbit of the first layer
+    /// (`[orbits]`) and to end (`ahead`, `[L][orbits]`); of `among` alone, where that is given.
+    fn opened(
+        &self,
+        begin: Vec<f64>,
+        ahead: Vec<Vec<f64>>,
+        among: Option<&Open>,
+        limit: f64,
+        stop: &dyn Fn() -> bool,
+    ) -> Option<Open> {
+        let chain = self.chain;
+        let mut past = vec![begin];
+        for layer in 0..self.layers() {
+            past[layer].iter_mut().zip(&ahead[layer]).for_each(|(past, ahead)| {
+                if !(*past + ahead < limit) {
+                    *past = f64::INFINITY;
+                }
+            });
+            if layer + 1 < self.layers() {
+                let here = sum(&past[layer], &chain.own[layer]);
+                let states = among.map(|open| &open.states[layer + 1][..]);
+                past.push(chain.least(chain.edge(layer), &here, Direction::Forth, states, stop)?);
+            }
+        }
+        let all: Vec<u32> = (0..chain.states.len() as u32).collect();
+        let of_layer = |(layer, past): (usize, &Vec<f64>)| {
+            let states = among.map_or(&all, |open| &open.states[layer]).iter().copied();
             states.filter(|&state| past[chain.states.orbit(state as usize)].is_finite()).collect()
         };
-        let states = past.iter().map(of_layer).collect();
-        Some(Open { past, states })
+        let states = past.iter().enumerate().map(of_layer).collect();
+        Some(Open { past, ahead, states })
+    }
+
+    /// Closes further states, lap by lap, while that is worth it.
+    fn laps(&self, mut open: Open, limit: f64, stop: &dyn Fn() -> bool) -> Option<Open> {
+        for _ in 0..LAPS {
+            let before = open.size();
+            let price = open.price(0);
+            let mut ahead = vec![price.clone()];
+            for layer in (0..self.layers()).rev() {
+                let states = Some(&open.states[layer][..]);
+                let step =
+                    self.chain.least(self.edge(layer), ahead.last()?, Direction::Back, states, stop)?;
+                ahead.push(sum(&step, &self.chain.own[layer]));
+            }
+            ahead.remove(0);
+            ahead.reverse();
+            let begin = price.iter().map(|price| if price.is_finite() { -price } else { f64::INFINITY });
+            open = self.opened(begin.collect(), ahead, Some(&open), limit, stop)?;
+            if open.size() as f64 > before as f64 * (1.0 - WORTH) {
+                break;
+            }
+        }
+        Some(open)
     }
 
     /// The layer with fewest open orbits, and these with what bounds the rings through them, rising.
     fn narrowest(&self, open: &Open) -> (usize, Vec<(usize, f64)>) {
         let finite = |layer: &usize| open.past[*layer].iter().filter(|past| past.is_finite()).count();
         let root = (0..self.layers()).min_by_key(finite).unwrap_or(0);
-        let bounds = open.past[root].iter().zip(&self.chain.ahead[root]).map(|(past, ahead)| past + ahead);
+        let bounds = open.past[root].iter().zip(&open.ahead[root]).map(|(past, ahead)| past + ahead);
         let mut orbits: Vec<(usize, f64)> =
             bounds.enumerate().filter(|(_, bound)| bound.is_finite()).collect();
         orbits.sort_by(|a, b| a.1.total_cmp(&b.1));
         (root, orbits)
     }
 
-    /// `past` of the ring seen from layer `root`; infinite for what is not open.
-    fn past_from(&self, root: usize, open: &Open, stop: &dyn Fn() -> bool) -> Option<Vec<Vec<f64>>> {
+    /// The ring seen from layer `root`.
+    fn rooted<'o>(&self, root: usize, open: &'o Open, stop: &dyn Fn() -> bool) -> Option<Rooted<'o>> {
         let chain = self.chain;
-        let zero = |past: &f64| if past.is_finite() { 0.0 } else { f64::INFINITY };
-        let mut past: Vec<Vec<f64>> = vec![open.past[root].iter().map(zero).collect()];
+        let price = open.price(root);
+        let begin = price.iter().map(|price| if price.is_finite() { -price } else { f64::INFINITY });
+        let mut past: Vec<Vec<f64>> = vec![begin.collect()];
         for at in 1..self.layers() {
             let (before, layer) = ((root + at - 1) % self.layers(), (root + at) % self.layers());
             let here = sum(&past[at - 1], &chain.own[before]);
             let states = Some(&open.states[layer][..]);
             past.push(chain.least(self.edge(before), &here, Direction::Forth, states, stop)?);
         }
-        Some(past)
+        Some(Rooted { layer: root, open, price, past })
     }
 
     /// The cheapest ring through state `first` of the root layer that costs less than `limit`: none where time ran out,
@@ -217,6 +307,7 @@ impl<'c> Ring<'c, '_> {
         let chain = self.chain;
         let mut end = vec![f64::INFINITY; chain.states.orbits()];
         end[chain.states.orbit(first)] = 0.0;
+        let price = from.price[chain.states.orbit(first)];
         let mut ahead = vec![end];
         for at in (0..self.layers()).rev() {
             let layer = (from.layer + at) % self.layers();
@@ -224,7 +315,7 @@ impl<'c> Ring<'c, '_> {
             let step = chain.least(self.edge(layer), ahead.last()?, Direction::Back, states, stop)?;
             let mut costs = sum(&step, &chain.own[layer]);
             let closed = |(cost, past): (&mut f64, &f64)| {
-                if *cost + past >= limit {
+                if !(*cost + past + price < limit) {
                     *cost = f64::INFINITY;
                 }
             };

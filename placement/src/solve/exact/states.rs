@@ -8,6 +8,9 @@ const MOST: usize = 1 << 16;
 /// More renamings than this are not listed; then every state stands for itself.
 const MOST_RENAMINGS: usize = 5040;
 
+/// Fewer states than this are weighed one by one.
+const FEW: usize = 48;
+
 /// All states of a layer, sorted by the holders of the second half of the experts.
 pub(crate) struct States {
     experts: usize,
@@ -97,9 +100,17 @@ impl States {
     /// The same for some states alone.
     pub(crate) fn weigh_some(&self, table: &[f64], some: &[u32], mut take: impl FnMut(usize, f64)) {
         let first = self.experts / 2;
+        let some = some.iter().map(|&state| state as usize);
+        if some.len() < FEW {
+            for state in some {
+                let price = |(e, &g): (usize, &u8)| table[usize::from(g) * self.experts + e];
+                take(state, self.row(state).iter().enumerate().map(price).sum());
+            }
+            return;
+        }
         let low = half_sums(table, self.experts, 0..first, self.ranks);
         let high = half_sums(table, self.experts, first..self.experts, self.ranks);
-        for state in some.iter().map(|&state| state as usize) {
+        for state in some {
             take(state, high[self.high[state] as usize] + low[self.low[state] as usize]);
         }
     }
@@ -126,10 +137,16 @@ impl States {
 
 /// Sums of `table` over every choice of a rank for each of `experts`, numbered to base R.
 fn half_sums(table: &[f64], e: usize, experts: std::ops::Range<usize>, ranks: usize) -> Vec<f64> {
-    let mut sums = vec![0.0];
+    let mut sums = Vec::with_capacity(ranks.pow(experts.len() as u32));
+    sums.push(0.0);
     for expert in experts {
-        let costs: Vec<f64> = (0..ranks).map(|rank| table[rank * e + expert]).collect();
-        sums = costs.iter().flat_map(|cost| sums.iter().map(move |sum| sum + cost)).collect();
+        let known = sums.len();
+        for rank in 1..ranks {
+            let cost = table[rank * e + expert];
+            sums.extend_from_within(..known);
+            sums[rank * known..].iter_mut().for_each(|sum| *sum += cost);
+        }
+        sums[..known].iter_mut().for_each(|sum| *sum += table[expert]);
     }
     sums
 }
