@@ -3,20 +3,31 @@
 
 use crate::cost::Problem;
 
-/// `[L, E]` holders of a cheapest placement, where the problem is of this form and the layers form a chain.
-pub(crate) fn one_expert_each(problem: &Problem) -> Option<Vec<u16>> {
-    let (l, e, r) = (problem.layers, problem.experts, problem.ranks);
-    let price = problem.dist.get(1).copied().unwrap_or(0.0);
-    let equal = (0..r * r).all(|at| at / r == at % r || problem.dist[at] == price);
+/// Whether a problem is of this form.
+pub(super) fn is_one_expert_each(problem: &Problem) -> bool {
+    let r = problem.ranks;
+    let equal = (0..r * r).all(|at| at / r == at % r || problem.dist[at] == price(problem));
     let single = problem.capacity.most.iter().all(|&most| most == 1);
     let load_counts = problem.load.is_active() && problem.load.slowness.windows(2).any(|s| s[0] != s[1]);
-    if !equal || !single || r < e || load_counts || problem.has_wrap() {
+    equal && single && r >= problem.experts && !load_counts
+}
+
+/// What a move costs where all links are equal.
+pub(super) fn price(problem: &Problem) -> f64 {
+    problem.dist.get(1).copied().unwrap_or(0.0)
+}
+
+/// `[L, E]` holders of a cheapest placement, where the problem is of this form and the layers form a chain.
+pub(crate) fn one_expert_each(problem: &Problem) -> Option<Vec<u16>> {
+    let (l, e) = (problem.layers, problem.experts);
+    if !is_one_expert_each(problem) || problem.has_wrap() {
         return None;
     }
     let mut holders: Vec<u16> = (0..e as u16).collect();
     for layer in 0..l - 1 {
         let edge = problem.leaving[layer].iter().map(|&at| &problem.edges[at]).find(|e| e.to == layer + 1);
-        let partner = edge.map_or_else(|| (0..e).collect(), |edge| heaviest_matching(&edge.weight, e));
+        let partner =
+            edge.map_or_else(|| (0..e).collect(), |edge| heaviest_matching(&edge.weight, e).partner);
         let before = holders[layer * e..].to_vec();
         let mut row = vec![0u16; e];
         partner.iter().enumerate().for_each(|(i, &j)| row[j] = before[i]);
@@ -25,9 +36,20 @@ pub(crate) fn one_expert_each(problem: &Problem) -> Option<Vec<u16>> {
     Some(holders)
 }
 
-/// The permutation of most weight, `[n]`: shortest augmenting paths with potentials (Kuhn and Munkres; the form of
+/// A permutation of most weight, and the prices that prove it: `weight[i][j] <= rows[i] + columns[j]`, with equality
+/// where i is matched to j.
+pub(super) struct Matching {
+    /// `[n]` the column of each row.
+    pub(super) partner: Vec<usize>,
+    /// `[n]`
+    pub(super) rows: Vec<f64>,
+    /// `[n]`
+    pub(super) columns: Vec<f64>,
+}
+
+/// The permutation of most weight: shortest augmenting paths with potentials (Kuhn and Munkres; the form of
 /// Jonker and Volgenant 1987). O(n³).
-pub(crate) fn heaviest_matching(weight: &[f64], n: usize) -> Vec<usize> {
+pub(super) fn heaviest_matching(weight: &[f64], n: usize) -> Matching {
     // Rows 1..=n, columns 1..=n; column 0 is where an augmenting path begins.
     let (mut u, mut v) = (vec![0.0; n + 1], vec![0.0; n + 1]);
     let mut row_of = vec![0usize; n + 1];
@@ -65,7 +87,8 @@ pub(crate) fn heaviest_matching(weight: &[f64], n: usize) -> Vec<usize> {
     }
     let mut partner = vec![0; n];
     (1..=n).for_each(|j| partner[row_of[j] - 1] = j - 1);
-    partner
+    let negative = |prices: &[f64]| prices[1..].iter().map(|price| -price).collect();
+    Matching { partner, rows: negative(&u), columns: negative(&v) }
 }
 
 #[cfg(test)]
@@ -93,7 +116,9 @@ mod tests {
         for n in [1, 2, 5, 6] {
             for _ in 0..40 {
                 let weight: Vec<f64> = (0..n * n).map(|_| rng.below(30) as f64).collect();
-                let partner = heaviest_matching(&weight, n);
+                let Matching { partner, rows, columns } = heaviest_matching(&weight, n);
+                let within = |at: usize| weight[at] <= rows[at / n] + columns[at % n];
+                assert!((0..n * n).all(within));
                 let mut seen = partner.clone();
                 seen.sort_unstable();
                 assert_eq!(seen, (0..n).collect::<Vec<_>>());

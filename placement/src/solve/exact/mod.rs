@@ -10,6 +10,7 @@
 //! the order of that bound, and a state is dropped as soon as its way so far plus B reaches the best ring known.
 
 mod chain;
+mod cycles;
 mod matching;
 mod ring;
 mod states;
@@ -18,7 +19,7 @@ use crate::cost::Problem;
 use chain::Chain;
 use states::States;
 
-/// What is known after an exact solve.
+/// What is known after an exact solve, or of a bound that comes near one.
 pub(crate) struct Exact {
     /// No placement costs less.
     pub(crate) bound: f64,
@@ -43,10 +44,12 @@ pub(crate) fn solve(
     if let Some(holders) = matching::one_expert_each(problem) {
         return Some(Exact { bound: problem.cost(&holders), holders: Some(holders) });
     }
-    let states = States::new(problem)?;
-    let pairs = states.orbits() as f64 * states.len() as f64 * problem.layers as f64;
-    if pairs > seconds * PAIRS_A_SECOND {
-        return None;
+    let few = |states: &States| {
+        let pairs = states.orbits() as f64 * states.len() as f64 * problem.layers as f64;
+        pairs <= seconds * PAIRS_A_SECOND
+    };
+    match States::new(problem).filter(few) {
+        Some(states) => Chain::new(problem, states, stop)?.solve(known, stop),
+        None => cycles::bound(problem, known, seconds, stop),
     }
-    Chain::new(problem, states, stop)?.solve(known, stop)
 }

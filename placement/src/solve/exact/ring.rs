@@ -120,7 +120,8 @@ impl Open {
     /// infinite where no ring passes.
     fn price(&self, layer: usize) -> Vec<f64> {
         let least = self.ahead[layer].iter().copied().fold(f64::INFINITY, f64::min);
-        let price = |(past, ahead): (&f64, &f64)| if past.is_finite() { ahead - least } else { f64::INFINITY };
+        let price =
+            |(past, ahead): (&f64, &f64)| if past.is_finite() { ahead - least } else { f64::INFINITY };
         self.past[layer].iter().zip(&self.ahead[layer]).map(price).collect()
     }
 }
@@ -149,7 +150,9 @@ impl<'c> Ring<'c, '_> {
             if bound >= limit {
                 break;
             }
-            if let Some(holders) = self.through(&from, self.chain.states.representative(orbit), limit, stop)? {
+            if let Some(holders) =
+                self.through(&from, self.chain.states.representative(orbit), limit, stop)?
+            {
                 limit = self.chain.problem.cost(&holders) * (1.0 - ROUNDING);
                 best = Some(holders);
             }
