@@ -180,7 +180,8 @@ impl<'c> Ring<'c, '_> {
         let mut past = vec![begin];
         for layer in 0..self.layers() {
             past[layer].iter_mut().zip(&ahead[layer]).for_each(|(past, ahead)| {
-                if !(*past + ahead < limit) {
+                let bound = *past + ahead;
+                if bound >= limit || bound.is_nan() {
                     *past = f64::INFINITY;
                 }
             });
@@ -318,7 +319,8 @@ impl<'c> Ring<'c, '_> {
             let step = chain.least(self.edge(layer), ahead.last()?, Direction::Back, states, stop)?;
             let mut costs = sum(&step, &chain.own[layer]);
             let closed = |(cost, past): (&mut f64, &f64)| {
-                if !(*cost + past + price < limit) {
+                let bound = *cost + past + price;
+                if bound >= limit || bound.is_nan() {
                     *cost = f64::INFINITY;
                 }
             };
