@@ -6,6 +6,7 @@ mod journal;
 mod member;
 mod placing;
 mod plan;
+mod sizing;
 
 pub use member::work;
 
@@ -13,7 +14,7 @@ use crate::generate::{self, Run};
 use crate::logits::{self, LogitsDump};
 use crate::model::ModelSpec;
 use crate::options::{ClusterOptions, Feed, NoProgress, Progress};
-use crate::runtime::{Admission, Command, Event, RankStats};
+use crate::runtime::{Admission, BLOCK, Command, Event, RankStats};
 use crate::text::TextCodec;
 use crate::{EngineError, Generation, Request, TokenEvent};
 use exflow_placement::{PlacementTable, Rank, RoutingTrace};
@@ -37,6 +38,8 @@ pub struct Cluster {
     host: Host,
     group: Group,
     table: PlacementTable,
+    /// Of KV cache on each rank, in the first epoch.
+    cache_blocks: usize,
     adapters: Vec<String>,
     /// Ranks that are not there in this epoch.
     absent: Vec<Rank>,
@@ -70,6 +73,7 @@ impl Cluster {
         let (commands, _) = channel();
         let mut cluster = Self {
             table: world.plan.table.clone(),
+            cache_blocks: world.plan.cache_blocks,
             options,
             text,
             host,
@@ -120,9 +124,9 @@ impl Cluster {
         self.text.as_ref().ok().cloned()
     }
 
-    /// Positions of KV cache on each rank.
+    /// Positions of KV cache on each rank; what fits into the cache of the first epoch fits into that of every one.
     pub(crate) fn cache_positions(&self) -> usize {
-        placing::cache_blocks(&self.options, self.spec()) * crate::runtime::BLOCK
+        self.cache_blocks * BLOCK
     }
 
     /// Where each expert is, in this epoch.

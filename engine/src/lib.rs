@@ -17,6 +17,7 @@ mod gpu;
 mod logits;
 mod model;
 mod options;
+mod os;
 mod output;
 mod runtime;
 mod sampling;

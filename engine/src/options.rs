@@ -184,13 +184,15 @@ pub struct ClusterOptions {
     pub quant: Option<Quant>,
     /// How the cache holds keys and values.
     pub kv_dtype: KvDtype,
-    /// Positions that the KV cache of every rank holds, for all sequences together; `None`: 16 contexts, but at
-    /// most 16,384 positions.
+    /// Positions that the KV cache of every rank holds, for all sequences together; `None`: what is left of
+    /// [`ClusterOptions::memory`] or, without it, of what the adapter has free, up to the contexts of all sequences that
+    /// run at once; where the adapter is a CPU, a quarter of the host's free memory, up to 16 contexts or 16,384 positions.
     pub cache_positions: Option<usize>,
     /// Adapter of each rank of this process, like [`ClusterOptions::adapter`], which stands for all where this is
     /// empty.
     pub devices: Vec<String>,
-    /// Bytes that each rank of this process may take; `None`: not known, and not checked.
+    /// Bytes that each rank of this process may take: weights that do not fit are refused, the cache takes what is
+    /// left. `None`: nothing is refused before it is tried.
     pub memory: Option<u64>,
     /// The group of processes that this one belongs to; `None`: all ranks are in this process.
     pub group: Option<GroupOptions>,

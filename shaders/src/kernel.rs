@@ -13,6 +13,8 @@ pub enum Kernel {
     Linear,
     /// RMSNorm of parts of rows, in place.
     PartNorm,
+    /// Clamps rows, in place.
+    Clip,
     /// Rotary positions, in place.
     Rope,
     /// Keys and values into the paged cache.
@@ -211,11 +213,12 @@ impl Variant {
 
 impl Kernel {
     /// Every kernel, in the order in which a decode step runs them; the probe last.
-    pub const ALL: [Kernel; 15] = [
+    pub const ALL: [Kernel; 16] = [
         Kernel::Embed,
         Kernel::Norm,
         Kernel::Linear,
         Kernel::PartNorm,
+        Kernel::Clip,
         Kernel::Rope,
         Kernel::KvAppend,
         Kernel::Attention,
@@ -236,6 +239,7 @@ impl Kernel {
             Kernel::Norm => "norm",
             Kernel::Linear => "linear",
             Kernel::PartNorm => "part_norm",
+            Kernel::Clip => "clip",
             Kernel::Rope => "rope",
             Kernel::KvAppend => "kv_append",
             Kernel::Attention => "attention",
@@ -327,6 +331,7 @@ impl Kernel {
                 | Kernel::KvAppend
                 | Kernel::ExpertUp
                 | Kernel::ExpertDown
+                | Kernel::Clip
                 | Kernel::Rope
                 | Kernel::SharedGate
                 | Kernel::Combine
@@ -340,6 +345,7 @@ impl Kernel {
             Kernel::Norm => include_str!("../wgsl/norm.wgsl"),
             Kernel::Linear => include_str!("../wgsl/linear.wgsl"),
             Kernel::PartNorm => include_str!("../wgsl/part_norm.wgsl"),
+            Kernel::Clip => include_str!("../wgsl/clip.wgsl"),
             Kernel::Rope => include_str!("../wgsl/rope.wgsl"),
             Kernel::KvAppend => include_str!("../wgsl/kv_append.wgsl"),
             Kernel::Attention => include_str!("../wgsl/attention.wgsl"),

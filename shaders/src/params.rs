@@ -32,6 +32,8 @@ params! {
     }
     /// Parameters of `part_norm.wgsl`.
     PartNorm { stride4: u32, offset4: u32, part4: u32, width: u32, eps: f32 }
+    /// Parameters of `clip.wgsl`.
+    Clip { width4: u32, limit: f32 }
     /// Parameters of `rope.wgsl`.
     Rope { rows: u32, heads: u32, stride: u32, offset: u32, head: u32, first: u32, half: u32 }
     /// Parameters of `kv_append.wgsl`.
@@ -49,7 +51,7 @@ params! {
     /// Parameters of `expert_permute.wgsl`.
     ExpertPermute { pairs: u32, top_k: u32, experts: u32, up_groups: u32, down_groups: u32 }
     /// Parameters of `expert_up.wgsl`.
-    ExpertUp { h4: u32, i4: u32, w_units: u32, w_stride: u32, first_tile: u32, has_bias: u32 }
+    ExpertUp { h4: u32, i4: u32, w_units: u32, w_stride: u32, first_tile: u32, has_bias: u32, limit: f32 }
     /// Parameters of `shared_gate.wgsl`.
     SharedGate { h4: u32, first: u32, count: u32 }
     /// Parameters of `expert_down.wgsl`.

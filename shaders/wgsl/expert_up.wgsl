@@ -13,6 +13,7 @@ struct Params {
     w_stride: u32,    // units of a row of w1, those of its scales included
     first_tile: u32,
     has_bias: u32,
+    limit: f32,       // of what is clamped
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(3) var<storage, read> pairs: array<Pair>;
@@ -65,7 +66,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         for (var r = 0u; r < TILE_ROWS; r++) {
             if r <= last {
                 @if(swiglu) let value = swiglu(sums[0][c][r], sums[1][c][r]);
-                @elif(clamped_glu) let value = clamped_glu(sums[0][c][r], sums[1][c][r]);
+                @elif(clamped_glu) let value = clamped_glu(sums[0][c][r], sums[1][c][r], p.limit);
                 @else let value = gelu(sums[0][c][r]);
                 a[(tile.first + r) * p.i4 + columns[c]] = value;
             }

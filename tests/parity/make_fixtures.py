@@ -102,6 +102,10 @@ FIXTURES = {
     # Longer than max_position_embeddings, which is what a dynamic base is for.
     "rope_dynamic_past": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=2, intermediate_size=14, head_dim=8,
                                           max_position_embeddings=16, **rope(rope_type="dynamic", factor=4.0)), ["published"]),
+    # Limits that act on one value in five or so.
+    "olmoe_clip": ("olmoe", dict(num_experts=8, num_experts_per_tok=3, intermediate_size=21, clip_qkv=1.3), ["published"]),
+    "gpt_oss_limit": ("gpt_oss", dict(num_local_experts=5, num_experts_per_tok=2, intermediate_size=20, head_dim=10, sliding_window=4,
+                                      swiglu_limit=1.1), []),
 }
 PROMPTS = {"rope_dynamic_past": 23}
 # Whose greedy tokens are decided clearly.

@@ -1,11 +1,12 @@
 //! How the ranks of a world meet: in this process alone, or with other processes over QUIC, epoch by epoch.
 
-use super::placing::{self, Decline, Offer};
+use super::placing::{self, Base, Decline};
 use super::plan::{Plan, table_digest};
+use super::sizing::Offer;
 use crate::EngineError;
 use crate::model::ModelSpec;
 use crate::options::{ClusterOptions, GroupOptions, PlacementSource, TransportKind};
-use exflow_placement::{PlacementTable, Rank};
+use exflow_placement::Rank;
 use exflow_transport::identity::Identity;
 use exflow_transport::proto::membership::{Digest, Party, Roster};
 use exflow_transport::quic::{self, JoinEvent, JoinOptions, Life, Listener, QuicOptions, Ruling};
@@ -54,8 +55,7 @@ pub(crate) struct Leader {
 /// What was decided about those who came: between the driver's thread and ours.
 #[derive(Default)]
 struct Decision {
-    /// The table of the complete world.
-    base: Option<PlacementTable>,
+    base: Option<Base>,
     plan: Option<Result<Plan, EngineError>>,
     adapters: Vec<String>,
 }
@@ -104,7 +104,7 @@ fn alone(kind: TransportKind, options: &ClusterOptions, spec: &ModelSpec) -> Res
     }
     let here = Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
     let roster = Roster::new([(options.ranks as u16, here)]);
-    let offer = Offer { memory: options.memory, adapters: Vec::new() };
+    let offer = Offer::of(options)?;
     let plan = placing::decide(options, spec, &roster, &[offer], &mut None);
     let plan = plan.map_err(Decline::into_error)?;
     let comms = match kind {
@@ -200,8 +200,7 @@ pub(crate) fn join_options(
         PlacementSource::File(path) => Some(table_digest(&placing::read_table(path, spec.experts, None)?)),
         _ => None,
     };
-    let adapters = (0..options.ranks).map(|local| adapter_name(options, local));
-    let offer = Offer { memory: options.memory, adapters: adapters.collect::<Result<_, _>>()? };
+    let offer = Offer::with_names(options)?;
     let observer = group.observer.clone();
     let mut join = JoinOptions::new(rank, group.processes, identity);
     join.ranks = options.ranks;
@@ -245,12 +244,6 @@ fn port_of(leader: &str) -> Result<u16, EngineError> {
             "give it as HOST:PORT, as in node0:7447",
         )
     })
-}
-
-/// The name of a hosted rank's adapter, short enough for an offer.
-fn adapter_name(options: &ClusterOptions, local: usize) -> Result<String, EngineError> {
-    let name = crate::gpu::adapter_name(options.adapter_of(local), local)?;
-    Ok(name.chars().take(40).collect())
 }
 
 fn digest_bytes(hex: &str) -> Result<Digest, EngineError> {

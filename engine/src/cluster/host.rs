@@ -199,7 +199,7 @@ impl Loader<'_> {
         Ok(Hosted { decoder, held })
     }
 
-    /// Other experts than before, read anew for each layer whose experts differ.
+    /// Other experts than before, read anew for each layer whose experts differ, beside a cache of the plan's size.
     fn replace(
         &self,
         rank: Rank,
@@ -211,6 +211,7 @@ impl Loader<'_> {
         let total = self.spec.elements(count) - self.spec.elements(0);
         let mut read = self.counter(format!("load rank {rank} anew"), total);
         let Hosted { decoder, held } = there;
+        decoder.size_cache(self.plan.cache_blocks * BLOCK)?;
         let (weights, held_as) = (&mut decoder.weights, (self.options.dtype, self.options.quant));
         weights.replace_experts((self.spec, self.store, &decoder.gpu), held, &experts, held_as, &mut read)?;
         *held = experts;

@@ -1,4 +1,5 @@
-//! How much memory an adapter has and how much of it is left: Vulkan tells; elsewhere nothing is said.
+//! How much memory an adapter has and how much of it is left: Vulkan tells of devices, the operating system of the
+//! host, whose memory a CPU's is; elsewhere nothing is said.
 
 /// Bytes of an adapter's own memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -9,9 +10,15 @@ pub struct DeviceMemory {
     pub free_bytes: Option<u64>,
 }
 
+/// Of an adapter, of which `is_cpu` says whether it computes on the host.
+pub(super) fn of(adapter: &wgpu::Adapter, is_cpu: bool) -> Option<DeviceMemory> {
+    let host = is_cpu.then(crate::os::host_memory).flatten();
+    host.map(|(total_bytes, free)| DeviceMemory { total_bytes, free_bytes: Some(free) }).or_else(|| heap(adapter))
+}
+
 /// Of the largest heap that is the device's own.
 #[cfg(not(target_vendor = "apple"))]
-pub(super) fn of(adapter: &wgpu::Adapter) -> Option<DeviceMemory> {
+fn heap(adapter: &wgpu::Adapter) -> Option<DeviceMemory> {
     use ash::vk;
     // SAFETY: the guard keeps the adapter alive, and nothing of it is destroyed here.
     let hal = unsafe { adapter.as_hal::<wgpu::hal::api::Vulkan>() }?;
@@ -33,6 +40,6 @@ pub(super) fn of(adapter: &wgpu::Adapter) -> Option<DeviceMemory> {
 }
 
 #[cfg(target_vendor = "apple")]
-pub(super) fn of(_adapter: &wgpu::Adapter) -> Option<DeviceMemory> {
+fn heap(_adapter: &wgpu::Adapter) -> Option<DeviceMemory> {
     None
 }

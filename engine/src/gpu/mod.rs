@@ -13,5 +13,5 @@ pub(crate) use device::Gpu;
 pub use memory::DeviceMemory;
 pub use probe::{Probe, probe};
 pub(crate) use recording::Recording;
-pub(crate) use report::adapter_name;
+pub(crate) use report::chosen;
 pub use report::{DeviceReport, devices, prepare_process};

@@ -61,22 +61,31 @@ pub fn prepare_process(ranks: usize) {
     }
 }
 
-/// The name of the adapter that a rank would take.
-pub(crate) fn adapter_name(wanted: Option<&str>, rank: usize) -> Result<String, EngineError> {
-    Ok(choose(wanted, rank)?.report.name)
+/// What the adapters are that ranks would take, each as `wanted` says of it.
+pub(crate) fn chosen<'a>(
+    wanted: impl Iterator<Item = Option<&'a str>>,
+) -> Result<Vec<DeviceReport>, EngineError> {
+    let all = candidates();
+    wanted.enumerate().map(|(rank, wanted)| Ok(all[choice(&all, wanted, rank)?].report.clone())).collect()
 }
 
 pub(super) fn choose(wanted: Option<&str>, rank: usize) -> Result<Candidate, EngineError> {
     let mut all = candidates();
-    if all.is_empty() {
+    let index = choice(&all, wanted, rank)?;
+    Ok(all.swap_remove(index))
+}
+
+/// The place among `all` of the adapter that `wanted` names; rank `rank` takes its turn among equally good ones.
+fn choice(all: &[Candidate], wanted: Option<&str>, rank: usize) -> Result<usize, EngineError> {
+    let Some(best) = all.first() else {
         return Err(EngineError::gpu(
             "no adapter found",
             "install a Vulkan driver, on Linux without a GPU: apt install mesa-vulkan-drivers",
         ));
-    }
+    };
     let found = match wanted {
         None => {
-            let best = rank_of_kind(&all[0].report.kind);
+            let best = rank_of_kind(&best.report.kind);
             let equals = all.iter().filter(|c| rank_of_kind(&c.report.kind) == best).count();
             Some(rank % equals)
         }
@@ -84,17 +93,13 @@ pub(super) fn choose(wanted: Option<&str>, rank: usize) -> Result<Candidate, Eng
             text.parse() == Ok(c.report.index) || c.report.name.to_lowercase().contains(&text.to_lowercase())
         }),
     };
-    match found {
-        Some(index) => Ok(all.swap_remove(index)),
-        None => {
-            let names: Vec<_> =
-                all.iter().map(|c| format!("{}: {}", c.report.index, c.report.name)).collect();
-            Err(EngineError::usage(
-                format!("no adapter is called {}", wanted.unwrap_or_default()),
-                format!("choose one of: {}", names.join(", ")),
-            ))
-        }
-    }
+    found.ok_or_else(|| {
+        let names: Vec<_> = all.iter().map(|c| format!("{}: {}", c.report.index, c.report.name)).collect();
+        EngineError::usage(
+            format!("no adapter is called {}", wanted.unwrap_or_default()),
+            format!("choose one of: {}", names.join(", ")),
+        )
+    })
 }
 
 fn candidates() -> Vec<Candidate> {
@@ -143,7 +148,7 @@ fn report(index: usize, adapter: &wgpu::Adapter) -> DeviceReport {
         max_buffer_bytes: limits.max_buffer_size,
         subgroup: (info.subgroup_max_size > 0).then_some((info.subgroup_min_size, info.subgroup_max_size)),
         features: known.iter().filter(|(f, _)| has.contains(*f)).map(|(_, n)| (*n).to_owned()).collect(),
-        memory: super::memory::of(adapter),
+        memory: super::memory::of(adapter, info.device_type == wgpu::DeviceType::Cpu),
         name: info.name,
     }
 }

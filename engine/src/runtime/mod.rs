@@ -13,6 +13,7 @@ mod step;
 mod worker;
 
 pub(crate) use outlet::Outlet;
+pub(crate) use scheduler::{CHUNK, MAX_RUNNING};
 pub use sequence::FinishReason;
 pub(crate) use sequence::{Admission, BLOCK, positions_needed};
 pub(crate) use stats::{RankStats, class_bytes, row_exchanges};

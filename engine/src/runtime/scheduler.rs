@@ -12,9 +12,9 @@ use exflow_placement::Rank;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Sequences that run at once, at most.
-const MAX_RUNNING: usize = 256;
+pub(crate) const MAX_RUNNING: usize = 256;
 /// Tokens of prompts in one step, on all ranks together, while nobody decodes.
-const CHUNK: usize = 1024;
+pub(crate) const CHUNK: usize = 1024;
 /// The same while others decode, who wait for it.
 const CHUNK_BESIDE_DECODE: usize = 256;
 /// Logits that one step may keep where all of them are captured.

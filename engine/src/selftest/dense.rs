@@ -62,6 +62,16 @@ impl Bench {
         Ok(error(&expected, &got))
     }
 
+    pub(super) fn clip(&self, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
+        let x = v.floats(rows * H);
+        let p = params::Clip { width4: H4 as u32, limit: 0.5 };
+        let mut expected = x.clone();
+        reference::clip(&p, &mut expected);
+        let groups = [self.columns(H4), rows as u32, 1];
+        let got = self.run(Kernel::Clip, Variant::default(), &p, &[&self.up(&x)?], groups, x.len())?;
+        Ok(error(&expected, &got))
+    }
+
     pub(super) fn rope(&self, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
         let (heads, half) = (3, 4);
         let (x, turns) = (v.floats(rows * H), v.floats(2 * rows * half));

@@ -109,6 +109,7 @@ impl Bench {
             Kernel::Embed => self.embed(rows, &mut values)?,
             Kernel::Norm => self.norm(rows, &mut values)?,
             Kernel::PartNorm => self.part_norm(rows, &mut values)?,
+            Kernel::Clip => self.clip(rows, &mut values)?,
             Kernel::Rope => self.rope(rows, &mut values)?,
             Kernel::SharedGate => self.shared_gate(rows, &mut values)?,
             Kernel::Linear => self.linear(variant, rows, &mut values)?,

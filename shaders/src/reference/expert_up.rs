@@ -23,7 +23,7 @@ pub fn expert_up(
                     let row = (tile.expert as usize * matrices + matrix) * i + column;
                     dot(input, &w1[row * h..][..h]) + if p.has_bias != 0 { b1[row] } else { 0.0 }
                 };
-                a[index * i + column] = activate(activation, product(0), product(matrices - 1));
+                a[index * i + column] = activate(activation, p.limit, product(0), product(matrices - 1));
             }
         }
     }

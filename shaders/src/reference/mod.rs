@@ -3,6 +3,7 @@
 
 mod argmax;
 mod attention;
+mod clip;
 mod combine;
 mod embed;
 mod expert_down;
@@ -19,6 +20,7 @@ mod shared_gate;
 
 pub use argmax::argmax;
 pub use attention::attention;
+pub use clip::clip;
 pub use combine::combine;
 pub use embed::embed;
 pub use expert_down::expert_down;
@@ -46,13 +48,14 @@ fn gelu(x: f32) -> f32 {
     0.5 * x * (1.0 + u.tanh())
 }
 
-/// What stands between an expert's matrices; `up` is ignored where there is one matrix only.
-fn activate(activation: Activation, gate: f32, up: f32) -> f32 {
+/// What stands between an expert's matrices; `up` is ignored where there is one matrix only,
+/// `limit` where nothing is clamped.
+fn activate(activation: Activation, limit: f32, gate: f32, up: f32) -> f32 {
     match activation {
         Activation::Gelu => gelu(gate),
         Activation::SwiGlu => gate / (1.0 + (-gate).exp()) * up,
         Activation::ClampedGlu => {
-            let (gate, up) = (gate.min(7.0), up.clamp(-7.0, 7.0));
+            let (gate, up) = (gate.min(limit), up.clamp(-limit, limit));
             (up + 1.0) * (gate / (1.0 + (-1.702 * gate).exp()))
         }
     }

@@ -11,8 +11,8 @@ fn swiglu(gate: vec4<f32>, up: vec4<f32>) -> vec4<f32> {
 }
 
 // gpt_oss's GLU: the gate is clamped above, the other input on both sides.
-fn clamped_glu(gate: vec4<f32>, up: vec4<f32>) -> vec4<f32> {
-    let g = min(gate, vec4<f32>(7.0));
-    let u = clamp(up, vec4<f32>(-7.0), vec4<f32>(7.0));
+fn clamped_glu(gate: vec4<f32>, up: vec4<f32>, limit: f32) -> vec4<f32> {
+    let g = min(gate, vec4<f32>(limit));
+    let u = clamp(up, vec4<f32>(-limit), vec4<f32>(limit));
     return (u + vec4<f32>(1.0)) * (g / (vec4<f32>(1.0) + exp(-1.702 * g)));
 }

@@ -35,7 +35,7 @@ pub(crate) struct GroupFlags {
     /// Ranks on each adapter
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=256))]
     ranks_per_device: usize,
-    /// Memory that each rank may take, in place of what the driver says
+    /// Memory that each rank may take, in place of what the driver says is free: weights first, the KV cache the rest
     #[arg(long, value_name = "10GiB", value_parser = bytes)]
     memory: Option<u64>,
     /// How long the other processes are waited for

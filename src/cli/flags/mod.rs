@@ -51,7 +51,7 @@ pub(crate) struct RankFlags {
     /// How the cache, and frames that carry keys and values, hold them
     #[arg(long, value_enum, default_value = "f32")]
     pub(crate) kv_dtype: KvFlag,
-    /// Positions of KV cache on every rank, for all sequences together [default: 16 contexts, at most 16384]
+    /// Positions of KV cache on every rank, for all sequences together [default: what the memory that is left holds]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) ctx_size: Option<u32>,
     #[command(flatten)]

@@ -22,6 +22,11 @@ impl Decoder {
             }
             _ => self.project(r, &w.attention, rows),
         }
+        if let Some(limit) = attention.clip {
+            let p = params::Clip { width4: attention.qkv4() as u32, limit };
+            let groups = [self.columns(attention.qkv4()), rows as u32, 1];
+            r.launch(Kernel::Clip, Variant::default(), &p, &[&s.qkv], groups);
+        }
         self.turn(r, rows);
         let cached = (&s.qkv, attention.qkv4(), attention.q4());
         self.append(r, layer, cached, &s.kv_slots, rows);

@@ -100,7 +100,8 @@ impl Decoder {
             (units as u32, stride as u32)
         };
         let (w_units, w_stride) = units(&ffn.up.weight, h4);
-        let up = params::ExpertUp { h4, i4, w_units, w_stride, first_tile, has_bias };
+        let limit = ffn.spec.limit;
+        let up = params::ExpertUp { h4, i4, w_units, w_stride, first_tile, has_bias, limit };
         let (w_units, w_stride) = units(&ffn.down.weight, i4);
         (up, params::ExpertDown { i4, h4, w_units, w_stride, first_tile, has_bias, scale })
     }

@@ -58,10 +58,22 @@ impl Decoder {
         (cache_slots, cache_form): (usize, Cache),
     ) -> Result<Self, EngineError> {
         let scratch = Scratch::new(&gpu, &spec)?;
-        let bytes = (4 * cache_slots * cache_form.words(4 * spec.attention.cache4())) as u64;
-        let cache = (0..spec.layers).map(|_| gpu.buffer("KV cache", bytes, Usage::Storage));
-        let cache = cache.collect::<Result<_, _>>()?;
-        Ok(Self { gpu, spec, weights, scratch, cache, cache_form })
+        let mut decoder = Self { gpu, spec, weights, scratch, cache: Vec::new(), cache_form };
+        decoder.size_cache(cache_slots)?;
+        Ok(decoder)
+    }
+
+    /// Makes the cache anew where it has not `slots` positions; what it held is lost.
+    pub(crate) fn size_cache(&mut self, slots: usize) -> Result<(), EngineError> {
+        let bytes = (4 * slots * self.cache_form.words(4 * self.spec.attention.cache4())) as u64;
+        // Buffers are made in whole vec4s.
+        if self.cache.first().is_some_and(|buffer| buffer.bytes().abs_diff(bytes) < 16) {
+            return Ok(());
+        }
+        self.cache.clear();
+        let cache = (0..self.spec.layers).map(|_| self.gpu.buffer("KV cache", bytes, Usage::Storage));
+        self.cache = cache.collect::<Result<_, _>>()?;
+        Ok(())
     }
 
     /// Makes sure that a step of `rows` rows fits, `heads` of which the head is asked for. Call before a step:

@@ -67,6 +67,7 @@ fn gpt_moe(keys: &Keys) -> Result<ModelSpec, EngineError> {
         value_dim: head_dim,
         qkv_bias: true,
         out_bias: true,
+        clip: None,
         qk_norm: None,
         rope: None,
         windows: vec![None; layers],
@@ -75,7 +76,7 @@ fn gpt_moe(keys: &Keys) -> Result<ModelSpec, EngineError> {
         latent: None,
     };
     let intermediate = keys.count(&["n_inner"], MAX_WIDTH)?;
-    let expert = FfnSpec { intermediate, activation: Activation::Gelu, bias: true };
+    let expert = FfnSpec { intermediate, activation: Activation::Gelu, bias: true, limit: 0.0 };
     let renormalise = keys.flag("norm_topk_prob")?.unwrap_or(top_k > 1);
     let mut spec = base.spec(keys, attention, (experts, top_k), expert)?;
     spec.router.renormalise = renormalise;
@@ -105,13 +106,14 @@ fn grouped_query(keys: &Keys, family: &str) -> Result<ModelSpec, EngineError> {
     let inner: &[&str] =
         if family.starts_with("qwen") { &["moe_intermediate_size"] } else { &["intermediate_size"] };
     let gpt_oss = family == "gpt_oss";
+    let mut limit = 0.0;
     if gpt_oss {
         only(keys, "swiglu_alpha", 1.702)?;
-        only(keys, "swiglu_limit", 7.0)?;
+        limit = keys.number(&["swiglu_limit"], 1e-3, 1e9)?.unwrap_or(7.0) as f32;
     }
     silu(keys)?;
     let activation = if gpt_oss { Activation::ClampedGlu } else { Activation::SwiGlu };
-    let expert = FfnSpec { intermediate: keys.count(inner, MAX_WIDTH)?, activation, bias: gpt_oss };
+    let expert = FfnSpec { intermediate: keys.count(inner, MAX_WIDTH)?, activation, bias: gpt_oss, limit };
     let mut spec = base.spec(keys, attention, (experts, top_k), expert)?;
     spec.router.score = match family {
         "granitemoe" | "gpt_oss" => Score::SoftmaxOfChosen,
@@ -201,6 +203,7 @@ fn deepseek(keys: &Keys, family: &str) -> Result<ModelSpec, EngineError> {
         value_dim: latent.kv_rank,
         qkv_bias: false,
         out_bias: latent.bias,
+        clip: None,
         qk_norm: None,
         rope: Some(turns),
         windows: vec![None; base.layers],
@@ -209,7 +212,7 @@ fn deepseek(keys: &Keys, family: &str) -> Result<ModelSpec, EngineError> {
         latent: Some(latent),
     };
     let intermediate = keys.count(&["moe_intermediate_size"], MAX_WIDTH)?;
-    let expert = FfnSpec { intermediate, activation: Activation::SwiGlu, bias: false };
+    let expert = FfnSpec { intermediate, activation: Activation::SwiGlu, bias: false, limit: 0.0 };
     let mut spec = base.spec(keys, attention, (experts, top_k), expert)?;
 
     let first = keys.whole("first_k_dense_replace", 4096, if third { 3 } else { 0 })?;
@@ -398,9 +401,10 @@ fn attention(keys: &Keys, base: &Base, family: &str) -> Result<AttentionSpec, En
         "granitemoe" => keys.number(&["attention_multiplier"], -1e6, 1e6)?.unwrap_or(1.0),
         _ => (head_dim as f64).powf(-0.5),
     };
-    if family == "olmoe" && keys.get(&["clip_qkv"]).is_some() {
-        return Err(keys.bad("clip_qkv", "clipping is not supported", "use a model that does not need it"));
-    }
+    let clip = match family {
+        "olmoe" => keys.number(&["clip_qkv"], 1e-6, 1e9)?.map(|limit| limit as f32),
+        _ => None,
+    };
     Ok(AttentionSpec {
         heads,
         kv_heads,
@@ -408,6 +412,7 @@ fn attention(keys: &Keys, base: &Base, family: &str) -> Result<AttentionSpec, En
         value_dim: head_dim,
         qkv_bias,
         out_bias: qkv_bias && family != "qwen2_moe",
+        clip,
         qk_norm: match family {
             "olmoe" => Some(QkNorm::Projection),
             "qwen3_moe" => Some(QkNorm::Head),

@@ -89,6 +89,8 @@ pub struct AttentionSpec {
     pub out_bias: bool,
     /// RMSNorm of queries and keys.
     pub qk_norm: Option<QkNorm>,
+    /// What queries, keys and values are clamped to, on both sides, behind those norms.
+    pub clip: Option<f32>,
     /// Rotary positions.
     pub rope: Option<RopeSpec>,
     /// Positions that a token sees, its own included, per layer; `None`: all.
@@ -169,6 +171,8 @@ pub struct FfnSpec {
     pub activation: Activation,
     /// Whether its matrices have biases.
     pub bias: bool,
+    /// What a clamped activation's inputs are clamped to.
+    pub limit: f32,
 }
 
 /// The expert that every token takes.
