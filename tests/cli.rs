@@ -10,7 +10,7 @@ use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-const VERBS: [&str; 15] = [
+const VERBS: [&str; 16] = [
     "worker",
     "devices",
     "eval",
@@ -21,6 +21,7 @@ const VERBS: [&str; 15] = [
     "bench",
     "selftest",
     "simulate",
+    "report",
     "cert",
     "serve",
     "doctor",

@@ -79,7 +79,7 @@ impl Verb {
             Self::Devices(_) => 0,
             Self::Place(_) | Self::Simulate(_) | Self::Report(_) | Self::Selftest(_) => 1,
             Self::Completions(_) | Self::Man(_) | Self::Doctor(_) | Self::Cert(_) => 1,
-            Self::Worker(_) => 1,
+            Self::Worker(args) => flags::hosted(&args.model, 1),
         }
     }
 

@@ -139,6 +139,18 @@ pub fn find(model: &Path, progress: &dyn Progress) -> Result<PathBuf, HubError> 
     }
 }
 
+/// The same without a download: `None` where there would have to be one, and where there is no such model.
+pub fn local(model: &Path) -> Option<PathBuf> {
+    local_in(&Settings::from_environment(), model)
+}
+
+fn local_in(settings: &Settings, model: &Path) -> Option<PathBuf> {
+    match model.to_str().filter(|_| !model.exists()).and_then(Repository::parse) {
+        None => Some(model.to_owned()),
+        Some(repository) => cache::find(&settings.cache, &repository).ok(),
+    }
+}
+
 /// The Hub's name of a model whose folder is a snapshot in a cache.
 pub fn name_of(folder: &Path) -> Option<String> {
     let snapshots = folder.parent().filter(|parent| parent.ends_with("snapshots"))?;
@@ -197,6 +209,24 @@ mod tests {
         let name = |path: &str| name_of(Path::new(path));
         assert_eq!(name("/c/models--org--a-b/snapshots/c0ffee"), Some("org/a-b".to_owned()));
         assert_eq!(name("/c/models/gpt-moe-16e"), None);
+    }
+
+    #[test]
+    fn names_lead_to_folders_of_the_cache_without_a_download() {
+        let cache = tempfile::tempdir().expect("a folder");
+        let settings = settings(&[("HF_HUB_CACHE", cache.path().to_str().expect("UTF-8"))]);
+        let model = Path::new("org/none-such");
+        assert_eq!(local_in(&settings, model), None);
+        let folder = cache.path().join("models--org--none-such");
+        let snapshot = folder.join("snapshots/c0ffee");
+        std::fs::create_dir_all(&snapshot).expect("folders");
+        std::fs::create_dir_all(folder.join("refs")).expect("a folder");
+        std::fs::write(folder.join("refs/main"), "c0ffee\n").expect("a file");
+        assert_eq!(local_in(&settings, model), None, "without a config.json");
+        std::fs::write(snapshot.join("config.json"), "{}").expect("a file");
+        std::fs::write(snapshot.join("model.safetensors"), "").expect("a file");
+        assert_eq!(local_in(&settings, model), Some(snapshot));
+        assert_eq!(local_in(&settings, cache.path()).as_deref(), Some(cache.path()), "a folder is itself");
     }
 
     #[test]

@@ -58,5 +58,5 @@ kill -TERM "$server"
 wait "$server"
 grep -q 'done' "$work/log"
 echo "== load"
-cargo test --release --locked --test serving -- --ignored --nocapture ten_thousand
+cargo test --release --workspace --locked --test serving -- --ignored --nocapture ten_thousand
 echo "the server passes; screenshots in $out/"

@@ -219,7 +219,7 @@ mod tests {
         let spec = ModelSpec::parse(std::path::Path::new("config.json"), CONFIG.as_bytes()).expect("a config");
         let mut options = ClusterOptions::new("unused");
         change(&mut options);
-        let roster = Roster::new(offers.iter().map(|_| (1, None)));
+        let roster = Roster::new(offers.iter().map(|_| (1, Some(([127, 0, 0, 1], 7).into()))));
         let sizes = Sizes::of(&options, &spec, first);
         assert_eq!(sizes.block, BLOCK_BYTES);
         sizes.cache_blocks(&roster, offers, &vec![4; offers.len()])
@@ -237,15 +237,16 @@ mod tests {
         assert_eq!(blocks(|_| (), None, std::slice::from_ref(&host)), 16 * context, "memory that is everybody's");
         assert_eq!(blocks(|_| (), None, &[Offer { free: Some(9 * BLOCK_BYTES), ..host.clone() }]), 9);
         assert_eq!(blocks(|_| (), None, &[device(0)]), context, "one context, or the model is of no use");
-        // Another MiB holds so many blocks more, until a buffer is as large as it can be.
-        let (some, more) = (blocks(|_| (), None, &[device(2 << 20)]), blocks(|_| (), None, &[device(3 << 20)]));
+        // Another quarter of a MiB holds so many blocks more, until a buffer is as large as it can be.
+        let quarters = |n: u64| blocks(|_| (), None, &[device(n << 18)]);
+        let (some, more) = (quarters(4), quarters(5));
         assert!(some > context && more < all, "{some}, {more}");
-        assert_eq!((more - some) as u64, (1 << 20) / BLOCK_BYTES);
+        assert_eq!((more - some) as u64, (1 << 18) / BLOCK_BYTES);
         let small = Offer { largest_buffer: Some(5 * BLOCK_BYTES / 2), ..device(1 << 40) };
         assert_eq!(blocks(|_| (), None, &[small]), 5);
         // The rank with the least decides; what was told counts before what was found; --ctx-size before all.
         let told = |memory| Offer { memory: Some(memory), ..host.clone() };
-        assert_eq!(blocks(|_| (), None, &[device(1 << 40), device(2 << 20)]), some);
+        assert_eq!(blocks(|_| (), None, &[device(1 << 40), device(1 << 20)]), some);
         assert_eq!(blocks(|_| (), None, &[told(0)]), context);
         assert_eq!(blocks(|_| (), None, &[told(1 << 40)]), 16 * context);
         assert_eq!(blocks(|o| o.cache_positions = Some(100), None, &[told(0)]), 7);

@@ -101,8 +101,7 @@ impl RankFlags {
     /// Ranks for which the driver is to be set up: 0 for one rank with matrices so large that a pool of threads pays
     /// on adapters that are CPUs (`exflow::engine::prepare_process`).
     pub(crate) fn hosted(&self) -> usize {
-        let is_large = || weight_bytes(&self.model) >= LARGE_MODEL_BYTES;
-        if self.ep_size == 1 && is_large() { 0 } else { self.ep_size }
+        hosted(&self.model, self.ep_size)
     }
 
     /// Says which placement is in use where it decides anything.
@@ -124,6 +123,12 @@ impl RankFlags {
 
 /// Where the time of matrix products outweighs the 45 µs that each launch pays for the pool.
 pub(super) const LARGE_MODEL_BYTES: u64 = 128 << 20;
+
+/// `ranks`, or 0 for one with large matrices. What is still to be downloaded from a Hub is large.
+pub(super) fn hosted(model: &Path, ranks: usize) -> usize {
+    let is_large = || exflow::hub::local(model).is_none_or(|folder| weight_bytes(&folder) >= LARGE_MODEL_BYTES);
+    if ranks == 1 && is_large() { 0 } else { ranks }
+}
 
 /// Bytes of a model folder's weights; 0 where it cannot be read, which others will tell.
 fn weight_bytes(folder: &Path) -> u64 {
