@@ -30,7 +30,9 @@ mod tests {
     fn reads_meminfo() {
         let text = "MemTotal:       24676304 kB\nMemFree: 1 kB\nMemAvailable:   20000000 kB\n";
         assert_eq!(parse_meminfo(text), Some((24_676_304 << 10, 20_000_000 << 10)));
-        for wrong in ["", "MemTotal: 1 kB\n", "MemTotal: x kB\nMemAvailable: 1 kB", "MemTotal: 1\nMemAvailable: 1"] {
+        for wrong in
+            ["", "MemTotal: 1 kB\n", "MemTotal: x kB\nMemAvailable: 1 kB", "MemTotal: 1\nMemAvailable: 1"]
+        {
             assert_eq!(parse_meminfo(wrong), None, "{wrong}");
         }
     }

@@ -149,7 +149,8 @@ impl Sizes {
             let others = self.weights + self.scratch + held as u64 * self.expert;
             let fitting = |bytes: u64| (bytes.saturating_sub(others) / self.block) as usize;
             // The share of the host's memory is one for caches alone: weights are mapped files and have been counted.
-            let free = |bytes: u64| if offer.on_host { (bytes / self.block) as usize } else { fitting(bytes) };
+            let free =
+                |bytes: u64| if offer.on_host { (bytes / self.block) as usize } else { fitting(bytes) };
             let memory = offer.memory.map(fitting).or(offer.free.map(free)).unwrap_or(self.most_on_host);
             let buffer = offer.largest_buffer.map_or(usize::MAX, |bytes| (bytes / self.layer_block) as usize);
             Some(most.min(memory).max(self.least).min(buffer.max(1)))
@@ -216,7 +217,8 @@ mod tests {
     const BLOCK_BYTES: u64 = 2 * 16 * 16 * 4;
 
     fn blocks(change: impl FnOnce(&mut ClusterOptions), first: Option<usize>, offers: &[Offer]) -> usize {
-        let spec = ModelSpec::parse(std::path::Path::new("config.json"), CONFIG.as_bytes()).expect("a config");
+        let spec =
+            ModelSpec::parse(std::path::Path::new("config.json"), CONFIG.as_bytes()).expect("a config");
         let mut options = ClusterOptions::new("unused");
         change(&mut options);
         let roster = Roster::new(offers.iter().map(|_| (1, Some(([127, 0, 0, 1], 7).into()))));
@@ -234,7 +236,11 @@ mod tests {
         let (context, all) = (64 / BLOCK, MAX_RUNNING * 64 / BLOCK);
         assert_eq!(blocks(|_| (), None, &[device(1 << 40)]), all, "every sequence's whole context");
         let host = Offer { on_host: true, ..device(1 << 40) };
-        assert_eq!(blocks(|_| (), None, std::slice::from_ref(&host)), 16 * context, "memory that is everybody's");
+        assert_eq!(
+            blocks(|_| (), None, std::slice::from_ref(&host)),
+            16 * context,
+            "memory that is everybody's"
+        );
         assert_eq!(blocks(|_| (), None, &[Offer { free: Some(9 * BLOCK_BYTES), ..host.clone() }]), 9);
         assert_eq!(blocks(|_| (), None, &[device(0)]), context, "one context, or the model is of no use");
         // Another quarter of a MiB holds so many blocks more, until a buffer is as large as it can be.

@@ -13,7 +13,8 @@ pub struct DeviceMemory {
 /// Of an adapter, of which `is_cpu` says whether it computes on the host.
 pub(super) fn of(adapter: &wgpu::Adapter, is_cpu: bool) -> Option<DeviceMemory> {
     let host = is_cpu.then(crate::os::host_memory).flatten();
-    host.map(|(total_bytes, free)| DeviceMemory { total_bytes, free_bytes: Some(free) }).or_else(|| heap(adapter))
+    host.map(|(total_bytes, free)| DeviceMemory { total_bytes, free_bytes: Some(free) })
+        .or_else(|| heap(adapter))
 }
 
 /// Of the largest heap that is the device's own.

@@ -126,7 +126,8 @@ pub(super) const LARGE_MODEL_BYTES: u64 = 128 << 20;
 
 /// `ranks`, or 0 for one with large matrices. What is still to be downloaded from a Hub is large.
 pub(super) fn hosted(model: &Path, ranks: usize) -> usize {
-    let is_large = || exflow::hub::local(model).is_none_or(|folder| weight_bytes(&folder) >= LARGE_MODEL_BYTES);
+    let is_large =
+        || exflow::hub::local(model).is_none_or(|folder| weight_bytes(&folder) >= LARGE_MODEL_BYTES);
     if ranks == 1 && is_large() { 0 } else { ranks }
 }
 
