@@ -77,12 +77,17 @@ fn compose(kernel: Kernel, variant: Variant) -> Result<String, ComposeError> {
     Ok(compiled.syntax.to_string())
 }
 
-fn flags(variant: Variant) -> [(&'static str, bool); 14] {
+fn flags(variant: Variant) -> [(&'static str, bool); 19] {
     [
         ("one", variant.tile == RowTile::One),
+        ("tile2", variant.tile == RowTile::Two),
+        ("tile4", variant.tile == RowTile::Four),
         ("tile8", variant.tile == RowTile::Eight),
         ("tile16", variant.tile == RowTile::Sixteen),
-        ("tile32", variant.tile == RowTile::ThirtyTwo),
+        ("turn2", variant.turn4() == 2),
+        ("turn4", variant.turn4() == 4),
+        ("turn8", variant.turn4() == 8),
+        ("image", variant.image),
         ("subgroup", variant.subgroup),
         ("half", variant.weights == Weights::F16),
         ("q8", variant.weights == Weights::Q8),

@@ -40,7 +40,7 @@ pub enum Kernel {
 }
 
 /// What a kernel is specialised by besides `override` numbers. Variants that differ in
-/// `tile`, `subgroup` or `values` alone give equal bits.
+/// `tile`, `subgroup`, `image` or `values` alone give equal bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct Variant {
     /// Rows that a lane works on at once (matrix kernels only; others ignore it).
@@ -53,9 +53,11 @@ pub struct Variant {
     pub values: Values,
     /// How the cache holds keys and values (`kv_append` and `attention` only; others ignore it).
     pub cache: Cache,
-    /// Lanes hand each other what they loaded, in subgroups of eight or more (`attention`, and matrix kernels with
-    /// tiles of eight rows or more or quantised weights; others ignore it).
+    /// Lanes hand each other what they loaded, in subgroups of eight or more (`attention` and matrix kernels; others
+    /// ignore it).
     pub subgroup: bool,
+    /// The matrix is a texture (matrix kernels and `embed`; others ignore it).
+    pub image: bool,
 }
 
 /// How many rows a lane of a matrix kernel works on at once.
@@ -64,22 +66,28 @@ pub enum RowTile {
     /// 1.
     #[default]
     One,
+    /// 2.
+    Two,
+    /// 4.
+    Four,
     /// 8.
     Eight,
     /// 16.
     Sixteen,
-    /// 32 (`linear` only).
-    ThirtyTwo,
 }
 
 impl RowTile {
+    /// Every size.
+    pub const ALL: [RowTile; 5] = [Self::One, Self::Two, Self::Four, Self::Eight, Self::Sixteen];
+
     /// How many.
     pub fn rows(self) -> usize {
         match self {
             Self::One => 1,
+            Self::Two => 2,
+            Self::Four => 4,
             Self::Eight => 8,
             Self::Sixteen => 16,
-            Self::ThirtyTwo => 32,
         }
     }
 }
@@ -143,22 +151,17 @@ impl Weights {
     /// Units that hold the weights of a row of `columns` columns, and units from a row to the next: behind the
     /// weights stand eight scales a unit.
     pub fn units(self, columns: usize) -> (usize, usize) {
-        match self.has_scales() {
-            false => {
-                let units = columns.div_ceil(self.per_unit());
-                (units, units)
-            }
-            true => {
-                let blocks = columns.div_ceil(QUANT_BLOCK);
-                let units = blocks * QUANT_BLOCK / self.per_unit();
-                (units, units + blocks.div_ceil(8))
-            }
-        }
+        let blocks = columns.div_ceil(WEIGHT_BLOCK);
+        let units = blocks * WEIGHT_BLOCK / self.per_unit();
+        (units, units + if self.has_scales() { blocks.div_ceil(8) } else { 0 })
     }
 }
 
-/// Weights that share a scale.
-pub const QUANT_BLOCK: usize = 32;
+/// Weights that share a scale, and up to which rows are padded.
+pub const WEIGHT_BLOCK: usize = 32;
+
+/// Units in a row of a texture that holds a matrix.
+pub const IMAGE_WIDTH: usize = 1 << 14;
 
 /// vec4s of columns that a lane of a matrix kernel makes.
 pub const LANE_COLUMNS4: usize = 2;
@@ -204,10 +207,16 @@ impl Variant {
                 Kernel::KvAppend | Kernel::Attention => self.cache,
                 _ => Cache::F32,
             },
-            subgroup: self.subgroup
-                && (kernel == Kernel::Attention
-                    || kernel.has_weights() && (tile != RowTile::One || self.weights.has_scales())),
+            subgroup: self.subgroup && (kernel == Kernel::Attention || kernel.has_weights()),
+            image: self.image && kernel.has_matrix(),
         }
+    }
+
+    /// vec4s of k that a turn of a matrix kernel's loop takes: what lanes load at once, whole units, and a whole block
+    /// where it shares a scale.
+    pub(crate) fn turn4(&self) -> usize {
+        let parts = if self.subgroup { 8usize.div_ceil(self.tile_rows()) } else { 1 };
+        if self.weights.has_scales() { WEIGHT_BLOCK / 4 } else { parts.max(self.weights.per_unit() / 4) }
     }
 }
 
@@ -259,18 +268,23 @@ impl Kernel {
         matches!(self, Kernel::Linear | Kernel::ExpertPermute | Kernel::ExpertUp | Kernel::ExpertDown)
     }
 
+    /// Whether binding 2 is a matrix as `shared/weight.wgsl` lays it out.
+    pub fn has_matrix(self) -> bool {
+        self.has_weights() || self == Kernel::Embed
+    }
+
     /// Whether the kernel reads a matrix that may lie in another type than f32.
     pub fn has_weights(self) -> bool {
         self.is_tiled() && self != Kernel::ExpertPermute
     }
 
-    /// Whether variants with tiles or subgroups form the same sums as the plain one, bit for bit.
+    /// Whether variants with tiles, subgroups or textures form the same sums as the plain one, bit for bit.
     pub fn sums_alike(self) -> bool {
-        self.has_weights() || self == Kernel::Attention
+        self.has_matrix() || self == Kernel::Attention
     }
 
-    /// The variants of this kernel that are worth telling apart; those that differ in `tile` and `subgroup` alone
-    /// follow each other, the plain one first.
+    /// The variants of this kernel that are worth telling apart; those that differ in `tile`, `subgroup` and `image`
+    /// alone follow each other, the plain one first.
     pub fn variants(self) -> Vec<Variant> {
         let plain = Variant::default();
         let mut bases = vec![plain];
@@ -296,28 +310,24 @@ impl Kernel {
         if self.has_weights() {
             bases.extend(Weights::ALL[1..].iter().map(|&weights| Variant { weights, ..plain }));
         }
-        let tiles = [RowTile::Eight, RowTile::Sixteen, RowTile::ThirtyTwo];
-        let with_tiles = |base: Variant| {
-            // Drivers unroll: the largest tile would take them seconds to compile for an expert's two matrices.
-            let largest = if self == Kernel::Linear { 3 } else { 2 };
-            let tiled = tiles.iter().take(largest).flat_map(move |&tile| {
-                let without = Variant { tile, ..base };
-                let with = Variant { subgroup: true, ..without };
-                // Adapters that cannot hand over run all of them plain; on the others two stand for the rest.
-                let both = self.has_weights() && base == plain && tile != RowTile::ThirtyTwo;
-                match (self.has_weights(), both) {
-                    (true, false) => vec![with],
-                    (true, true) => vec![without, with],
-                    (false, _) => vec![without],
-                }
-            });
-            // A single row's parts are handed over where weights share scales by as many as eight lanes load.
-            let one = base.weights.has_scales().then_some(Variant { subgroup: true, ..base });
-            std::iter::once(base).chain(one).chain(tiled)
+        // What CPUs run comes whole; of what others run, one type of weights stands for the rest where tiles are
+        // concerned, and one tile where types are.
+        let alike = |base: Variant| {
+            let with = move |tile, subgroup, image| Variant { tile, subgroup, image, ..base };
+            let all = RowTile::ALL.iter().map(move |&tile| with(tile, true, true));
+            let buffers = RowTile::ALL
+                .iter()
+                .filter(move |&&tile| base == plain || tile == RowTile::Eight)
+                .map(move |&tile| with(tile, true, false));
+            let without = (base == plain).then_some(with(RowTile::Eight, false, false));
+            std::iter::once(base).chain(all).chain(buffers).chain(without)
         };
-        match self.is_tiled() {
-            true => bases.into_iter().flat_map(with_tiles).collect(),
-            false => bases,
+        let tiles = |base: Variant| RowTile::ALL.iter().map(move |&tile| Variant { tile, ..base });
+        match self {
+            _ if self.has_weights() => bases.into_iter().flat_map(alike).collect(),
+            _ if self.is_tiled() => bases.into_iter().flat_map(tiles).collect(),
+            Kernel::Embed => vec![plain, Variant { image: true, ..plain }],
+            _ => bases,
         }
     }
 
@@ -362,8 +372,9 @@ impl Kernel {
 }
 
 /// Texts that kernels import, by name under `shared/`.
-pub(crate) const SHARED: [(&str, &str); 6] = [
+pub(crate) const SHARED: [(&str, &str); 7] = [
     ("weight", include_str!("../wgsl/shared/weight.wgsl")),
+    ("matrix", include_str!("../wgsl/shared/matrix.wgsl")),
     ("cached", include_str!("../wgsl/shared/cached.wgsl")),
     ("product", include_str!("../wgsl/shared/product.wgsl")),
     ("tile", include_str!("../wgsl/shared/tile.wgsl")),

@@ -13,7 +13,9 @@ mod reflect;
 
 pub use cached::Cache;
 pub use compose::{ComposeError, Module, module};
-pub use kernel::{Activation, Kernel, LANE_COLUMNS4, QUANT_BLOCK, RowTile, Values, Variant, Weights};
+pub use kernel::{
+    Activation, IMAGE_WIDTH, Kernel, LANE_COLUMNS4, RowTile, Values, Variant, WEIGHT_BLOCK, Weights,
+};
 pub use reflect::{Access, Binding};
 
 /// Positions per block of the paged KV cache, as `attention.wgsl` has it.

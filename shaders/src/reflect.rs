@@ -9,6 +9,8 @@ pub enum Access {
     Read,
     /// `var<storage, read_write>`.
     ReadWrite,
+    /// A texture of units that is read.
+    Image,
 }
 
 /// One binding of group 0.
@@ -36,6 +38,7 @@ pub(crate) fn interface(module: &naga::Module) -> Result<(Vec<Binding>, u32), St
                 Access::ReadWrite
             }
             naga::AddressSpace::Storage { .. } => Access::Read,
+            naga::AddressSpace::Handle => Access::Image,
             other => return Err(format!("binding {} in address space {other:?}", resource.binding)),
         };
         if access == Access::Uniform {

@@ -1,5 +1,6 @@
 // x[t] = wte[token[t]] * scale (+ wpe[position[t]])
-import package::shared::weight::{column_start, column_step};
+import package::shared::weight::{BLOCK4, column_start, column_step};
+import package::shared::matrix::unit_at; // binding 2: wte [V, H/4], as any matrix in f32
 
 struct Params {
     rows: u32,          // T
@@ -10,7 +11,6 @@ struct Params {
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> tokens: array<vec2<u32>>;  // [T] (token id, position)
-@group(0) @binding(2) var<storage, read> wte: array<vec4<f32>>;     // [V, H/4], as any matrix in f32
 @group(0) @binding(3) var<storage, read> wpe: array<vec4<f32>>;     // [S, H/4]
 @group(0) @binding(4) var<storage, read_write> x: array<vec4<f32>>; // [T, H/4]
 
@@ -25,8 +25,9 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
     }
     let token = tokens[row];
     let four = token.x / 4u;
-    let at = column_start(four, p.width4) + (4u * column + token.x % 4u) * column_step(four, p.vocab4);
-    var value = wte[at] * p.scale;
+    let stride = (p.width4 + BLOCK4 - 1u) / BLOCK4 * BLOCK4;
+    let at = column_start(four, stride) + (4u * column + token.x % 4u) * column_step(four, p.vocab4);
+    var value = unit_at(at) * p.scale;
     if p.has_positions != 0u {
         value += wpe[token.y * p.width4 + column];
     }

@@ -1,8 +1,9 @@
-//! Device buffers, named so that an error tells which one did not fit.
+//! Device buffers, named so that an error tells which one did not fit; and matrices in textures, which are bound alike.
 
 use super::Gpu;
 use crate::EngineError;
 use bytemuck::Pod;
+use exflow_shaders::IMAGE_WIDTH;
 
 /// What a buffer is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,17 +16,49 @@ pub(crate) enum Usage {
     Uniform,
 }
 
-/// A buffer on one device.
+/// A buffer on one device, or a texture that stands for one.
 #[derive(Debug, Clone)]
 pub(crate) struct Buffer {
-    pub(super) raw: wgpu::Buffer,
+    memory: Memory,
+    bytes: u64,
     pub(super) id: u64,
 }
+
+#[derive(Debug, Clone)]
+enum Memory {
+    Buffer(wgpu::Buffer),
+    /// Rows of [`IMAGE_WIDTH`] texels of 16 bytes.
+    Image(wgpu::TextureView),
+}
+
+/// llvmpipe makes no larger textures.
+const MAX_IMAGE_BYTES: u64 = 1 << 30;
 
 impl Buffer {
     /// Size in bytes.
     pub(crate) fn bytes(&self) -> u64 {
-        self.raw.size()
+        self.bytes
+    }
+
+    /// Whether kernels see a texture.
+    pub(super) fn is_image(&self) -> bool {
+        matches!(self.memory, Memory::Image(_))
+    }
+
+    /// What a launch binds.
+    pub(super) fn resource(&self) -> wgpu::BindingResource<'_> {
+        match &self.memory {
+            Memory::Buffer(raw) => raw.as_entire_binding(),
+            Memory::Image(view) => wgpu::BindingResource::TextureView(view),
+        }
+    }
+
+    /// The buffer itself, for copies and launches that it sizes.
+    pub(super) fn raw(&self) -> Result<&wgpu::Buffer, EngineError> {
+        match &self.memory {
+            Memory::Buffer(raw) => Ok(raw),
+            Memory::Image(_) => Err(EngineError::Internal("a matrix in a texture is read by kernels only".into())),
+        }
     }
 }
 
@@ -52,7 +85,40 @@ impl Gpu {
             usage: flags,
             mapped_at_creation: false,
         });
-        Ok(Buffer { raw, id: self.next_buffer_id() })
+        Ok(Buffer { memory: Memory::Buffer(raw), bytes, id: self.next_buffer_id() })
+    }
+
+    /// A matrix of units as kernels read it best: CPUs load texels much faster than 16 bytes of a buffer.
+    pub(crate) fn matrix(&self, label: &str, units: Vec<[u32; 4]>) -> Result<Buffer, EngineError> {
+        let bytes = 16 * units.len() as u64;
+        let rows = units.len().div_ceil(IMAGE_WIDTH) as u32;
+        match self.is_cpu() && bytes <= MAX_IMAGE_BYTES && rows <= self.max_image_rows() {
+            true => Ok(self.image(label, units)),
+            false => self.buffer_of(label, &units),
+        }
+    }
+
+    /// A texture that holds `units`.
+    pub(crate) fn image(&self, label: &str, mut units: Vec<[u32; 4]>) -> Buffer {
+        let width = units.len().clamp(1, IMAGE_WIDTH);
+        let height = units.len().div_ceil(width).max(1);
+        // All of it is written: a part would have the rest cleared first.
+        units.resize(width * height, [0; 4]);
+        let size = wgpu::Extent3d { width: width as u32, height: height as u32, depth_or_array_layers: 1 };
+        let texture = self.device.create_texture(&wgpu::TextureDescriptor {
+            label: Some(label),
+            size,
+            mip_level_count: 1,
+            sample_count: 1,
+            dimension: wgpu::TextureDimension::D2,
+            format: wgpu::TextureFormat::Rgba32Uint,
+            usage: wgpu::TextureUsages::STORAGE_BINDING | wgpu::TextureUsages::COPY_DST,
+            view_formats: &[],
+        });
+        let row = wgpu::TexelCopyBufferLayout { offset: 0, bytes_per_row: Some(16 * size.width), rows_per_image: None };
+        self.queue.write_texture(texture.as_image_copy(), bytemuck::cast_slice(&units), row, size);
+        let view = texture.create_view(&wgpu::TextureViewDescriptor::default());
+        Buffer { memory: Memory::Image(view), bytes: 16 * units.len() as u64, id: self.next_buffer_id() }
     }
 
     /// A buffer that holds `data`.
@@ -65,8 +131,8 @@ impl Gpu {
 
     /// Writes `data` at byte `offset`, before whatever is submitted next.
     pub(crate) fn write<T: Pod>(&self, buffer: &Buffer, offset: u64, data: &[T]) {
-        if !data.is_empty() {
-            self.queue.write_buffer(&buffer.raw, offset, bytemuck::cast_slice(data));
+        if let (false, Memory::Buffer(raw)) = (data.is_empty(), &buffer.memory) {
+            self.queue.write_buffer(raw, offset, bytemuck::cast_slice(data));
         }
     }
 }

@@ -78,6 +78,11 @@ impl Gpu {
         self.limits.max_storage_buffer_binding_size.min(self.limits.max_buffer_size)
     }
 
+    /// Rows of a texture.
+    pub(super) fn max_image_rows(&self) -> u32 {
+        self.limits.max_texture_dimension_2d
+    }
+
     /// Lanes per workgroup of kernels that leave it open: lavapipe runs eight lanes as one vector, GPUs want
     /// one or two subgroups.
     pub(crate) fn workgroup(&self) -> u32 {

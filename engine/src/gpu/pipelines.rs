@@ -23,8 +23,8 @@ pub(super) struct Pipeline {
 const MAX_BIND_GROUPS: usize = 4096;
 
 impl Gpu {
+    /// The pipeline of a variant that this device runs ([`Gpu::runs`]).
     pub(super) fn pipeline(&self, kernel: Kernel, variant: Variant) -> Result<Pipeline, EngineError> {
-        let variant = self.runs(kernel, variant);
         if let Some(found) = self.pipelines.borrow().pipelines.get(&(kernel, variant)) {
             return Ok(found.clone());
         }
@@ -33,9 +33,12 @@ impl Gpu {
         Ok(made)
     }
 
-    /// The variant that this device runs in its place: the same bits.
-    fn runs(&self, kernel: Kernel, variant: Variant) -> Variant {
-        Variant { subgroup: variant.subgroup && self.hands_over(), ..variant }.of(kernel)
+    /// The variant that this device runs in its place on such buffers: the same bits.
+    pub(super) fn runs(&self, kernel: Kernel, variant: Variant, buffers: &[&Buffer]) -> Variant {
+        let subgroup = variant.subgroup && self.hands_over();
+        // Binding 2, behind the parameter block and another.
+        let image = buffers.get(1).is_some_and(|matrix| matrix.is_image());
+        Variant { subgroup, image, ..variant }.of(kernel)
     }
 
     fn make_pipeline(&self, kernel: Kernel, variant: Variant) -> Result<Pipeline, EngineError> {
@@ -82,8 +85,8 @@ impl Gpu {
         pipeline: &Pipeline,
         params: &Buffer,
         buffers: &[&Buffer],
-    ) -> wgpu::BindGroup {
-        let variant = self.runs(kernel, variant);
+    ) -> Result<wgpu::BindGroup, EngineError> {
+        let raw = params.raw()?;
         let ids = std::iter::once(params.id).chain(buffers.iter().map(|b| b.id)).collect();
         let mut cache = self.pipelines.borrow_mut();
         if cache.bind_groups.len() > MAX_BIND_GROUPS {
@@ -93,14 +96,14 @@ impl Gpu {
             let uniform = wgpu::BindGroupEntry {
                 binding: 0,
                 resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
-                    buffer: &params.raw,
+                    buffer: raw,
                     offset: 0,
                     size: std::num::NonZeroU64::new(pipeline.params_size),
                 }),
             };
             let storage = buffers.iter().enumerate().map(|(i, buffer)| wgpu::BindGroupEntry {
                 binding: i as u32 + 1,
-                resource: buffer.raw.as_entire_binding(),
+                resource: buffer.resource(),
             });
             let entries: Vec<_> = std::iter::once(uniform).chain(storage).collect();
             self.device.create_bind_group(&wgpu::BindGroupDescriptor {
@@ -109,25 +112,31 @@ impl Gpu {
                 entries: &entries,
             })
         };
-        cache.bind_groups.entry((kernel, variant, ids)).or_insert_with(make).clone()
+        Ok(cache.bind_groups.entry((kernel, variant, ids)).or_insert_with(make).clone())
     }
 }
 
 fn layout_entry(binding: &Binding, params_size: u32) -> wgpu::BindGroupLayoutEntry {
-    let ty = match binding.access {
-        Access::Uniform => wgpu::BufferBindingType::Uniform,
-        Access::Read => wgpu::BufferBindingType::Storage { read_only: true },
-        Access::ReadWrite => wgpu::BufferBindingType::Storage { read_only: false },
-    };
     let uniform = binding.access == Access::Uniform;
+    let buffer = |ty| wgpu::BindingType::Buffer {
+        ty,
+        has_dynamic_offset: uniform,
+        min_binding_size: if uniform { std::num::NonZeroU64::new(u64::from(params_size)) } else { None },
+    };
+    let ty = match binding.access {
+        Access::Uniform => buffer(wgpu::BufferBindingType::Uniform),
+        Access::Read => buffer(wgpu::BufferBindingType::Storage { read_only: true }),
+        Access::ReadWrite => buffer(wgpu::BufferBindingType::Storage { read_only: false }),
+        Access::Image => wgpu::BindingType::StorageTexture {
+            access: wgpu::StorageTextureAccess::ReadOnly,
+            format: wgpu::TextureFormat::Rgba32Uint,
+            view_dimension: wgpu::TextureViewDimension::D2,
+        },
+    };
     wgpu::BindGroupLayoutEntry {
         binding: binding.number,
         visibility: wgpu::ShaderStages::COMPUTE,
-        ty: wgpu::BindingType::Buffer {
-            ty,
-            has_dynamic_offset: uniform,
-            min_binding_size: if uniform { std::num::NonZeroU64::new(u64::from(params_size)) } else { None },
-        },
+        ty,
         count: None,
     }
 }

@@ -81,6 +81,7 @@ impl<'g> Recording<'g> {
         buffers: &[&Buffer],
         size: Size,
     ) {
+        let variant = self.gpu.runs(kernel, variant, buffers);
         let pipeline = match self.gpu.pipeline(kernel, variant) {
             Ok(pipeline) => pipeline,
             Err(e) => {
@@ -115,12 +116,12 @@ impl<'g> Recording<'g> {
             for launch in &self.launches {
                 let of = &launch.bind_group;
                 let buffers: Vec<&Buffer> = of.buffers.iter().collect();
-                let group = gpu.bind_group(of.kernel, of.variant, &launch.pipeline, &params, &buffers);
+                let group = gpu.bind_group(of.kernel, of.variant, &launch.pipeline, &params, &buffers)?;
                 pass.set_pipeline(&launch.pipeline.raw);
                 pass.set_bind_group(0, &group, &[launch.params_offset as u32]);
                 match &launch.size {
                     Size::Groups([x, y, z]) => pass.dispatch_workgroups(*x, *y, *z),
-                    Size::Indirect(buffer, offset) => pass.dispatch_workgroups_indirect(&buffer.raw, *offset),
+                    Size::Indirect(buffer, offset) => pass.dispatch_workgroups_indirect(buffer.raw()?, *offset),
                 }
             }
         }
@@ -130,7 +131,7 @@ impl<'g> Recording<'g> {
         if let Some(staging) = &staging {
             let mut at = 0;
             for (buffer, offset, size) in &self.reads {
-                encoder.copy_buffer_to_buffer(&buffer.raw, *offset, staging, at, *size);
+                encoder.copy_buffer_to_buffer(buffer.raw()?, *offset, staging, at, *size);
                 at += size.next_multiple_of(8);
             }
         }

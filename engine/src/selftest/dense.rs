@@ -6,9 +6,9 @@ use exflow_shaders::params::{self, Query};
 use exflow_shaders::{KV_BLOCK, Kernel, Variant, reference};
 
 impl Bench {
-    pub(super) fn embed(&self, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
+    pub(super) fn embed(&self, variant: Variant, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
         let (wte, wpe) = (v.floats(44 * H), v.floats(70 * H));
-        let (packed, _) = self.matrix(Variant::default(), &wte, (44, H))?;
+        let (packed, _) = self.matrix(variant, &wte, (44, H))?;
         let tokens: Vec<[u32; 2]> =
             v.below(42, rows).into_iter().enumerate().map(|(i, id)| [id, i as u32]).collect();
         let mut worst = 0f64;
@@ -19,7 +19,7 @@ impl Bench {
             let out = self.up(&vec![0f32; rows * H])?;
             let buffers = [&self.up(&tokens)?, &packed, &self.up(&wpe)?, &out];
             let groups = [self.columns(H4), rows as u32, 1];
-            let got = self.run(Kernel::Embed, Variant::default(), &p, &buffers, groups, rows * H)?;
+            let got = self.run(Kernel::Embed, variant, &p, &buffers, groups, rows * H)?;
             worst = worst.max(error(&expected, &got));
         }
         Ok(worst)

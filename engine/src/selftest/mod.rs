@@ -49,7 +49,7 @@ pub fn selftest(adapter: Option<&str>, sink: &mut dyn FnMut(&KernelCheck)) -> Re
                 for variant in kernel.variants() {
                     let mut check = bench.check(kernel, variant, rows)?;
                     let got = bench.last.take();
-                    if variant.tile == RowTile::One && !variant.subgroup {
+                    if variant.tile == RowTile::One && !variant.subgroup && !variant.image {
                         bits = Some(got);
                     } else if kernel.sums_alike() && bits.as_ref() != Some(&got) {
                         (check.max_error, check.passed) = (f64::INFINITY, false);
@@ -106,7 +106,7 @@ impl Bench {
     fn check(&self, kernel: Kernel, variant: Variant, rows: usize) -> Result<KernelCheck, EngineError> {
         let mut values = Values(kernel as u64 * 1000 + rows as u64);
         let max_error = match kernel {
-            Kernel::Embed => self.embed(rows, &mut values)?,
+            Kernel::Embed => self.embed(variant, rows, &mut values)?,
             Kernel::Norm => self.norm(rows, &mut values)?,
             Kernel::PartNorm => self.part_norm(rows, &mut values)?,
             Kernel::Clip => self.clip(rows, &mut values)?,
@@ -142,6 +142,9 @@ impl Bench {
         if variant.subgroup {
             variant_text += ", subgroup";
         }
+        if variant.image {
+            variant_text += ", texture";
+        }
         Ok(KernelCheck {
             adapter: self.gpu.name().to_owned(),
             kernel: kernel.name().to_owned(),
@@ -166,7 +169,9 @@ impl Bench {
         let (form, shape) = (variant.weights, pack::Shape { height, columns });
         let beyond = |value| EngineError::Internal(format!("{value} is beyond what f16 holds"));
         let units = pack::pack(form, values, shape).map_err(beyond)?;
-        Ok((self.up(&units)?, pack::unpack(form, &units, shape)))
+        let values = pack::unpack(form, &units, shape);
+        let buffer = if variant.image { self.gpu.image("selftest", units) } else { self.up(&units)? };
+        Ok((buffer, values))
     }
 
     /// Rows of `width` values as the variant's cache holds them, and the numbers that they stand for.

@@ -267,7 +267,7 @@ impl Loader<'_> {
             EngineError::usage(what, "use --dtype f32, without --quant")
         })?;
         let (height4, width4) = (height / 4, rows.columns / 4);
-        Ok(Matrix { buffer: self.gpu.buffer_of(name, &units)?, form, height4, width4 })
+        Ok(Matrix { buffer: self.gpu.matrix(name, units)?, form, height4, width4 })
     }
 
     pub(super) fn upload(&self, name: &str, values: &[f32]) -> Result<Buffer, EngineError> {

@@ -1,6 +1,6 @@
 //! From f32 rows to the units of 16 bytes that the matrix kernels read (`shared/weight.wgsl`), and back.
 
-use exflow_shaders::{QUANT_BLOCK, Weights};
+use exflow_shaders::{WEIGHT_BLOCK, Weights};
 use half::f16;
 
 /// 16 bytes of a row.
@@ -55,9 +55,9 @@ fn order(rows: usize, height: usize, stride: usize) -> impl Iterator<Item = usiz
 
 /// Blocks of 32 as llama.cpp's q8_0 and q4_0 round them: the largest value decides the scale, which is f16.
 fn pack_blocks(form: Weights, row: &[f32], weights: &mut [u32], scales: &mut [u32]) -> Result<(), f32> {
-    let per_block = QUANT_BLOCK * 4 / form.per_unit();
+    let per_block = WEIGHT_BLOCK * 4 / form.per_unit();
     for (index, (block, words)) in
-        row.chunks(QUANT_BLOCK).zip(weights.chunks_exact_mut(per_block)).enumerate()
+        row.chunks(WEIGHT_BLOCK).zip(weights.chunks_exact_mut(per_block)).enumerate()
     {
         let largest = block.iter().fold(0f32, |m, v| if v.abs() > m.abs() { *v } else { m });
         let scale = if form == Weights::Q8 { largest.abs() / 127.0 } else { largest / -8.0 };
@@ -73,7 +73,7 @@ fn pack_blocks(form: Weights, row: &[f32], weights: &mut [u32], scales: &mut [u3
             }
         }
         // Columns beyond the row stand for 0.
-        for i in (block.len()..QUANT_BLOCK).filter(|_| form == Weights::Q4) {
+        for i in (block.len()..WEIGHT_BLOCK).filter(|_| form == Weights::Q4) {
             words[i / 8] |= 8 << (8 * (i % 4) + 4 * (i / 4 % 2));
         }
     }
@@ -107,11 +107,11 @@ pub(crate) fn unpack(form: Weights, units: &[Unit], shape: Shape) -> Vec<f32> {
             Weights::F16 => half(weights, i),
             Weights::Q8 => {
                 let byte = (weights[i / 4] >> (8 * (i % 4))) as u8 as i8;
-                f32::from(byte) * half(scales, i / QUANT_BLOCK)
+                f32::from(byte) * half(scales, i / WEIGHT_BLOCK)
             }
             Weights::Q4 => {
                 let nibble = weights[i / 8] >> (8 * (i % 4) + 4 * (i / 4 % 2)) & 15;
-                (nibble as f32 - 8.0) * half(scales, i / QUANT_BLOCK)
+                (nibble as f32 - 8.0) * half(scales, i / WEIGHT_BLOCK)
             }
         };
         values.extend((0..columns).map(value));

@@ -1,44 +1,64 @@
 // The product that every matrix kernel makes: a tile of rows of x times a lane's rows of w.
-import package::shared::tile::{COLUMNS, LOADS, PerColumn, Starts, Sums, TILE_ROWS, accumulate};
-import package::shared::weight::{SPAN, UNIT4, Unit, widen};
+import package::shared::tile::{COLUMNS, LOADS, PARTS, PerColumn, Starts, Sums, TILE_ROWS, accumulate};
+import package::shared::weight::{BLOCK4, UNIT4, Unit, widen};
+import package::shared::matrix::unit_at; // binding 2
 
 @group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
-@group(0) @binding(2) var<storage, read> w: array<Unit>;
 
-alias Stored = array<array<Unit, 4>, COLUMNS>;
-alias Scales = array<array<f32, 4>, COLUMNS>;
+alias Units = array<array<Unit, 4>, COLUMNS>;
 
-// Four columns of x: vec4 `k` of its rows, which is vec4 `i` of the units. With a single row whose parts lanes hand each
-// other, `part` is this lane's of the eight that share scales.
-fn add_vec4(
-    sums: ptr<function, Sums>,
-    starts: Starts,
-    units: Stored,
-    factors: Scales,
-    part: vec4<f32>,
-    i: u32,
-    k: u32,
-) {
-    var x_at = starts;
-    var stored = units;
-    var scales = factors;
-    var mine: array<vec4<f32>, LOADS>;
-    @if(!(subgroup && one)) {
+// vec4s of k that one turn of the loop takes.
+@if(turn2) const TURN4: u32 = 2u;
+@elif(turn4) const TURN4: u32 = 4u;
+@elif(turn8) const TURN4: u32 = 8u;
+@else const TURN4: u32 = 1u;
+
+// What a lane has loaded and still uses.
+struct Held {
+    rows: array<vec4<f32>, LOADS>,
+    units: Units,
+    scales: array<array<f32, 4>, COLUMNS>,
+}
+
+// Where a lane loads: the vec4s of x at which its rows begin, where its columns begin in w, how far their units are
+// from each other, and which part of a row it loads for others.
+struct From {
+    rows: Starts,
+    columns: PerColumn,
+    steps: PerColumn,
+    part: u32,
+}
+
+// vec4 `k + i` of the rows of x times the weights there. `i` is a constant, so that what depends on it alone is none of
+// the loop's work.
+fn add_vec4(sums: ptr<function, Sums>, held: ptr<function, Held>, lane: From, k: u32, i: u32, k4: u32) {
+    var lane_from = lane;
+    if i % PARTS == 0u {
+        // Weights beyond the row's end are 0: any value stands for those of x there.
+        let at = min(k + i + lane.part, k4 - 1u);
         for (var l = 0u; l < LOADS; l++) {
-            mine[l] = x[x_at[l] + k];
+            (*held).rows[l] = x[lane_from.rows[l] + at];
+        }
+    }
+    if i % UNIT4 == 0u {
+        let unit = (k + i) / UNIT4;
+        for (var c = 0u; c < COLUMNS; c++) {
+            for (var j = 0u; j < 4u; j++) {
+                (*held).units[c][j] = unit_at(lane_from.columns[c] + (4u * unit + j) * lane_from.steps[c]);
+            }
         }
     }
     var wide: array<array<vec4<f32>, 4>, COLUMNS>;
     for (var c = 0u; c < COLUMNS; c++) {
         for (var j = 0u; j < 4u; j++) {
-            wide[c][j] = widen(stored[c][j], i);
-            @if(q8 || q4) wide[c][j] *= scales[c][j];
+            wide[c][j] = widen((*held).units[c][j], i % UNIT4);
+            @if(q8 || q4) wide[c][j] *= (*held).scales[c][j];
         }
     }
     for (var r = 0u; r < TILE_ROWS; r++) {
-        @if(subgroup && one) let row = subgroupShuffle(part, k % 8u);
-        @elif(subgroup) let row = subgroupShuffle(mine[r / 8u], r % 8u);
-        @else let row = mine[r];
+        let from_lane = i % PARTS * TILE_ROWS + r;
+        @if(subgroup) let row = subgroupShuffle((*held).rows[from_lane / 8u], from_lane % 8u);
+        @else let row = (*held).rows[r];
         for (var c = 0u; c < COLUMNS; c++) {
             let sum = (*sums)[c][r];
             (*sums)[c][r] = accumulate(sum, row, wide[c][0], wide[c][1], wide[c][2], wide[c][3]);
@@ -46,42 +66,27 @@ fn add_vec4(
     }
 }
 
-// One unit of each of a lane's rows of w.
-fn add_unit(
-    sums: ptr<function, Sums>,
-    starts: Starts,
-    columns: PerColumn,
-    steps: PerColumn,
-    scales: Scales,
-    part: vec4<f32>,
-    unit: u32,
-    k4: u32,
-) {
-    var w_at = columns;
-    var step = steps;
-    var stored: Stored;
-    for (var c = 0u; c < COLUMNS; c++) {
-        for (var j = 0u; j < 4u; j++) {
-            stored[c][j] = w[w_at[c] + (4u * unit + j) * step[c]];
-        }
+// TURN4 vec4s of k. They are written out: a loop that a driver does not unroll copies all sums at each turn.
+fn turn(sums: ptr<function, Sums>, held: ptr<function, Held>, lane: From, k: u32, k4: u32) {
+    add_vec4(sums, held, lane, k, 0u, k4);
+    @if(turn2 || turn4 || turn8) {
+        add_vec4(sums, held, lane, k, 1u, k4);
     }
-    @if(half || q8 || q4) {
-        for (var i = 0u; i < UNIT4; i++) {
-            // A lane's part beyond the row's end stands for the last one too.
-            @if(subgroup && one) let k = unit * UNIT4 + i;
-            @else let k = min(unit * UNIT4 + i, k4 - 1u);
-            add_vec4(sums, starts, stored, scales, part, i, k);
-        }
+    @if(turn4 || turn8) {
+        add_vec4(sums, held, lane, k, 2u, k4);
+        add_vec4(sums, held, lane, k, 3u, k4);
     }
-    @else {
-        add_vec4(sums, starts, stored, scales, part, 0u, unit);
+    @if(turn8) {
+        add_vec4(sums, held, lane, k, 4u, k4);
+        add_vec4(sums, held, lane, k, 5u, k4);
+        add_vec4(sums, held, lane, k, 6u, k4);
+        add_vec4(sums, held, lane, k, 7u, k4);
     }
 }
 
 // Adds rows of x times rows of w to the sums. `starts` are the vec4s of x at which this lane's rows begin, `columns`
 // and `steps` where its columns begin in w and how far units are from each other (`column_start`, `column_step`). The
-// first `units` of a row hold the weights of 4 * k4 columns of x; weights beyond those are 0. There is no loop of one
-// turn: drivers that do not unroll a long one copy all sums at each turn.
+// first `units` of a row hold the weights of 4 * k4 columns of x and zeros up to whole blocks.
 fn product(
     sums: ptr<function, Sums>,
     starts: Starts,
@@ -91,31 +96,34 @@ fn product(
     k4: u32,
     lane: u32,
 ) {
-    var scales: Scales;
-    var part: vec4<f32>;
-    for (var block = 0u; block < units; block += SPAN) {
-        @if(q8 || q4) {
-            var w_at = columns;
-            var step = steps;
-            let at = block / SPAN;
-            @if(subgroup && one) {
-                var x_at = starts;
-                part = x[x_at[0] + min(8u * at + lane % 8u, k4 - 1u)];
-            }
+    let from_where = From(starts, columns, steps, lane % 8u / TILE_ROWS % PARTS);
+    var held: Held;
+    let end = units * UNIT4;
+    @if(q8 || q4) {
+        var lane_from = from_where;
+        for (var first = 0u; first < end; first += 8u * BLOCK4) {
+            // One unit holds the scales of eight blocks.
+            var eight: Units;
+            let unit = units + first / (8u * BLOCK4);
             for (var c = 0u; c < COLUMNS; c++) {
                 for (var j = 0u; j < 4u; j++) {
-                    let two = w[w_at[c] + (4u * (units + at / 8u) + j) * step[c]][at / 2u % 4u];
-                    scales[c][j] = unpack2x16float(two)[at % 2u];
+                    eight[c][j] = unit_at(lane_from.columns[c] + (4u * unit + j) * lane_from.steps[c]);
                 }
             }
-        }
-        @if(q8) {
-            for (var s = 0u; s < SPAN; s++) {
-                add_unit(sums, starts, columns, steps, scales, part, block + s, k4);
+            for (var k = first; k < min(first + 8u * BLOCK4, end); k += BLOCK4) {
+                let block = k / BLOCK4;
+                for (var c = 0u; c < COLUMNS; c++) {
+                    for (var j = 0u; j < 4u; j++) {
+                        held.scales[c][j] = unpack2x16float(eight[c][j][block / 2u % 4u])[block % 2u];
+                    }
+                }
+                turn(sums, &held, from_where, k, k4);
             }
         }
-        @else {
-            add_unit(sums, starts, columns, steps, scales, part, block, k4);
+    }
+    @else {
+        for (var k = 0u; k < end; k += TURN4) {
+            turn(sums, &held, from_where, k, k4);
         }
     }
 }

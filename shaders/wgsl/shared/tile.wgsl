@@ -1,19 +1,27 @@
 // What one lane of a matrix kernel makes: TILE_ROWS rows of COLUMNS vec4s of columns. Every sum is formed in the same
 // order whatever the tile, so that a row has the same bits in a batch of any size.
-@if(tile8) const TILE_ROWS: u32 = 8u;
+@if(tile2) const TILE_ROWS: u32 = 2u;
+@elif(tile4) const TILE_ROWS: u32 = 4u;
+@elif(tile8) const TILE_ROWS: u32 = 8u;
 @elif(tile16) const TILE_ROWS: u32 = 16u;
-@elif(tile32) const TILE_ROWS: u32 = 32u;
 @else const TILE_ROWS: u32 = 1u;
 const COLUMNS: u32 = 2u;
 
-// Rows of x that a lane loads itself: all, or, where lanes hand each other what they loaded, every eighth. (With a
-// single row they hand each other parts of it.)
-@if(subgroup && !one) const LOADS: u32 = TILE_ROWS / 8u;
+// vec4s of a row that lanes load at once where they hand each other what they loaded: eight lanes share up to eight
+// rows, and the parts of fewer.
+@if(subgroup && one) const PARTS: u32 = 8u;
+@elif(subgroup && tile2) const PARTS: u32 = 4u;
+@elif(subgroup && tile4) const PARTS: u32 = 2u;
+@else const PARTS: u32 = 1u;
+
+// Rows of x that a lane loads itself.
+@if(subgroup && tile16) const LOADS: u32 = 2u;
+@elif(subgroup) const LOADS: u32 = 1u;
 @else const LOADS: u32 = TILE_ROWS;
 
 // The i-th row that a lane loads. Subgroups have at least eight lanes, and lanes follow each other in them.
 fn row_of(i: u32, lane: u32) -> u32 {
-    @if(subgroup && !one) return 8u * i + lane % 8u;
+    @if(subgroup) return 8u * i + lane % 8u % TILE_ROWS;
     @else return i;
 }
 

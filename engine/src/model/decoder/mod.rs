@@ -32,9 +32,10 @@ pub(crate) struct Decoder {
 pub(crate) fn tile_for(rows: usize) -> Variant {
     let tile = match rows {
         0..2 => RowTile::One,
-        2..12 => RowTile::Eight,
-        12..24 => RowTile::Sixteen,
-        _ => RowTile::ThirtyTwo,
+        2 => RowTile::Two,
+        3..5 => RowTile::Four,
+        5..9 => RowTile::Eight,
+        _ => RowTile::Sixteen,
     };
     Variant { tile, subgroup: true, ..Variant::default() }
 }
@@ -44,7 +45,9 @@ pub(crate) fn tile_for(rows: usize) -> Variant {
 pub(crate) fn tile_for_each(rows: usize) -> Variant {
     let tile = match rows {
         0..2 => RowTile::One,
-        2..10 => RowTile::Eight,
+        2 => RowTile::Two,
+        3..6 => RowTile::Four,
+        6..32 => RowTile::Eight,
         _ => RowTile::Sixteen,
     };
     Variant { tile, ..tile_for(rows) }
