@@ -57,7 +57,9 @@ impl Buffer {
     pub(super) fn raw(&self) -> Result<&wgpu::Buffer, EngineError> {
         match &self.memory {
             Memory::Buffer(raw) => Ok(raw),
-            Memory::Image(_) => Err(EngineError::Internal("a matrix in a texture is read by kernels only".into())),
+            Memory::Image(_) => {
+                Err(EngineError::Internal("a matrix in a texture is read by kernels only".into()))
+            }
         }
     }
 }
@@ -115,7 +117,11 @@ impl Gpu {
             usage: wgpu::TextureUsages::STORAGE_BINDING | wgpu::TextureUsages::COPY_DST,
             view_formats: &[],
         });
-        let row = wgpu::TexelCopyBufferLayout { offset: 0, bytes_per_row: Some(16 * size.width), rows_per_image: None };
+        let row = wgpu::TexelCopyBufferLayout {
+            offset: 0,
+            bytes_per_row: Some(16 * size.width),
+            rows_per_image: None,
+        };
         self.queue.write_texture(texture.as_image_copy(), bytemuck::cast_slice(&units), row, size);
         let view = texture.create_view(&wgpu::TextureViewDescriptor::default());
         Buffer { memory: Memory::Image(view), bytes: 16 * units.len() as u64, id: self.next_buffer_id() }

@@ -121,7 +121,9 @@ impl<'g> Recording<'g> {
                 pass.set_bind_group(0, &group, &[launch.params_offset as u32]);
                 match &launch.size {
                     Size::Groups([x, y, z]) => pass.dispatch_workgroups(*x, *y, *z),
-                    Size::Indirect(buffer, offset) => pass.dispatch_workgroups_indirect(buffer.raw()?, *offset),
+                    Size::Indirect(buffer, offset) => {
+                        pass.dispatch_workgroups_indirect(buffer.raw()?, *offset)
+                    }
                 }
             }
         }

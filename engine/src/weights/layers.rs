@@ -62,6 +62,8 @@ pub(crate) enum LayerFfn {
 
 /// All that one rank holds.
 pub(crate) struct ModelWeights {
+    /// How matrices lie, the embedding's apart.
+    pub(crate) form: Weights,
     /// `[V, H]`, in f32.
     pub(crate) token_embedding: Matrix,
     pub(crate) position_embedding: Option<Buffer>,
@@ -122,7 +124,8 @@ impl ModelWeights {
             }
             false => None,
         };
-        Ok(Self { token_embedding, position_embedding, layers, final_norm, head: Dense { weight, bias } })
+        let head = Dense { weight, bias };
+        Ok(Self { form, token_embedding, position_embedding, layers, final_norm, head })
     }
 }
 

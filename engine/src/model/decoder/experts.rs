@@ -44,8 +44,8 @@ impl Decoder {
         };
         let pairs = rows * spec.top_k;
         let of = &experts.ffn;
-        let (activation, weights) = (of.spec.activation, of.up.weight.form);
-        let variant = Variant { activation, weights, ..tile_for_each(pairs / spec.experts) };
+        let tile = tile_for_each(pairs / spec.experts, of.up.weight.form);
+        let variant = Variant { activation: of.spec.activation, ..tile };
         let p = params::ExpertPermute {
             pairs: pairs as u32,
             top_k: spec.top_k as u32,

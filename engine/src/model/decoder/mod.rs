@@ -14,7 +14,7 @@ use crate::model::ModelSpec;
 use crate::model::scratch::Scratch;
 use crate::weights::{Dense, LayerFfn, LayerWeights, Matrix, ModelWeights, Norm};
 use exflow_shaders::params::score;
-use exflow_shaders::{Cache, Kernel, LANE_COLUMNS4, RowTile, Variant, params};
+use exflow_shaders::{Cache, Kernel, LANE_COLUMNS4, RowTile, Variant, Weights, params};
 
 /// One rank's part of a model, on its device.
 pub(crate) struct Decoder {
@@ -28,29 +28,30 @@ pub(crate) struct Decoder {
     pub(crate) cache_form: Cache,
 }
 
-/// The variant for `rows` rows of one matrix: weights are dear to load, so that a tile pays from two rows on.
-pub(crate) fn tile_for(rows: usize) -> Variant {
+/// The variant for `rows` rows of a matrix in this form: weights are dear to load, so that a tile pays from two rows on.
+/// Tiles of 16 pay only where no registers are needed to widen weights.
+pub(crate) fn tile_for(rows: usize, weights: Weights) -> Variant {
     let tile = match rows {
         0..2 => RowTile::One,
         2 => RowTile::Two,
         3..5 => RowTile::Four,
-        5..9 => RowTile::Eight,
-        _ => RowTile::Sixteen,
+        9.. if weights == Weights::F32 => RowTile::Sixteen,
+        _ => RowTile::Eight,
     };
-    Variant { tile, subgroup: true, ..Variant::default() }
+    Variant { tile, weights, subgroup: true, ..Variant::default() }
 }
 
 /// The variant for matrices that have `rows` rows each on average: tiles are cut for each, and their rests are work
 /// that is thrown away.
-pub(crate) fn tile_for_each(rows: usize) -> Variant {
+pub(crate) fn tile_for_each(rows: usize, weights: Weights) -> Variant {
     let tile = match rows {
         0..2 => RowTile::One,
         2 => RowTile::Two,
         3..6 => RowTile::Four,
-        6..32 => RowTile::Eight,
-        _ => RowTile::Sixteen,
+        32.. if weights == Weights::F32 => RowTile::Sixteen,
+        _ => RowTile::Eight,
     };
-    Variant { tile, ..tile_for(rows) }
+    Variant { tile, ..tile_for(rows, weights) }
 }
 
 impl Decoder {
@@ -234,7 +235,7 @@ impl Decoder {
         heads: usize,
         rows: usize,
     ) {
-        let variant = Variant { weights: product.weight.form, ..tile_for(rows) };
+        let variant = tile_for(rows, product.weight.form);
         let (w_units, w_stride) = product.weight.form.units(4 * k4);
         let p = params::Linear {
             rows: rows as u32,

@@ -210,11 +210,16 @@ impl Stepper<'_> {
         gpu.write(&s.source, 0, &identity);
         let moe = self.spec().moe_index(layer).is_some();
         gpu.write(if moe { &s.slots } else { &s.dense_slots }, 0, &plan.slots);
-        let experts = PairList::new(plan.pairs.clone(), 0, 0);
+        let experts = PairList::new(plan.pairs.clone(), (0, 0), self.decoder.weights.form);
         let every = match !moe || self.spec().shared.is_some() {
             true => {
                 let first = if moe { plan.first_shared } else { 0 };
-                PairList::every(&identity, first, experts.pairs.len(), experts.tiles.len())
+                PairList::every(
+                    &identity,
+                    first,
+                    (experts.pairs.len(), experts.tiles.len()),
+                    self.decoder.weights.form,
+                )
             }
             false => PairList::default(),
         };
