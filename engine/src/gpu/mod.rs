@@ -7,6 +7,7 @@ mod pipelines;
 mod probe;
 mod recording;
 mod report;
+mod stamps;
 
 pub(crate) use buffer::{Buffer, Usage};
 pub(crate) use device::Gpu;

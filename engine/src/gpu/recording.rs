@@ -1,6 +1,7 @@
 //! A recording of launches and read-backs, executed as one submission.
 
 use super::pipelines::Pipeline;
+use super::stamps::Stamps;
 use super::{Buffer, Gpu, Usage};
 use crate::EngineError;
 use bytemuck::Pod;
@@ -37,6 +38,7 @@ pub(crate) struct Recording<'g> {
 pub(crate) struct Submission<'g> {
     gpu: &'g Gpu,
     staging: Option<wgpu::Buffer>,
+    stamps: Option<Stamps>,
     sizes: Vec<u64>,
     index: wgpu::SubmissionIndex,
 }
@@ -111,9 +113,11 @@ impl<'g> Recording<'g> {
         let params = gpu.params_buffer(self.params.len() as u64)?;
         gpu.write(&params, 0, &self.params);
         let mut encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        let stamps = gpu.stamps(self.launches.iter().map(|launch| launch.bind_group.kernel));
         if !self.launches.is_empty() {
             let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-            for launch in &self.launches {
+            stamps.iter().for_each(|stamps| stamps.write(&mut pass, 0));
+            for (index, launch) in self.launches.iter().enumerate() {
                 let of = &launch.bind_group;
                 let buffers: Vec<&Buffer> = of.buffers.iter().collect();
                 let group = gpu.bind_group(of.kernel, of.variant, &launch.pipeline, &params, &buffers)?;
@@ -125,7 +129,10 @@ impl<'g> Recording<'g> {
                         pass.dispatch_workgroups_indirect(buffer.raw()?, *offset)
                     }
                 }
+                stamps.iter().for_each(|stamps| stamps.write(&mut pass, index + 1));
             }
+            drop(pass);
+            stamps.iter().for_each(|stamps| stamps.resolve(&mut encoder));
         }
         let sizes: Vec<u64> = self.reads.iter().map(|read| read.2).collect();
         let total: u64 = sizes.iter().map(|size| size.next_multiple_of(8)).sum();
@@ -138,7 +145,7 @@ impl<'g> Recording<'g> {
             }
         }
         let index = gpu.queue.submit([encoder.finish()]);
-        Ok(Submission { gpu, staging, sizes, index })
+        Ok(Submission { gpu, staging, stamps, sizes, index })
     }
 }
 
@@ -157,6 +164,9 @@ impl Submission<'_> {
             .recv()
             .map_err(|_| lost("a read-back was dropped".into()))?
             .map_err(|e| lost(format!("a read-back failed: {e}")))?;
+        if let Some(stamps) = &self.stamps {
+            stamps.tell(self.gpu)?;
+        }
         self.gpu.check()?;
         let parts = {
             let view = staging
