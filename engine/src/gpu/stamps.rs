@@ -69,7 +69,8 @@ impl Stamps {
             .recv()
             .map_err(|_| lost("timestamps were dropped".into()))?
             .map_err(|e| lost(format!("timestamps: {e}")))?;
-        let view = self.read_back.slice(..).get_mapped_range().map_err(|e| lost(format!("timestamps: {e}")))?;
+        let view =
+            self.read_back.slice(..).get_mapped_range().map_err(|e| lost(format!("timestamps: {e}")))?;
         let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&view);
         let period_ns = f64::from(gpu.queue.get_timestamp_period());
         for (kernel, ends) in self.kernels.iter().zip(ticks.windows(2)) {
