@@ -24,6 +24,10 @@ type Baselines = [(&'static str, Vec<u16>)];
 
 /// Share of the time so far that proving may have taken, until the bound is [`CLOSE`] to the cost, and from then on.
 const PROVING: [f64; 2] = [0.4, 0.15];
+/// The same where time is too short for the bound to come near the cost.
+const PROVING_IN_VAIN: f64 = 0.1;
+/// Entries of the bound's matrices that a second is enough for, about (measured on a desktop core).
+const ENTRIES_A_SECOND: f64 = 2.6e5;
 /// A bound above this share of the cost rises slowly: searching is the better use of most of the time.
 const CLOSE: f64 = 0.95;
 
@@ -159,6 +163,8 @@ impl<'r> Run<'r> {
         let mut proving = Duration::ZERO;
         let done = |rounds| (rounds > 0 && stop()) || options.max_rounds.is_some_and(|most| rounds >= most);
         let mut walking = false;
+        let entries = problem.layers as f64 * (2.0 * problem.experts as f64).powi(2);
+        let in_vain = limit.as_secs_f64() * ENTRIES_A_SECOND < entries;
         while !done(rounds) {
             let now = elapsed();
             let seconds = limit.as_secs_f64().max(1e-9);
@@ -170,7 +176,9 @@ impl<'r> Run<'r> {
             let close = prover.bound().max(proven) >= CLOSE * search.best().1;
             let due = match options.max_rounds {
                 Some(_) => rounds % 3 == 2,
-                None => proving < now.mul_f64(PROVING[usize::from(close)]),
+                None => {
+                    proving < now.mul_f64(if in_vain { PROVING_IN_VAIN } else { PROVING[usize::from(close)] })
+                }
             };
             if prover.can_step() && due {
                 prover.step(&stop);
