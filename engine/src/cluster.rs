@@ -7,6 +7,7 @@ mod member;
 mod placing;
 mod plan;
 mod sizing;
+mod tuning;
 
 pub use member::work;
 
@@ -333,7 +334,7 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        let _ = self.commands.send(Command::Stop);
+        let _ = self.commands.send(Command::Stop { again: false });
         if let Some(running) = self.running.take() {
             let _ = running.finish(&mut self.host);
         }

@@ -19,6 +19,7 @@ mod model;
 mod options;
 mod os;
 mod output;
+pub mod plan;
 mod runtime;
 mod sampling;
 mod selftest;

@@ -55,6 +55,8 @@ pub(crate) struct Leader {
 /// What was decided about those who came: between the driver's thread and ours.
 #[derive(Default)]
 struct Decision {
+    /// What rank 0 asks for.
+    options: Option<ClusterOptions>,
     base: Option<Base>,
     plan: Option<Result<Plan, EngineError>>,
     adapters: Vec<String>,
@@ -72,10 +74,11 @@ impl Group {
                 "start it with `exflow worker`",
             ));
         }
-        let verdict = Arc::new(Mutex::new(Decision::default()));
+        let asked = Decision { options: Some(options.clone()), ..Decision::default() };
+        let verdict = Arc::new(Mutex::new(asked));
         let mut join = join_options(options, group, spec)?;
-        let (options, spec, shared) = (options.clone(), spec.clone(), Arc::clone(&verdict));
-        join.decide = Some(Arc::new(move |party| rule(&options, &spec, &shared, party)));
+        let (spec, shared) = (spec.clone(), Arc::clone(&verdict));
+        join.decide = Some(Arc::new(move |party| rule(&spec, &shared, party)));
         Ok(Self::Led(Box::new(Leader { listener: Listener::bind(join)?, verdict, known: None })))
     }
 
@@ -89,6 +92,14 @@ impl Group {
         match self {
             Self::Alone(kind) => alone(*kind, options, spec),
             Self::Led(leader) => leader.form(epoch),
+        }
+    }
+
+    /// Has further worlds run as these options ask.
+    pub(crate) fn change(&self, options: &ClusterOptions) {
+        if let Self::Led(leader) = self {
+            let mut decision = leader.decision();
+            (decision.options, decision.base) = (Some(options.clone()), None);
         }
     }
 
@@ -152,8 +163,11 @@ impl Leader {
 }
 
 /// Decides about a party on behalf of rank 0.
-fn rule(options: &ClusterOptions, spec: &ModelSpec, shared: &Mutex<Decision>, party: &Party) -> Ruling {
+fn rule(spec: &ModelSpec, shared: &Mutex<Decision>, party: &Party) -> Ruling {
     let mut decision = shared.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(options) = decision.options.clone() else {
+        return Ruling::Never("nothing was asked for".into());
+    };
     let offers: Vec<Offer> = party.offers.iter().map(|bytes| Offer::decode(bytes)).collect();
     let members = party.roster.members();
     let adapters_of = |(process, offer): (usize, &Offer)| {
@@ -162,7 +176,7 @@ fn rule(options: &ClusterOptions, spec: &ModelSpec, shared: &Mutex<Decision>, pa
             .collect::<Vec<_>>()
     };
     decision.adapters = offers.iter().enumerate().flat_map(adapters_of).collect();
-    let decided = placing::decide(options, spec, &party.roster, &offers, &mut decision.base);
+    let decided = placing::decide(&options, spec, &party.roster, &offers, &mut decision.base);
     let encoded = match decided {
         Ok(plan) => plan.encode().map(|bytes| (plan, bytes)).map_err(Decline::Never),
         Err(decline) => Err(decline),

@@ -139,14 +139,14 @@ impl Drop for Panicking {
 
 /// The ranks of this process while they run.
 pub(crate) struct Running {
-    threads: Vec<JoinHandle<(Hosted, Result<(), EngineError>)>>,
+    threads: Vec<JoinHandle<(Hosted, Result<bool, EngineError>)>>,
 }
 
 impl Running {
-    /// Waits until all have ended and gives their devices and weights back to the host. A failure of one of them says
-    /// more than that others lost somebody.
-    pub(crate) fn finish(self, host: &mut Host) -> Result<(), EngineError> {
-        let mut first: Result<(), EngineError> = Ok(());
+    /// Waits until all have ended and gives their devices and weights back to the host; tells whether another epoch
+    /// follows in order. A failure of one of them says more than that others lost somebody.
+    pub(crate) fn finish(self, host: &mut Host) -> Result<bool, EngineError> {
+        let mut first: Result<bool, EngineError> = Ok(false);
         for (local, thread) in self.threads.into_iter().enumerate() {
             let ended = match thread.join() {
                 Ok((hosted, ended)) => {
@@ -155,10 +155,14 @@ impl Running {
                 }
                 Err(_) => Err(EngineError::Internal("a rank's thread panicked".into())),
             };
-            if let Err(error) = ended
-                && first.as_ref().map_or_else(|known| known.is_loss() && !error.is_loss(), |()| true)
-            {
-                first = Err(error);
+            let says_more = |error: &EngineError| match &first {
+                Ok(_) => true,
+                Err(known) => known.is_loss() && !error.is_loss(),
+            };
+            match ended {
+                Ok(again) => first = first.map(|before| before || again),
+                Err(error) if says_more(&error) => first = Err(error),
+                Err(_) => {}
             }
         }
         first

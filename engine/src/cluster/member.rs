@@ -44,7 +44,12 @@ pub fn work(options: ClusterOptions, progress: &dyn Progress) -> Result<(), Engi
         let comms = comms.into_iter().map(|c| Box::new(c) as Box<dyn Communicator>).collect();
         let running = host.start(comms, &plan, &News::Away, None)?;
         match running.finish(&mut host) {
-            Ok(()) => return Ok(()),
+            Ok(false) => return Ok(()),
+            // Rank 0 changes how the ranks run and takes its time.
+            Ok(true) => {
+                life = Life { epoch: epoch + 1, ..Life::default() };
+                continue;
+            }
             Err(error) if !error.is_loss() => return Err(error),
             Err(error) => {
                 group.observer.tell(&format!("epoch {epoch} is over: {error}"));

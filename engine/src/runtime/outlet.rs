@@ -1,5 +1,6 @@
 //! Where a rank's news go: to the driver, where it is in this process, else with the next gathering to rank 0.
 
+use super::measure::Measured;
 use super::stats::RankStats;
 use super::worker::{Captured, Event};
 use exflow_placement::Rank;
@@ -12,6 +13,7 @@ use std::sync::mpsc::Sender;
 pub(crate) enum News {
     Captured(Captured),
     Report(Box<RankStats>),
+    Measured(Box<Measured>),
 }
 
 /// Where news go.
@@ -37,6 +39,7 @@ impl Outlet {
             Self::Away(news) => match event {
                 Event::Captured(captured) => news.push_back(News::Captured(captured)),
                 Event::Report(_, stats) => news.push_back(News::Report(stats)),
+                Event::Measured(_, measured) => news.push_back(News::Measured(measured)),
                 _ => {}
             },
         }
@@ -63,6 +66,7 @@ impl News {
             Self::Captured(Captured::Logits { values, .. }) => 4 * values.len(),
             Self::Captured(Captured::Route { experts, .. }) => 8 * experts.len(),
             Self::Report(_) => 1024,
+            Self::Measured(measured) => 4096 + 24 * measured.links.len(),
         }
     }
 
@@ -70,6 +74,7 @@ impl News {
         match self {
             Self::Captured(captured) => Event::Captured(captured),
             Self::Report(stats) => Event::Report(from, stats),
+            Self::Measured(measured) => Event::Measured(from, measured),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! One rank: what it holds, what rank 0 orders, what it tells the driver. The loops are in files of their own.
 
 use super::coherence::Coherence;
+use super::measure::Measured;
 use super::outlet::Outlet;
 use super::scheduler::Scheduler;
 use super::sequence::{Admission, FinishReason, Order, Sampled, Sequences};
@@ -23,8 +24,10 @@ pub(crate) enum Command {
     Cancel(u32),
     /// Have every rank report its counts, and start counting anew.
     Report,
-    /// End every rank.
-    Stop,
+    /// Have every rank measure its links and its kernels; nothing may run, and the schedule must be rounds.
+    Measure,
+    /// End every rank; `again`: another epoch follows at once.
+    Stop { again: bool },
 }
 
 /// What ranks tell the driver.
@@ -37,6 +40,8 @@ pub(crate) enum Event {
     Captured(Captured),
     /// Counts since the last report.
     Report(Rank, Box<RankStats>),
+    /// What a rank was asked to measure.
+    Measured(Rank, Box<Measured>),
     /// A rank of this process has ended in an error, which its thread returns.
     Failed,
     /// Nothing from the ranks: the driver itself is to look after something else.
@@ -55,7 +60,8 @@ pub(crate) enum Captured {
 pub(super) enum Directive {
     Order(Order),
     Report,
-    Stop,
+    Measure,
+    Stop { again: bool },
 }
 
 /// What a rank's loop is told at its start.
@@ -83,9 +89,14 @@ pub(crate) struct Worker {
     pub(super) reported: WireStats,
     pub(super) round: u64,
     pub(super) stopping: bool,
+    /// Whether another epoch follows at once.
+    pub(super) again: bool,
     /// Some rank has more news for the driver than one gathering takes.
     pub(super) behind: bool,
 }
+
+/// What a driver that is gone would have said.
+pub(super) const STOP: Command = Command::Stop { again: false };
 
 /// With nothing to do, ranks still meet so often: it keeps every rank's wait below its deadline.
 const IDLE: Duration = Duration::from_secs(2);
@@ -118,18 +129,20 @@ impl Worker {
             stats: RankStats::default(),
             round: 0,
             stopping: false,
+            again: false,
             behind: false,
         }
     }
 
-    /// Runs until rank 0 says stop, or something fails; gives the device with its weights back.
-    pub(crate) fn run(mut self) -> (Decoder, Result<(), EngineError>) {
+    /// Runs until rank 0 says stop, or something fails; gives the device with its weights back, and whether another
+    /// epoch follows.
+    pub(crate) fn run(mut self) -> (Decoder, Result<bool, EngineError>) {
         // One rank has nobody to wait for: a whole step is one submission.
         let ended = match (self.options.schedule, self.comm.world_size()) {
             (Schedule::Flow, 2..) => self.run_flow(),
             _ => self.run_rounds(),
         };
-        (self.decoder, ended)
+        (self.decoder, ended.map(|()| self.again))
     }
 
     pub(super) fn tell(&mut self, event: Event) {
@@ -144,13 +157,14 @@ impl Worker {
             Command::Submit(admission) => scheduler.submit(admission),
             Command::Cancel(request) => scheduler.cancel(request),
             Command::Report => directives.push(Directive::Report),
-            Command::Stop => directives.push(Directive::Stop),
+            Command::Measure => directives.push(Directive::Measure),
+            Command::Stop { again } => directives.push(Directive::Stop { again }),
         };
         if self.sequences.running.is_empty() && self.scheduler.is_idle() && !self.behind {
             match commands.recv_timeout(IDLE) {
                 Ok(command) => take(command, &mut self.scheduler),
                 Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => take(Command::Stop, &mut self.scheduler),
+                Err(RecvTimeoutError::Disconnected) => take(STOP, &mut self.scheduler),
             }
         }
         loop {
@@ -158,7 +172,7 @@ impl Worker {
                 Ok(command) => take(command, &mut self.scheduler),
                 Err(TryRecvError::Empty) => break,
                 Err(TryRecvError::Disconnected) => {
-                    take(Command::Stop, &mut self.scheduler);
+                    take(STOP, &mut self.scheduler);
                     break;
                 }
             }
@@ -193,7 +207,8 @@ impl Worker {
                 }
             }
             Directive::Report => self.report(),
-            Directive::Stop => self.stopping = true,
+            Directive::Measure => self.measure()?,
+            Directive::Stop { again } => (self.stopping, self.again) = (true, again),
         }
         Ok(())
     }

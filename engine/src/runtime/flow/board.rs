@@ -41,6 +41,10 @@ pub(crate) struct Unit {
 }
 
 impl Unit {
+    pub(crate) fn new(stage: usize, prefill: bool, tokens: Vec<Token>) -> Self {
+        Self { stage, prefill, tokens, since: 0 }
+    }
+
     fn key(&self) -> (u32, u32) {
         (self.tokens[0].sequence, self.tokens[0].position)
     }
@@ -59,6 +63,12 @@ pub(crate) struct Serve {
     pub(crate) prefill: bool,
     pub(crate) frame: RowFrame,
     since: u64,
+}
+
+impl Serve {
+    pub(crate) fn new(stage: usize, prefill: bool, frame: RowFrame) -> Self {
+        Self { stage, prefill, frame, since: 0 }
+    }
 }
 
 /// What can be done in one go.
@@ -130,7 +140,7 @@ pub(crate) struct Board<K> {
 }
 
 /// Who has waited for so many picks goes next, wherever it is in the model.
-const PATIENCE: u64 = 16;
+pub(crate) const PATIENCE: u64 = 16;
 /// Rows of one pick, unless a single unit has more.
 const MOST_ROWS: usize = 256;
 
@@ -202,7 +212,7 @@ impl<K> Board<K> {
 
     /// A token begins here.
     pub(crate) fn start(&mut self, prefill: bool, tokens: Vec<Token>) {
-        self.put(Unit { stage: 0, prefill, tokens, since: self.picks });
+        self.put(Unit { since: self.picks, ..Unit::new(0, prefill, tokens) });
     }
 
     fn put(&mut self, unit: Unit) {

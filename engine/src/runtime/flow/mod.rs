@@ -9,11 +9,13 @@ pub(crate) mod board;
 mod depart;
 mod notes;
 
+pub(crate) use depart::latencies;
+
 use super::coherence::Arrived;
 use super::frames::{Choice, Reader, Writer};
 use super::sequence::{Order, Sampled, Sequence};
 use super::step::{Hopped, Stepper};
-use super::worker::{Command, Directive, Event, Worker};
+use super::worker::{Command, Directive, Event, STOP, Worker};
 use crate::EngineError;
 use board::{Board, Picked, Standing, Token, Unit};
 use exflow_placement::{ExpertId, LayerId, Rank, Strategy};
@@ -110,7 +112,7 @@ impl Worker {
                 }
                 Err(std::sync::mpsc::RecvTimeoutError::Timeout) => Duration::ZERO,
                 Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => {
-                    self.take_command(flow, Command::Stop)?;
+                    self.take_command(flow, STOP)?;
                     Duration::ZERO
                 }
             },
@@ -305,7 +307,7 @@ impl Worker {
                 Ok(command) => self.take_command(flow, command)?,
                 Err(std::sync::mpsc::TryRecvError::Empty) => break,
                 Err(std::sync::mpsc::TryRecvError::Disconnected) => {
-                    return self.take_command(flow, Command::Stop);
+                    return self.take_command(flow, STOP);
                 }
             }
         }
@@ -326,7 +328,10 @@ impl Worker {
             Command::Submit(admission) => self.scheduler.submit(admission),
             Command::Cancel(request) => self.scheduler.cancel(request),
             Command::Report => self.give(flow, vec![Directive::Report])?,
-            Command::Stop => self.give(flow, vec![Directive::Stop])?,
+            Command::Measure => {
+                return Err(EngineError::Internal("ranks are measured in rounds".into()));
+            }
+            Command::Stop { again } => self.give(flow, vec![Directive::Stop { again }])?,
         }
         Ok(())
     }

@@ -60,17 +60,27 @@ impl Stepper<'_> {
         own: usize,
     ) -> Result<Vec<RowFrame>, EngineError> {
         let _span = tracing::debug_span!("arrive", layer, round = round.number).entered();
-        let me = self.me();
-        let hidden = self.spec().hidden;
+        let (me, hidden) = (self.me(), self.spec().hidden);
         let mut arrived = Vec::new();
         for (from, bytes) in self.comm.finish_exchange(round)?.iter().enumerate() {
             if Rank::from(from) != me {
                 arrived.extend(Reader::new(bytes, Rank::from(from)).rows(hidden)?);
             }
         }
+        self.put_arrived(layer, &arrived, own)?;
+        Ok(arrived)
+    }
+
+    /// Puts the residual streams of arrived rows behind this rank's own.
+    pub(super) fn put_arrived(
+        &self,
+        layer: usize,
+        arrived: &[RowFrame],
+        own: usize,
+    ) -> Result<(), EngineError> {
         let stride = 4 * self.spec().h4();
         let mut residual = Vec::with_capacity(arrived.len() * stride);
-        for row in &arrived {
+        for row in arrived {
             self.sequence(row.sequence)?;
             residual.extend_from_slice(&row.residual);
             residual.resize(residual.len().next_multiple_of(stride), 0.0);
@@ -82,7 +92,15 @@ impl Stepper<'_> {
             return Err(EngineError::Internal(format!("layer {layer}: {count} rows arrived, too many")));
         }
         self.decoder.gpu.write(x, offset, &residual);
-        Ok(arrived)
+        Ok(())
+    }
+
+    /// `[partials, H]`, padded: what this rank's experts made of the layer so far.
+    pub(super) fn read_partials(&self, work: &Work) -> Result<Vec<f32>, EngineError> {
+        let mut r = self.decoder.record();
+        let count = work.next_slot as usize * 4 * self.spec().h4();
+        r.read::<f32>(&self.decoder.scratch.partials, 0, count);
+        Ok(floats(r.submit()?.fetch()?.pop()))
     }
 
     /// The combine: partials travel to their tokens' next residence.
@@ -94,12 +112,7 @@ impl Stepper<'_> {
     ) -> Result<Vec<PartialFrame>, EngineError> {
         let _span = tracing::debug_span!("combine", layer).entered();
         let (me, hidden, stride) = (self.me(), self.spec().hidden, 4 * self.spec().h4());
-        let mut values = Vec::new();
-        if !work.leaving.is_empty() {
-            let mut r = self.decoder.record();
-            r.read::<f32>(&self.decoder.scratch.partials, 0, work.next_slot as usize * stride);
-            values = floats(r.submit()?.fetch()?.pop());
-        }
+        let values = if work.leaving.is_empty() { Vec::new() } else { self.read_partials(work)? };
         let mut payloads: Vec<Writer> = (0..self.comm.world_size()).map(|_| Writer::default()).collect();
         for (to, sequence, position, k, partial) in self.gather_leaving(work, &values, stride, hidden) {
             payloads[to.index()].partial(sequence, position, k, &partial);

@@ -5,9 +5,11 @@ mod exchange;
 mod experts;
 mod hop;
 mod sample;
+mod timing;
 
 pub(crate) use exchange::expected;
 pub(crate) use hop::Hopped;
+pub(crate) use timing::TOGETHER_ROWS;
 
 use super::coherence::Coherence;
 use super::experts::PairList;

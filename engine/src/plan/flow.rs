@@ -1,0 +1,427 @@
+//! Flow, played event by event: tokens on a board per rank, hops that take as long as measured, messages that take as
+//! long as their links do. The board's choice is the engine's: the earliest layer first, nobody passed over for long.
+
+use super::{
+    FRAME_BYTES, Measurements, Parts, Place, Prediction, Setting, Shape, Streams, TOKENS, UNCOUNTED,
+    remote_partials,
+};
+use crate::options::Combine;
+use exflow_placement::{Rank, Strategy};
+use std::collections::BinaryHeap;
+
+/// As on the engine's board.
+const PATIENCE: u64 = crate::runtime::PATIENCE;
+
+pub(super) fn play(
+    measured: &Measurements,
+    shape: &Shape,
+    streams: &Streams<'_>,
+    setting: &Setting<'_>,
+) -> Prediction {
+    let mut play = Play::new(measured, shape, streams, setting);
+    play.run();
+    play.prediction()
+}
+
+/// Something that a rank can work on.
+#[derive(Clone, Copy)]
+struct Item {
+    sequence: usize,
+    /// The layer that is entered next; the number of layers: the head.
+    stage: usize,
+    /// Whether the token itself is here, or this rank only serves experts of it.
+    token: bool,
+    /// Experts of this rank that run for it.
+    choices: usize,
+    /// Where partials go, of a token that is elsewhere or waits for others here.
+    next: usize,
+    since: u64,
+    /// When it came, and when it became ready.
+    came: f64,
+    ready: f64,
+}
+
+/// A token between two layers, wherever it is.
+#[derive(Clone, Copy, Default)]
+struct Flight {
+    token: usize,
+    /// Partials that it waits for.
+    missing: usize,
+    /// Its item, where its row has come before all of its partials.
+    held: Option<(usize, Item)>,
+    main: Option<usize>,
+    /// When its rank was done with it last.
+    left: f64,
+}
+
+enum Event {
+    /// A rank is done with what it picked.
+    Done { rank: usize, picked: Vec<Item> },
+    /// A row comes.
+    Row { to: usize, item: Item },
+    /// A partial comes to where the token is.
+    Partial { sequence: usize, to: usize },
+    /// Something may be ready here.
+    Look { rank: usize },
+}
+
+/// The earliest first; of equal times the first made.
+struct At(f64, u64, Event);
+
+impl PartialEq for At {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+impl Eq for At {}
+impl PartialOrd for At {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for At {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        other.0.total_cmp(&self.0).then(other.1.cmp(&self.1))
+    }
+}
+
+#[derive(Default)]
+struct RankState {
+    board: Vec<Item>,
+    busy: bool,
+    picks: u64,
+    /// When the link is done with keys and values.
+    bulk_free: f64,
+}
+
+#[derive(Default)]
+struct Sums {
+    hops: f64,
+    travel: f64,
+    queue: f64,
+    context: f64,
+    latencies: f64,
+    crossings: f64,
+    moves: f64,
+    stays: f64,
+    dispatch: f64,
+    combine: f64,
+    kv: f64,
+    tokens: f64,
+}
+
+struct Play<'a> {
+    measured: &'a Measurements,
+    shape: &'a Shape,
+    streams: &'a Streams<'a>,
+    setting: &'a Setting<'a>,
+    now: f64,
+    made: u64,
+    events: BinaryHeap<At>,
+    ranks: Vec<RankState>,
+    flights: Vec<Flight>,
+    /// `[sequence][layer][rank]`: when the context made elsewhere is complete.
+    contexts: Vec<f64>,
+    /// `[sequence]` times of its tokens.
+    times: Vec<Vec<f64>>,
+    sums: Sums,
+}
+
+impl<'a> Play<'a> {
+    fn new(
+        measured: &'a Measurements,
+        shape: &'a Shape,
+        streams: &'a Streams<'a>,
+        setting: &'a Setting<'a>,
+    ) -> Self {
+        let (world, sequences) = (measured.world_size(), streams.sequences);
+        let mut play = Self {
+            measured,
+            shape,
+            streams,
+            setting,
+            now: 0.0,
+            made: 0,
+            events: BinaryHeap::new(),
+            ranks: (0..world).map(|_| RankState::default()).collect(),
+            flights: vec![Flight::default(); sequences],
+            contexts: vec![0.0; sequences * shape.layers.len() * world],
+            times: vec![Vec::new(); sequences],
+            sums: Sums::default(),
+        };
+        (0..sequences).for_each(|sequence| play.start(sequence, sequence % world));
+        play
+    }
+
+    fn run(&mut self) {
+        (0..self.ranks.len()).for_each(|rank| self.pick(rank));
+        while self.times.iter().any(|times| times.len() < TOKENS) {
+            let Some(At(now, _, event)) = self.events.pop() else { return };
+            self.now = now;
+            match event {
+                Event::Done { rank, picked } => self.done(rank, picked),
+                Event::Row { to, item } => self.row(to, item),
+                Event::Partial { sequence, to } => self.partial(sequence, to),
+                Event::Look { rank } => self.pick(rank),
+            }
+        }
+    }
+
+    fn at(&mut self, time: f64, event: Event) {
+        self.made += 1;
+        self.events.push(At(time, self.made, event));
+    }
+
+    fn start(&mut self, sequence: usize, rank: usize) {
+        let now = self.now;
+        let item = Item { sequence, stage: 0, token: true, choices: 0, next: rank, since: 0, came: now, ready: now };
+        self.put(rank, item);
+    }
+
+    /// Puts an item on a rank's board; a token waits there for its context.
+    fn put(&mut self, rank: usize, mut item: Item) {
+        item.came = self.now;
+        item.ready = self.now;
+        item.since = self.ranks[rank].picks;
+        if item.token && item.stage < self.shape.layers.len() {
+            let complete = self.contexts[self.context(item.sequence, item.stage, rank)];
+            if complete > self.now {
+                item.ready = complete;
+                self.at(complete, Event::Look { rank });
+            }
+        }
+        self.ranks[rank].board.push(item);
+    }
+
+    fn context(&self, sequence: usize, layer: usize, rank: usize) -> usize {
+        (sequence * self.shape.layers.len() + layer) * self.ranks.len() + rank
+    }
+
+    fn row(&mut self, to: usize, item: Item) {
+        let flight = &mut self.flights[item.sequence];
+        if item.token && flight.missing > 0 {
+            flight.held = Some((to, item));
+            flight.left = self.now;
+            // Experts that are here run at once.
+            if item.choices > 0 {
+                self.put(to, Item { token: false, ..item });
+            }
+        } else {
+            self.put(to, item);
+        }
+        self.pick(to);
+    }
+
+    fn partial(&mut self, sequence: usize, to: usize) {
+        let flight = &mut self.flights[sequence];
+        flight.missing = flight.missing.saturating_sub(1);
+        if flight.missing == 0
+            && let Some((rank, item)) = flight.held.take()
+        {
+            self.sums.travel += self.now - flight.left;
+            self.put(rank, Item { choices: 0, ..item });
+        }
+        self.pick(to);
+    }
+
+    /// A rank that is free takes what its board would give it.
+    fn pick(&mut self, rank: usize) {
+        let (now, last) = (self.now, self.shape.layers.len());
+        let state = &mut self.ranks[rank];
+        let ready = |item: &&Item| item.ready <= now;
+        if state.busy {
+            return;
+        }
+        let Some(oldest) = state.board.iter().filter(ready).min_by_key(|item| item.since) else { return };
+        let stage = match state.picks - oldest.since >= PATIENCE {
+            true => oldest.stage,
+            false => state.board.iter().filter(ready).map(|item| item.stage).min().unwrap_or(0),
+        };
+        state.picks += 1;
+        state.busy = true;
+        let (picked, left): (Vec<Item>, Vec<Item>) =
+            state.board.drain(..).partition(|item| item.ready <= now && item.stage == stage);
+        state.board = left;
+        let tokens = picked.iter().filter(|item| item.token).count();
+        let pairs: usize = picked.iter().map(|item| item.choices).sum();
+        let serving = picked.len() - tokens;
+        let times = &self.measured.ranks[rank];
+        let further = times.serve.slope() * pairs.saturating_sub(tokens) as f64;
+        let seconds = match (tokens, stage) {
+            (0, _) => times.serve.at(serving.max(pairs)),
+            (n, 0) => times.begin.at(n),
+            (n, stage) if stage == last => times.end.at(n) + further,
+            (n, _) => times.hop.of(self.setting.strategy).at(n) + further,
+        };
+        let working = self.ranks.iter().filter(|state| state.busy).count() as f64;
+        let seconds = seconds * (working / self.measured.lanes(rank)).max(1.0);
+        for item in picked.iter().filter(|item| item.token) {
+            self.sums.hops += seconds;
+            self.sums.queue += now - item.ready;
+            self.sums.context += item.ready - item.came;
+        }
+        self.at(now + seconds, Event::Done { rank, picked });
+    }
+
+    fn done(&mut self, rank: usize, picked: Vec<Item>) {
+        let last = self.shape.layers.len();
+        let mut post = Post::new(self.ranks.len());
+        for item in picked {
+            if !item.token {
+                // One partial for each expert, or their sum.
+                let sum = self.setting.combine == Combine::Sum && item.next != rank;
+                let partials = if sum { 1 } else { item.choices };
+                post.partials[item.next].extend(std::iter::repeat_n(item.sequence, partials));
+            } else if item.stage == last {
+                self.sampled(rank, item.sequence);
+            } else {
+                self.send_on(rank, item, &mut post);
+            }
+        }
+        self.deliver(rank, post);
+    }
+
+    fn sampled(&mut self, rank: usize, sequence: usize) {
+        self.times[sequence].push(self.now);
+        self.sums.tokens += 1.0;
+        if self.times[sequence].len() == UNCOUNTED && self.times.iter().all(|t| t.len() >= UNCOUNTED) {
+            self.sums = Sums::default();
+        }
+        self.flights[sequence].token += 1;
+        self.start(sequence, rank);
+    }
+
+    /// A token that passed a layer's attention goes where its experts are.
+    fn send_on(&mut self, rank: usize, item: Item, post: &mut Post) {
+        let (sequence, layer) = (item.sequence, item.stage);
+        if self.setting.strategy == Strategy::Coherent {
+            let home = Rank::from(sequence % self.ranks.len());
+            let domain = self.setting.table.domain(self.shape.before(layer), home);
+            let others = domain.into_iter().map(Rank::index).filter(|to| *to != rank);
+            others.for_each(|to| post.kv[to].push((sequence, layer)));
+        }
+        let flight = &mut self.flights[sequence];
+        flight.left = self.now;
+        let Some(moe) = self.shape.layers[layer] else {
+            return self.put(rank, Item { stage: layer + 1, choices: 0, ..item });
+        };
+        let place = Place { sequence, token: flight.token, moe };
+        let route = self.streams.route(self.setting, place, Rank::from(rank));
+        let main = route.serving[0].index();
+        self.sums.moves += f64::from(u8::from(flight.main.is_some()));
+        self.sums.stays += f64::from(u8::from(flight.main == Some(main)));
+        flight.main = Some(main);
+        self.sums.latencies += crate::runtime::latencies(Rank::from(rank), &route) as f64;
+        let expects = remote_partials(&route, self.setting.combine);
+        let next = route.next.index();
+        let served = |by: usize| route.serving.iter().filter(|r| r.index() == by).count();
+        // Where others' partials are waited for, the next residence's own count among them.
+        flight.missing = expects + if expects > 0 { served(next) } else { 0 };
+        let goes = |to: usize| Item { stage: layer + 1, token: to == next, choices: served(to), next, ..item };
+        for to in route.ranks().into_iter().map(Rank::index).filter(|to| *to != rank) {
+            post.rows[to].push(goes(to));
+        }
+        if next == rank {
+            self.row(rank, goes(rank));
+        } else if served(rank) > 0 {
+            self.put(rank, Item { token: false, ..goes(rank) });
+        }
+    }
+
+    /// Sends what a hop yields, a frame to each peer and class; the rank is free when all is handed over.
+    fn deliver(&mut self, rank: usize, post: Post) {
+        let mut frames = 0.0;
+        for to in 0..self.ranks.len() {
+            let link = self.measured.link(rank, to);
+            let (rows, partials) = (&post.rows[to], &post.partials[to]);
+            if to == rank {
+                partials.iter().for_each(|&sequence| self.at(self.now, Event::Partial { sequence, to }));
+                continue;
+            }
+            let bytes: f64 = rows.iter().map(|item| self.shape.row_bytes(item.choices)).sum();
+            if !rows.is_empty() {
+                let bytes = bytes + 2.0 + FRAME_BYTES;
+                let time = self.now + link.latency_s + bytes / link.bytes_per_s;
+                (self.sums.dispatch, self.sums.crossings) =
+                    (self.sums.dispatch + bytes, self.sums.crossings + rows.len() as f64);
+                for &item in rows {
+                    self.sums.travel += if item.token { time - self.now } else { 0.0 };
+                    self.at(time, Event::Row { to, item });
+                }
+                frames += link.message_s;
+            }
+            if !partials.is_empty() {
+                let bytes = 2.0 + FRAME_BYTES + partials.len() as f64 * self.shape.partial_bytes();
+                let time = self.now + link.latency_s + bytes / link.bytes_per_s;
+                (self.sums.combine, self.sums.crossings) =
+                    (self.sums.combine + bytes, self.sums.crossings + partials.len() as f64);
+                partials.iter().for_each(|&sequence| self.at(time, Event::Partial { sequence, to }));
+                frames += link.message_s;
+            }
+            if !post.kv[to].is_empty() {
+                self.spread(rank, to, &post.kv[to]);
+                frames += link.message_s;
+            }
+        }
+        self.ranks[rank].busy = false;
+        match frames > 0.0 {
+            true => {
+                self.ranks[rank].busy = true;
+                let picked = Vec::new();
+                self.at(self.now + frames, Event::Done { rank, picked });
+            }
+            false => self.pick(rank),
+        }
+    }
+
+    /// Keys and values, one after the other over the rank's link.
+    fn spread(&mut self, rank: usize, to: usize, made: &[(usize, usize)]) {
+        let link = self.measured.link(rank, to);
+        let bytes = 2.0 + FRAME_BYTES + made.len() as f64 * self.shape.kv_bytes;
+        self.sums.kv += bytes;
+        let free = &mut self.ranks[rank].bulk_free;
+        *free = free.max(self.now) + bytes / self.measured.uplink(rank);
+        let time = *free + link.latency_s;
+        for &(sequence, layer) in made {
+            let at = self.context(sequence, layer, to);
+            self.contexts[at] = self.contexts[at].max(time);
+        }
+    }
+
+    fn prediction(&self) -> Prediction {
+        let begin = self.times.iter().filter_map(|t| t.get(UNCOUNTED - 1)).copied().fold(0.0, f64::max);
+        let end = self.times.iter().filter_map(|t| t.get(TOKENS - 1)).copied().fold(f64::INFINITY, f64::min);
+        let within = |t: &&f64| **t > begin && **t <= end;
+        let rate = self.times.iter().flatten().filter(within).count() as f64 / (end - begin).max(1e-9);
+        let (s, tokens) = (&self.sums, self.sums.tokens.max(1.0));
+        Prediction {
+            tokens_per_s: rate,
+            ms_per_token: 1e3 * self.streams.sequences as f64 / rate.max(1e-9),
+            waits_per_layer: s.latencies / (tokens * self.shape.moe_layers().max(1.0)),
+            crossings_per_token: s.crossings / tokens,
+            stay_rate: s.stays / s.moves.max(1.0),
+            parts: Parts {
+                compute_ms: 1e3 * s.hops / tokens,
+                travel_ms: 1e3 * s.travel / tokens,
+                queue_ms: 1e3 * s.queue / tokens,
+                context_ms: 1e3 * s.context / tokens,
+            },
+            dispatch_bytes: s.dispatch / tokens,
+            combine_bytes: s.combine / tokens,
+            kv_bytes: s.kv / tokens,
+        }
+    }
+}
+
+/// What a hop sends, by rank that it goes to.
+struct Post {
+    rows: Vec<Vec<Item>>,
+    partials: Vec<Vec<usize>>,
+    kv: Vec<Vec<(usize, usize)>>,
+}
+
+impl Post {
+    fn new(ranks: usize) -> Self {
+        Self { rows: vec![Vec::new(); ranks], partials: vec![Vec::new(); ranks], kv: vec![Vec::new(); ranks] }
+    }
+}

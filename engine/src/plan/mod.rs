@@ -1,0 +1,167 @@
+//! A model of time: what a setting will do on a world whose links and ranks were measured, before it runs. Measurements
+//! and routes in, tokens per second out; no device, no socket, no clock.
+//!
+//! Steps in rounds are added up ([`rounds`]), flow is played event by event ([`flow`]), both over the routes that the
+//! engine's own route plan gives the tokens of a trace.
+
+mod flow;
+mod measured;
+mod rounds;
+
+pub use measured::{ByStrategy, Curve, LinkTime, Measurements, RankTimes};
+
+use crate::ModelSpec;
+use crate::options::{Combine, KvDtype, Schedule};
+use exflow_placement::{ExpertId, LayerId, PlacementTable, Rank, Route, RoutingTrace, Strategy};
+use exflow_shaders::Cache;
+use exflow_transport::proto::frame::HEADER_BYTES;
+use serde::Serialize;
+
+/// Tokens of each sequence that are played; the first few are not counted.
+const TOKENS: usize = 24;
+const UNCOUNTED: usize = 4;
+
+/// What time and bytes depend on of a model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Shape {
+    /// Of each layer, its number among the MoE layers; none where it is dense.
+    pub layers: Vec<Option<usize>>,
+    /// Bytes of a hidden vector on the wire.
+    pub hidden_bytes: f64,
+    /// Bytes of a token's keys and values at one layer on the wire.
+    pub kv_bytes: f64,
+}
+
+impl Shape {
+    /// Of a model whose cache holds `kv`.
+    pub fn of(spec: &ModelSpec, kv: KvDtype) -> Self {
+        let words = Cache::from(kv).words(4 * spec.attention.cache4());
+        Self {
+            layers: (0..spec.layers).map(|layer| spec.moe_index(layer)).collect(),
+            hidden_bytes: 4.0 * spec.hidden as f64,
+            kv_bytes: 8.0 + 4.0 * words as f64,
+        }
+    }
+
+    /// The nearest MoE layer before a layer.
+    fn before(&self, layer: usize) -> Option<LayerId> {
+        self.layers[..layer].iter().rev().find_map(|moe| moe.map(LayerId::from))
+    }
+
+    fn moe_layers(&self) -> f64 {
+        self.layers.iter().flatten().count() as f64
+    }
+
+    /// Bytes of a row for so many choices, frames' heads apart.
+    fn row_bytes(&self, choices: usize) -> f64 {
+        16.0 + 8.0 * choices as f64 + self.hidden_bytes
+    }
+
+    fn partial_bytes(&self) -> f64 {
+        10.0 + self.hidden_bytes
+    }
+}
+
+/// Bytes of a frame beside its payload.
+const FRAME_BYTES: f64 = HEADER_BYTES as f64;
+
+/// What can be chosen.
+#[derive(Debug, Clone, Copy)]
+pub struct Setting<'a> {
+    /// Where tokens go after their experts.
+    pub strategy: Strategy,
+    /// What a rank waits for.
+    pub schedule: Schedule,
+    /// How partials come together.
+    pub combine: Combine,
+    /// Where experts are.
+    pub table: &'a PlacementTable,
+}
+
+/// What runs.
+#[derive(Debug, Clone, Copy)]
+pub struct Workload<'a> {
+    /// Routes of text like that to come.
+    pub routes: &'a RoutingTrace,
+    /// Sequences that decode at once.
+    pub sequences: usize,
+}
+
+/// What a setting is predicted to do while all sequences decode.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Prediction {
+    /// Over all sequences.
+    pub tokens_per_s: f64,
+    /// Between two tokens of one sequence.
+    pub ms_per_token: f64,
+    /// Rounds: exchanges of all ranks per MoE layer. Flow: one-way latencies that a token waits for per MoE layer.
+    pub waits_per_layer: f64,
+    /// Rows and partials over a link, per token.
+    pub crossings_per_token: f64,
+    /// Share of the steps from one MoE layer to the next, the wrap included, after which a token is where it was.
+    pub stay_rate: f64,
+    /// Where a token's time goes.
+    pub parts: Parts,
+    /// Bytes per token: rows to experts.
+    pub dispatch_bytes: f64,
+    /// Bytes per token: partials.
+    pub combine_bytes: f64,
+    /// Bytes per token: keys and values.
+    pub kv_bytes: f64,
+}
+
+/// Milliseconds of a token, by what it waits for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Parts {
+    /// Being worked on; in rounds: until the slowest rank is done.
+    pub compute_ms: f64,
+    /// Travelling, or waiting for partials that do.
+    pub travel_ms: f64,
+    /// Flow: waiting for a rank that works on others.
+    pub queue_ms: f64,
+    /// Waiting for keys and values.
+    pub context_ms: f64,
+}
+
+/// What `setting` will do.
+pub fn predict(measured: &Measurements, shape: &Shape, work: Workload<'_>, setting: Setting<'_>) -> Prediction {
+    let streams = Streams { routes: work.routes, sequences: work.sequences.max(1) };
+    if work.routes.tokens() == 0 || measured.world_size() < 2 {
+        return Prediction::default();
+    }
+    match setting.schedule {
+        Schedule::Rounds => rounds::play(measured, shape, &streams, &setting),
+        Schedule::Flow => flow::play(measured, shape, &streams, &setting),
+    }
+}
+
+/// A trace cut into as many streams as sequences run.
+struct Streams<'a> {
+    routes: &'a RoutingTrace,
+    sequences: usize,
+}
+
+impl Streams<'_> {
+    fn route(&self, setting: &Setting<'_>, at: Place, residence: Rank) -> Route {
+        let token = (at.sequence * self.routes.tokens() / self.sequences + at.token) % self.routes.tokens();
+        let chosen = self.routes.chosen(token, at.moe.min(self.routes.layers() - 1));
+        let experts: Vec<ExpertId> = chosen.iter().map(|&id| ExpertId(id.max(0) as u16)).collect();
+        setting.table.route(setting.strategy, LayerId::from(at.moe), residence, &experts, &[])
+    }
+}
+
+/// Where in the streams.
+#[derive(Clone, Copy)]
+struct Place {
+    sequence: usize,
+    token: usize,
+    moe: usize,
+}
+
+/// Partials that a token's next residence gets from other ranks.
+fn remote_partials(route: &Route, combine: Combine) -> usize {
+    usize::from(crate::runtime::expected(route, combine))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,156 @@
+//! Predictions that can be worked out by hand, and what must hold of all of them.
+
+use super::*;
+
+const LAYERS: usize = 4;
+const ALPHA: f64 = 0.010;
+const HOP: f64 = 0.001;
+
+/// Four layers, four experts, so that expert e of a linear table of two ranks is on rank e / 2.
+fn shape() -> Shape {
+    Shape { layers: (0..LAYERS).map(Some).collect(), hidden_bytes: 384.0, kv_bytes: 768.0 }
+}
+
+fn measured(ranks: usize, bytes_per_s: f64) -> Measurements {
+    let flat = Curve(vec![(1, HOP), (16, HOP)]);
+    let both = ByStrategy { vanilla: flat.clone(), coherent: flat.clone() };
+    let times = RankTimes {
+        hop: both.clone(),
+        serve: flat.clone(),
+        begin: flat.clone(),
+        end: flat.clone(),
+        attend: both.clone(),
+        work: both,
+        sample: flat,
+        crowded: 1.0,
+    };
+    let link = LinkTime { latency_s: ALPHA, bytes_per_s, message_s: 0.0 };
+    Measurements { ranks: vec![times; ranks], links: vec![vec![link; ranks]; ranks], exchange_s: ALPHA }
+}
+
+/// Every token takes these experts.
+fn always(experts: [i32; LAYERS]) -> RoutingTrace {
+    let mut trace = RoutingTrace::new(LAYERS, 1);
+    (0..64).for_each(|_| trace.push_token(&experts));
+    trace
+}
+
+/// Drawn routes in which the next expert is the last one more often than not.
+fn drawn(top_k: usize) -> RoutingTrace {
+    let mut dice = exflow_placement::Rng::new(5);
+    let mut trace = RoutingTrace::new(LAYERS, top_k);
+    for _ in 0..200 {
+        let mut at = dice.below(4) as i32;
+        let mut ids = Vec::new();
+        for _ in 0..LAYERS {
+            at = if dice.below(3) > 0 { at } else { dice.below(4) as i32 };
+            ids.extend((0..top_k as i32).map(|k| (at + k) % 4));
+        }
+        trace.push_token(&ids);
+    }
+    trace
+}
+
+fn run(trace: &RoutingTrace, strategy: Strategy, schedule: Schedule, sequences: usize) -> Prediction {
+    let table = PlacementTable::linear(LAYERS, 4, 2);
+    let setting = Setting { strategy, schedule, combine: Combine::Exact, table: &table };
+    predict(&measured(2, 1e12), &shape(), Workload { routes: trace, sequences }, setting)
+}
+
+fn near(a: f64, b: f64) {
+    assert!((a - b).abs() <= 1e-3 * b.abs().max(1e-9), "{a} is not {b}");
+}
+
+#[test]
+fn a_step_in_rounds_is_added_up() {
+    // Attention and experts of each layer, head; an exchange per layer, or two, and one for the ids.
+    let trace = always([0, 1, 2, 3]);
+    let work = 1e3 * HOP * (2 * LAYERS + 1) as f64;
+    let coherent = run(&trace, Strategy::Coherent, Schedule::Rounds, 1);
+    near(coherent.ms_per_token, work + 1e3 * ALPHA * (LAYERS + 1) as f64);
+    near(coherent.waits_per_layer, 1.0);
+    let vanilla = run(&trace, Strategy::Vanilla, Schedule::Rounds, 1);
+    near(vanilla.ms_per_token, work + 1e3 * ALPHA * (2 * LAYERS + 1) as f64);
+    near(vanilla.parts.travel_ms, 1e3 * ALPHA * (2 * LAYERS + 1) as f64);
+    // With nothing that grows by the row, more sequences cost nothing.
+    near(run(&trace, Strategy::Vanilla, Schedule::Rounds, 8).tokens_per_s, 8.0 * vanilla.tokens_per_s);
+}
+
+#[test]
+fn a_token_in_flow_pays_for_its_own_crossings() {
+    // 0, 1 on rank 0, then 2, 3 on rank 1: one crossing within the token, one from it to its successor.
+    let trace = always([0, 1, 2, 3]);
+    let hops = 1e3 * HOP * (LAYERS + 1) as f64;
+    let coherent = run(&trace, Strategy::Coherent, Schedule::Flow, 1);
+    near(coherent.ms_per_token, hops + 2e3 * ALPHA);
+    near(coherent.crossings_per_token, 2.0);
+    near(coherent.stay_rate, 0.5);
+    near(coherent.parts.travel_ms, 2e3 * ALPHA);
+    // At home on rank 0, layers 2 and 3 are there and back, each with a hop that serves.
+    let vanilla = run(&trace, Strategy::Vanilla, Schedule::Flow, 1);
+    near(vanilla.ms_per_token, hops + 2e3 * HOP + 4e3 * ALPHA);
+    near(vanilla.waits_per_layer, 1.0);
+    // Where nothing crosses, both do the same.
+    let here = always([0, 1, 0, 1]);
+    near(run(&here, Strategy::Coherent, Schedule::Flow, 1).ms_per_token, hops);
+    near(run(&here, Strategy::Vanilla, Schedule::Flow, 1).ms_per_token, hops);
+}
+
+#[test]
+fn crossings_are_those_that_a_replay_of_the_trace_counts() {
+    let (trace, table) = (drawn(1), PlacementTable::linear(LAYERS, 4, 2));
+    let played = run(&trace, Strategy::Coherent, Schedule::Flow, 1).crossings_per_token;
+    // The tokens that are played and counted, and the way to the first of them.
+    let counted = trace.slice(UNCOUNTED..TOKENS);
+    let replayed = exflow_placement::score_trace(&table, &counted).crossings_per_token;
+    assert!((played - replayed).abs() <= 1.5 / (TOKENS - UNCOUNTED) as f64, "{played}, {replayed}");
+    let rounds = run(&trace, Strategy::Coherent, Schedule::Rounds, 1).crossings_per_token;
+    assert!((played - rounds).abs() < 1e-9, "{played}, {rounds}");
+}
+
+#[test]
+fn every_token_of_every_setting_gets_done() {
+    for (top_k, sequences) in [(1, 1), (1, 8), (2, 1), (2, 8), (3, 33)] {
+        let trace = drawn(top_k);
+        for strategy in [Strategy::Vanilla, Strategy::Coherent] {
+            for schedule in [Schedule::Rounds, Schedule::Flow] {
+                let p = run(&trace, strategy, schedule, sequences);
+                assert!(p.tokens_per_s > 1.0 && p.tokens_per_s.is_finite(), "{strategy} {schedule}: {p:?}");
+                let all = p.parts.compute_ms + p.parts.travel_ms + p.parts.queue_ms + p.parts.context_ms;
+                assert!(all <= 1.1 * p.ms_per_token, "{strategy} {schedule} {top_k} {sequences}: {p:?}");
+                assert_eq!(p.kv_bytes > 0.0, strategy == Strategy::Coherent);
+            }
+        }
+    }
+}
+
+#[test]
+fn ranks_that_share_a_core_take_turns() {
+    let (trace, table) = (drawn(1), PlacementTable::linear(LAYERS, 4, 2));
+    let play = |crowded: f64, schedule: Schedule| {
+        let mut measured = measured(2, 1e12);
+        measured.ranks.iter_mut().for_each(|rank| rank.crowded = crowded);
+        measured.exchange_s = 0.0;
+        measured.links.iter_mut().flatten().for_each(|link| link.latency_s = 0.0);
+        let setting = Setting { strategy: Strategy::Vanilla, schedule, combine: Combine::Exact, table: &table };
+        predict(&measured, &shape(), Workload { routes: &trace, sequences: 32 }, setting).tokens_per_s
+    };
+    near(play(1.0, Schedule::Rounds) / play(2.0, Schedule::Rounds), 2.0);
+    let flow = play(1.0, Schedule::Flow) / play(2.0, Schedule::Flow);
+    assert!((1.7..2.1).contains(&flow), "{flow}");
+}
+
+#[test]
+fn keys_and_values_cannot_be_faster_than_the_link() {
+    let (trace, table) = (drawn(1), PlacementTable::linear(LAYERS, 4, 2));
+    let bytes_per_s = 100_000.0;
+    for schedule in [Schedule::Rounds, Schedule::Flow] {
+        let setting = Setting { strategy: Strategy::Coherent, schedule, combine: Combine::Exact, table: &table };
+        let work = Workload { routes: &trace, sequences: 8 };
+        let p = predict(&measured(2, bytes_per_s), &shape(), work, setting);
+        // Two links carry them.
+        let most = 2.0 * bytes_per_s / p.kv_bytes;
+        assert!(p.tokens_per_s < 1.15 * most, "{schedule}: {} of at most {most}", p.tokens_per_s);
+        assert!(p.parts.context_ms > 0.0, "{schedule}: {p:?}");
+    }
+}
