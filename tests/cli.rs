@@ -25,6 +25,7 @@ const VERBS: [&str; 16] = [
     "cert",
     "serve",
     "doctor",
+    "plan",
     "completions",
     "man",
 ];
@@ -131,6 +132,46 @@ fn generate_in_both_formats() {
     let (out, err) = succeeded(&base);
     assert!(out.lines().all(|line| line.starts_with("[0]") || line.starts_with("[1]")), "{out}");
     assert!(err.contains("tokens/s"), "{err}");
+}
+
+#[test]
+fn a_plan_predicts_every_setting_and_auto_runs_the_best() {
+    let folder = Tiny { layers: 3, experts: 4, seed: 9, ..Tiny::default() }.write();
+    let (model, out_file) = (utf8(folder.path()), folder.path().join("measured.toml"));
+    let plan = ["plan", "-m", model, "--ep-size", "2", "--time-limit", "100ms"];
+    let asked = ["--sequences", "1,3", "--check", "8", "--topology-out", utf8(&out_file)];
+    let (out, _) = succeeded(&[&plan[..], &asked, &["--format", "json"]].concat());
+    let plans: Value = serde_json::from_str(&out).expect("one JSON document");
+    assert!(plans["measurements"]["links"][0][1]["latency_s"].as_f64().expect("a latency") > 0.0);
+    for (plan, sequences) in plans["plans"].as_array().expect("plans").iter().zip([1, 3]) {
+        let settings = plan["settings"].as_array().expect("settings");
+        assert_eq!(settings.len(), 12, "two strategies and schedules, three tables");
+        let rates: Vec<f64> =
+            settings.iter().filter_map(|s| s["prediction"]["tokens_per_s"].as_f64()).collect();
+        assert!(rates.len() == 12 && rates.is_sorted_by(|a, b| a >= b) && rates[11] > 0.0, "{rates:?}");
+        assert_eq!((&plan["choice"], &plan["sequences"]), (&settings[0], &sequences.into()));
+        assert!(plan["measured_tokens_per_s"].as_f64().expect("a measurement") > 0.0);
+    }
+    let topology = exflow::placement::Topology::load(&out_file).expect("a topology");
+    assert!(topology.len() == 2 && topology.cost[1] > 0.0);
+    assert!(succeeded(&[&plan[..], &["--sequences", "2"]].concat()).0.contains("->"));
+
+    let base = ["generate", "-m", model, "--prompt-ids", "1,2,3", "-n", "6", "--format", "json", "--ep-size", "2"];
+    let ids = |more: &[&str]| {
+        let (out, err) = succeeded(&[&base[..], more].concat());
+        let value: Value = serde_json::from_str(&out).expect("one JSON document");
+        (value["sequences"][0]["output_ids"].clone(), value["stats"]["schedule"].clone(), err)
+    };
+    let (expected, ..) = ids(&[]);
+    let (said, _, err) = ids(&["--strategy", "auto"]);
+    assert_eq!(said, expected);
+    assert!(err.contains("auto, 1 at once: ") && err.contains("predicted"), "{err}");
+    let (said, schedule, _) = ids(&["--strategy", "auto", "--schedule", "flow"]);
+    assert_eq!((said, schedule), (expected, "flow".into()), "a schedule that was asked for is kept");
+    for wrong in [&["--ep-size", "1"][..], &["--ep-size", "2", "--sequences", "0"]] {
+        let output = exflow(&[&["plan", "-m", model][..], wrong].concat());
+        assert_eq!(output.status.code(), Some(2), "{wrong:?}");
+    }
 }
 
 #[test]
@@ -381,10 +422,11 @@ fn the_grid_of_strategies_holds_the_cells_that_were_asked_for() {
     );
     let rows: Value = serde_json::from_str(&out).expect("JSON");
     let rows = rows.as_array().expect("a list");
-    assert_eq!(rows.len(), 8, "two strategies, schedules and tables");
+    assert_eq!(rows.len(), 9, "two strategies, schedules and tables, and what the planner picked");
+    assert_eq!(rows.iter().filter(|row| row["strategy"] == "auto").count(), 1);
     for row in rows {
         assert_eq!((&row["model"], &row["ranks"], &row["link"]), (&model.into(), &2.into(), &"local".into()));
-        for figure in ["tokens_per_s", "ttft_ms", "tpot_p50_ms", "tpot_p99_ms", "crossings_per_token"] {
+        for figure in ["tokens_per_s", "predicted_tokens_per_s", "ttft_ms", "tpot_p50_ms", "tpot_p99_ms", "crossings_per_token"] {
             assert!(row[figure].as_f64().expect(figure) > 0.0, "{figure}: {row}");
         }
         for class in ["dispatch", "combine", "kv", "ids", "control"] {

@@ -6,7 +6,8 @@ mod common;
 use common::tiny::{Folder, Tiny};
 use common::{prepare, request, root, tokens};
 use exflow::engine::{
-    Cluster, ClusterOptions, Feed, GroupOptions, NoProgress, Observer, PlacementSource, Rank, Strategy,
+    Cluster, ClusterOptions, Feed, GroupOptions, NoProgress, Observer, PlacementSource, Rank, Schedule,
+    Strategy,
     TransportKind,
 };
 use exflow::placement::PlacementTable;
@@ -180,6 +181,77 @@ fn processes_make_one_world_and_a_killed_one_changes_no_token() {
     for worker in workers {
         let output = worker.end();
         assert!(output.status.success(), "a worker ends with rank 0: {}", err(&output));
+    }
+}
+
+#[test]
+fn a_world_of_processes_measures_itself_and_changes_how_it_runs() {
+    let folder = tiny();
+    let (requests, expected) = undisturbed(folder.path(), 8);
+    let group = Group::new(3, folder.path());
+    let (mut cluster, workers) = group.run();
+    let measured = cluster.measure().unwrap_or_else(|e| panic!("{e}\n{}", group.said()));
+    assert_eq!((measured.ranks.len(), measured.links.len()), (3, 3));
+    for (from, links) in measured.links.iter().enumerate() {
+        let others = links.iter().enumerate().filter(|(to, _)| *to != from);
+        others.for_each(|(to, link)| assert!(link.latency_s > 0.0 && link.bytes_per_s > 0.0, "{from} to {to}"));
+    }
+    let table = PlacementTable::linear(3, 8, 3);
+    for (strategy, schedule, table) in [
+        (Strategy::Vanilla, Schedule::Flow, None),
+        (Strategy::Coherent, Schedule::Flow, Some(table.clone())),
+        (Strategy::Coherent, Schedule::Rounds, None),
+    ] {
+        let what = format!("{strategy}, {schedule}");
+        cluster.change(strategy, schedule, table).unwrap_or_else(|e| panic!("{what}: {e}\n{}", group.said()));
+        let run = cluster.generate(&requests, &mut |_| {}).unwrap_or_else(|e| panic!("{what}: {e}"));
+        assert_eq!(tokens(&run), expected, "{what}");
+        assert_eq!((run.stats.strategy, run.stats.schedule), (strategy.to_string(), schedule.to_string()));
+        assert!(cluster.absent().is_empty(), "{what}: {}", group.said());
+    }
+    assert_eq!(cluster.placement().assignment, table.assignment);
+    drop(cluster);
+    for worker in workers {
+        let output = worker.end();
+        assert!(output.status.success(), "a worker ends with rank 0: {}", err(&output));
+    }
+}
+
+#[test]
+fn a_world_that_was_measured_and_changed_says_the_same() {
+    let shape = Tiny { top_k: 2, layers: 3, experts: 6, seed: 51, ..Tiny::default() };
+    let folder = shape.write();
+    let requests: Vec<_> = (0..3).map(|s| request(&shape.prompt(4 + s, s as u64), 7)).collect();
+    let expected = {
+        let mut alone = common::Setup::one_rank(folder.path()).start();
+        tokens(&alone.generate(&requests, &mut |_| {}).expect("one rank"))
+    };
+    let mut cluster = common::Setup::new(folder.path(), 3, Strategy::Vanilla).start();
+    for (strategy, schedule) in [
+        (Strategy::Coherent, Schedule::Flow),
+        (Strategy::Vanilla, Schedule::Rounds),
+        (Strategy::Vanilla, Schedule::Flow),
+        (Strategy::Coherent, Schedule::Rounds),
+    ] {
+        let measured = cluster.measure();
+        match cluster.options().schedule {
+            Schedule::Rounds => {
+                for times in measured.expect("measured").ranks {
+                    let curves = [&times.hop.vanilla, &times.hop.coherent, &times.serve, &times.begin, &times.end];
+                    let more = [&times.attend.vanilla, &times.attend.coherent, &times.sample];
+                    assert!(curves.iter().chain(&more).all(|curve| curve.at(1) > 0.0), "{times:?}");
+                    assert!(times.crowded >= 1.0);
+                }
+            }
+            Schedule::Flow => assert!(measured.expect_err("ranks in flow do not stop together").is_input()),
+        }
+        assert_eq!(tokens(&cluster.generate(&requests, &mut |_| {}).expect("three ranks")), expected);
+        let table = PlacementTable::linear(3, 6, 3);
+        let table = (schedule == Schedule::Flow).then_some(table);
+        cluster.change(strategy, schedule, table).expect("changed");
+        let run = cluster.generate(&requests, &mut |_| {}).expect("three ranks");
+        assert_eq!(tokens(&run), expected, "{strategy}, {schedule}");
+        assert_eq!((run.stats.strategy, run.stats.schedule), (strategy.to_string(), schedule.to_string()));
     }
 }
 

@@ -3,6 +3,7 @@
 use super::failure::Failure;
 use super::flags::{self, RankFlags};
 use super::output::{self, Format};
+use exflow::engine::plan::Prediction;
 use exflow::engine::{ChatTemplate, Cluster, Completion, Generation, Message, Request, Sampling, TokenEvent};
 use exflow::progress::Bars;
 use exflow::stream::TextStream;
@@ -77,6 +78,8 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let given =
         args.prompts.prompt_ids.iter().map(|ids| flags::token_ids(ids)).collect::<Result<Vec<_>, _>>()?;
     let Some(mut cluster) = args.ranks.start(&Bars::terminal_only())? else { return Ok(()) };
+    let count = given.len().max(args.prompts.prompt.len());
+    let chosen = args.ranks.tune(&mut cluster, count)?;
     let prompts = match (given.is_empty(), args.chat) {
         (false, _) => given,
         (true, false) => encode(&cluster, &args.prompts.prompt)?,
@@ -91,13 +94,14 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     match args.format {
         Format::Json => {
             args.ranks.note_placement();
-            output::json(&as_json(&run)?)
+            output::json(&as_json(&run, chosen.as_ref().map(|chosen| chosen.prediction))?)?;
         }
-        Format::Text => {
-            output::note(&summary(&run));
-            Ok(())
-        }
+        Format::Text => output::note(&summary(&run)),
     }
+    if let Some(chosen) = chosen {
+        chosen.note(&run.stats);
+    }
+    Ok(())
 }
 
 fn temperature(text: &str) -> Result<f32, String> {
@@ -160,9 +164,13 @@ fn streamed(cluster: &mut Cluster, requests: &[Request], args: &Args) -> Result<
     failed.map_or(Ok(run), |error| Err(error.into()))
 }
 
-fn as_json(run: &Generation) -> Result<Value, Failure> {
+fn as_json(run: &Generation, predicted: Option<Prediction>) -> Result<Value, Failure> {
     let sequences = run.sequences.iter().map(sequence).collect::<Result<Vec<_>, _>>()?;
-    Ok(json!({ "sequences": sequences, "stats": serde_json::to_value(&run.stats)? }))
+    let mut value = json!({ "sequences": sequences, "stats": serde_json::to_value(&run.stats)? });
+    if let Some(predicted) = predicted {
+        value["prediction"] = serde_json::to_value(predicted)?;
+    }
+    Ok(value)
 }
 
 fn sequence(done: &Completion) -> Result<Value, Failure> {

@@ -15,6 +15,7 @@ mod logits;
 mod os;
 mod output;
 mod place;
+mod plan;
 mod profile;
 mod report;
 mod selftest;
@@ -54,6 +55,7 @@ enum Verb {
     Eval(eval::Args),
     Profile(profile::Args),
     Place(place::Args),
+    Plan(plan::Args),
     Bench(bench::Args),
     Simulate(simulate::Args),
     Report(report::Args),
@@ -74,6 +76,7 @@ impl Verb {
             Self::Logits(args) => args.ranks.hosted(),
             Self::Eval(args) => args.ranks.hosted(),
             Self::Profile(args) => args.ranks.hosted(),
+            Self::Plan(args) => args.ranks.hosted(),
             Self::Bench(args) => args.device_ranks(),
             // Tells what the user has set.
             Self::Devices(_) => 0,
@@ -92,6 +95,7 @@ impl Verb {
             Self::Logits(args) => Some(&mut args.ranks.model),
             Self::Eval(args) => Some(&mut args.ranks.model),
             Self::Profile(args) => Some(&mut args.ranks.model),
+            Self::Plan(args) => Some(&mut args.ranks.model),
             Self::Bench(args) => args.model_mut(),
             Self::Report(args) => args.model.as_mut(),
             Self::Worker(args) => Some(&mut args.model),
@@ -114,6 +118,7 @@ impl Verb {
             Self::Eval(args) => eval::run(args),
             Self::Profile(args) => profile::run(args),
             Self::Place(args) => place::run(args),
+            Self::Plan(args) => plan::run(args),
             Self::Simulate(args) => simulate::run(args),
             Self::Report(args) => report::run(args),
             Self::Bench(args) => bench::run(args),

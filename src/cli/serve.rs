@@ -2,8 +2,9 @@
 
 use super::failure::Failure;
 use super::flags::{self, RankFlags};
+use super::plan::SERVED;
 use super::{os, output};
-use exflow::engine::{Engine, EngineOptions};
+use exflow::engine::{Cluster, Engine, EngineOptions};
 use exflow::progress::Bars;
 use exflow::serve::{ServeError, ServeOptions, Server};
 use std::net::{IpAddr, SocketAddr};
@@ -58,22 +59,25 @@ fn key(text: &str) -> Result<String, String> {
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let engine_options = EngineOptions { max_waiting: args.max_waiting, count_routes: args.count_routes };
     let Some(options) = args.ranks.led(&Bars::new())? else { return Ok(()) };
-    let engine = Engine::start(options, engine_options, &Bars::new())?;
+    let mut cluster = Cluster::start(options, &Bars::new())?;
+    let chosen = args.ranks.tune(&mut cluster, SERVED)?;
+    let engine = Engine::over(cluster, engine_options)?;
     args.ranks.note_placement();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .map_err(|e| Failure::Run(format!("no threads for the server: {e}")))?;
-    runtime.block_on(serve(engine, args))
+    runtime.block_on(serve(engine, args, chosen.map(|chosen| chosen.prediction.ms_per_token)))
 }
 
-async fn serve(engine: Engine, args: &Args) -> Result<(), Failure> {
+async fn serve(engine: Engine, args: &Args, predicted: Option<f64>) -> Result<(), Failure> {
     let options = ServeOptions {
         address: SocketAddr::new(args.host, args.port),
         api_key: args.api_key.clone(),
         cors_origins: args.cors_origin.clone(),
         chat_template: args.chat_template.clone(),
         grace: args.grace,
+        predicted_ms_per_token: predicted,
         ..ServeOptions::new(name(args))
     };
     if args.api_key.is_none() && !args.host.is_loopback() {

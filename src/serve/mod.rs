@@ -45,6 +45,8 @@ pub struct ServeOptions {
     pub chat_template: Option<PathBuf>,
     /// How long requests that run may go on after a shutdown was asked for.
     pub grace: Duration,
+    /// Milliseconds between two tokens of a request that a planner predicted, for the dashboard.
+    pub predicted_ms_per_token: Option<f64>,
 }
 
 impl ServeOptions {
@@ -57,6 +59,7 @@ impl ServeOptions {
             cors_origins: Vec::new(),
             chat_template: None,
             grace: Duration::from_secs(60),
+            predicted_ms_per_token: None,
         }
     }
 }

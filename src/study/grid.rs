@@ -1,29 +1,17 @@
 //! One cell of the grid of `exflow bench strategies`: all settings of one model, world size, link and number of
 //! sequences, interleaved, that must all say the same.
 
-use super::StudyError;
+use super::{Candidate, Planner, StudyError};
+use exflow_engine::plan::{Parts, Prediction};
 use exflow_engine::{
-    BytesByClass, Cluster, ClusterOptions, PlacementSource, PlacementTable, Progress, Request, RunStats,
-    Schedule, Strategy,
+    BytesByClass, Cluster, ClusterOptions, PlacementSource, Progress, Request, RoutingTrace, RunStats, Schedule,
+    Strategy,
 };
 use serde::{Deserialize, Serialize};
 use std::time::Instant;
 
 /// Tokens of the run that warms each cluster up; it is not measured.
 const WARM_UP: usize = 6;
-
-/// One setting of a cell.
-#[derive(Debug, Clone)]
-pub struct GridSetting {
-    /// Where tokens go.
-    pub strategy: Strategy,
-    /// What a rank waits for.
-    pub schedule: Schedule,
-    /// The table's name.
-    pub table: String,
-    /// The table.
-    pub placement: PlacementTable,
-}
 
 /// Bytes per decode token, by class.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
@@ -57,11 +45,11 @@ pub struct GridRow {
     pub sequences: usize,
     /// `local`, `lan`, `wifi` or `wan`.
     pub link: String,
-    /// `vanilla` or `coherent`.
+    /// `vanilla`, `coherent`, or `auto` for what the planner picked before the run.
     pub strategy: String,
-    /// `rounds` or `flow`.
+    /// `rounds` or `flow`; of `auto`, what it picked.
     pub schedule: String,
-    /// `round_robin`, `affinity`, …
+    /// `round_robin`, `affinity`, …; of `auto`, with the strategy that it picked, as in `coherent affinity`.
     pub table: String,
     /// Decode throughput over all sequences: median over the runs.
     pub tokens_per_s: f64,
@@ -69,6 +57,8 @@ pub struct GridRow {
     pub tokens_per_s_range: (f64, f64),
     /// What was predicted before the run; none where nothing was.
     pub predicted_tokens_per_s: Option<f64>,
+    /// Where a token's time was predicted to go.
+    pub predicted_parts: Option<Parts>,
     /// Mean milliseconds to a sequence's first token.
     pub ttft_ms: f64,
     /// Mean milliseconds from a sequence's first token to its second.
@@ -125,20 +115,39 @@ struct Runs {
 
 /// The clusters of a cell's settings, which serve every number of sequences.
 pub struct Grid {
-    clusters: Vec<(GridSetting, Cluster)>,
+    clusters: Vec<(Candidate, Cluster)>,
+    planner: Option<Auto>,
+}
+
+/// The planner with a cluster of its own, which runs as it picks.
+struct Auto {
+    planner: Planner,
+    cluster: Cluster,
 }
 
 impl Grid {
-    /// Starts a cluster per setting and warms it up.
+    /// Starts a cluster per setting and warms it up; with `routes` also one that measures the world, from which every
+    /// setting is predicted, and that then runs as the best of them.
     ///
     /// # Errors
     /// What [`Cluster::start`] refuses.
     pub fn start(
         options: &ClusterOptions,
-        settings: Vec<GridSetting>,
+        settings: Vec<Candidate>,
+        routes: Option<RoutingTrace>,
         prompts: &[Vec<u32>],
         progress: &dyn Progress,
     ) -> Result<Self, StudyError> {
+        let planner = match routes {
+            Some(routes) if options.ranks > 1 => {
+                let mut options = options.clone();
+                (options.strategy, options.schedule) = (Strategy::Coherent, Schedule::Rounds);
+                let mut cluster = Cluster::start(options, progress)?;
+                cluster.generate(&requests(prompts, WARM_UP), &mut |_| {})?;
+                Some(Auto { planner: Planner::measure(&mut cluster, routes)?, cluster })
+            }
+            _ => None,
+        };
         let mut clusters = Vec::new();
         for setting in settings {
             let mut options = options.clone();
@@ -149,7 +158,7 @@ impl Grid {
             cluster.generate(&requests(prompts, WARM_UP), &mut |_| {})?;
             clusters.push((setting, cluster));
         }
-        Ok(Self { clusters })
+        Ok(Self { clusters, planner })
     }
 
     /// Measures all settings in turn, again and again.
@@ -157,14 +166,31 @@ impl Grid {
     /// # Errors
     /// [`StudyError::Differ`] where a run says something else than the first one.
     pub fn measure(&mut self, cell: &Cell, prompts: &[Vec<u32>]) -> Result<Vec<GridRow>, StudyError> {
-        let mut runs: Vec<Runs> = self.clusters.iter().map(|_| Runs::default()).collect();
+        let settings: Vec<Candidate> = self.clusters.iter().map(|(setting, _)| setting.clone()).collect();
+        let predict = |auto: &Auto, setting: &Candidate| auto.planner.predict(setting, cell.sequences);
+        let predicted: Vec<Option<Prediction>> =
+            settings.iter().map(|s| self.planner.as_ref().map(|auto| predict(auto, s))).collect();
+        let mut entries: Vec<Entry<'_>> = Vec::new();
+        for ((setting, cluster), predicted) in self.clusters.iter_mut().zip(predicted) {
+            entries.push(Entry { setting: setting.clone(), auto: false, cluster, predicted });
+        }
+        if let Some(auto) = &mut self.planner
+            && let Some((setting, prediction)) = auto.planner.rank(&settings, cell.sequences).into_iter().next()
+        {
+            let table = Some(setting.placement.clone());
+            auto.cluster.change(setting.strategy, setting.schedule, table)?;
+            auto.cluster.generate(&requests(prompts, WARM_UP), &mut |_| {})?;
+            let cluster = &mut auto.cluster;
+            entries.push(Entry { setting, auto: true, cluster, predicted: Some(prediction) });
+        }
+        let mut runs: Vec<Runs> = entries.iter().map(|_| Runs::default()).collect();
         let mut said: Option<Vec<Vec<u32>>> = None;
         let groups: Vec<Vec<Request>> = match cell.sequences {
             1 => prompts.iter().map(|p| requests(std::slice::from_ref(p), cell.tokens)).collect(),
             n => vec![requests(&prompts.iter().cycle().take(n).cloned().collect::<Vec<_>>(), cell.tokens)],
         };
         for repeat in 0..cell.repeats.max(1) {
-            for ((setting, cluster), runs) in self.clusters.iter_mut().zip(&mut runs) {
+            for (Entry { setting, cluster, .. }, runs) in entries.iter_mut().zip(&mut runs) {
                 let mut spoken = Vec::new();
                 let mut rates = Vec::new();
                 for group in &groups {
@@ -180,20 +206,28 @@ impl Grid {
                 }
             }
         }
-        let options = self.clusters.first().map(|(_, cluster)| cluster.options().clone());
-        let layers = self.clusters.first().map_or(0, |(_, cluster)| cluster.spec().moe_layers());
-        let latency = options.and_then(|o| o.link).map_or(0.0, |link| link.latency.as_secs_f64());
-        let rows = self.clusters.iter().zip(runs).map(|((setting, cluster), runs)| {
-            let floor = |stats: &RunStats| {
-                let vanilla = setting.strategy == Strategy::Vanilla && setting.schedule == Schedule::Rounds;
-                (vanilla && latency > 0.0).then(|| {
-                    let step = 2.0 * layers as f64 * latency + stats.compute_ms_per_step / 1e3;
-                    cell.sequences as f64 / step
-                })
-            };
-            runs.row(cell, setting, cluster.options().ranks, floor)
-        });
-        Ok(rows.collect())
+        Ok(entries.iter().zip(runs).map(|(entry, runs)| runs.row(cell, entry)).collect())
+    }
+}
+
+/// One setting of a cell while it is measured.
+struct Entry<'a> {
+    setting: Candidate,
+    auto: bool,
+    cluster: &'a mut Cluster,
+    predicted: Option<Prediction>,
+}
+
+impl Entry<'_> {
+    /// Of vanilla in rounds over a shaped link: two one-way latencies per MoE layer and what the busiest rank computed.
+    fn floor(&self, cell: &Cell, stats: &RunStats) -> Option<f64> {
+        let latency = self.cluster.options().link?.latency.as_secs_f64();
+        let vanilla =
+            self.setting.strategy == Strategy::Vanilla && self.setting.schedule == Schedule::Rounds;
+        (vanilla && latency > 0.0).then(|| {
+            let layers = self.cluster.spec().moe_layers() as f64;
+            cell.sequences as f64 / (2.0 * layers * latency + stats.compute_ms_per_step / 1e3)
+        })
     }
 }
 
@@ -217,6 +251,14 @@ fn run(cluster: &mut Cluster, requests: &[Request]) -> Result<(Times, RunStats, 
     Ok((times, run.stats, outputs))
 }
 
+/// Runs the requests; tokens per second while all of them decode.
+///
+/// # Errors
+/// What [`Cluster::generate`] refuses.
+pub fn decode_rate(cluster: &mut Cluster, requests: &[Request]) -> Result<f64, StudyError> {
+    run(cluster, requests).map(|(times, ..)| rate(&times))
+}
+
 /// Tokens per second while all sequences decode: from the last first token to the first last one. Where sequences had
 /// to wait for each other, over all of the decoding.
 fn rate(times: &Times) -> f64 {
@@ -235,13 +277,13 @@ fn rate(times: &Times) -> f64 {
 fn agree(
     first: &[Vec<u32>],
     said: &[Vec<u32>],
-    setting: &GridSetting,
+    setting: &Candidate,
     repeat: usize,
 ) -> Result<(), StudyError> {
     for (sequence, (a, b)) in first.iter().zip(said).enumerate() {
         if a != b {
             let token = a.iter().zip(b).position(|(a, b)| a != b).unwrap_or(a.len().min(b.len()));
-            let setting = format!("{}, {}, {}", setting.strategy, setting.schedule, setting.table);
+            let setting = setting.to_string();
             return Err(StudyError::Differ { setting, run: repeat, sequence, token });
         }
     }
@@ -269,13 +311,8 @@ impl Runs {
         self.stats = Some(stats);
     }
 
-    fn row(
-        mut self,
-        cell: &Cell,
-        setting: &GridSetting,
-        ranks: usize,
-        floor: impl Fn(&RunStats) -> Option<f64>,
-    ) -> GridRow {
+    fn row(mut self, cell: &Cell, entry: &Entry<'_>) -> GridRow {
+        let (setting, ranks) = (&entry.setting, entry.cluster.options().ranks);
         let range = self.rates.iter().fold((f64::INFINITY, 0.0_f64), |(a, b), r| (a.min(*r), b.max(*r)));
         let stats = self.stats.as_ref();
         let of = |figure: fn(&RunStats) -> f64| stats.map_or(0.0, figure);
@@ -284,17 +321,21 @@ impl Runs {
             ranks,
             sequences: cell.sequences,
             link: cell.link.clone(),
-            strategy: setting.strategy.to_string(),
+            strategy: if entry.auto { "auto".into() } else { setting.strategy.to_string() },
             schedule: setting.schedule.to_string(),
-            table: setting.table.clone(),
-            predicted_tokens_per_s: None,
+            table: match entry.auto {
+                true => format!("{} {}", setting.strategy, setting.table),
+                false => setting.table.clone(),
+            },
+            predicted_tokens_per_s: entry.predicted.map(|p| p.tokens_per_s),
+            predicted_parts: entry.predicted.map(|p| p.parts),
             ttft_ms: 1e3 * mean(&self.ttft),
             second_token_ms: 1e3 * mean(&self.seconds),
             exchanges_per_layer: of(|s| s.exchanges_per_layer),
             crossings_per_token: of(|s| s.crossings_per_token),
             stay_rate: of(|s| s.stay_rate),
             bytes_per_token: stats.map_or_else(ClassBytes::default, |s| s.decode_bytes_per_token.into()),
-            floor_tokens_per_s: stats.and_then(floor),
+            floor_tokens_per_s: stats.and_then(|stats| entry.floor(cell, stats)),
             hop_ms: of(|s| s.compute_ms_per_step),
             rows_per_hop: of(|s| s.rows_per_hop),
             busy_share: of(|s| s.busy_share),

@@ -45,7 +45,16 @@ pub fn grid_profile(
     seed: u64,
     progress: &dyn Progress,
 ) -> Result<RoutingTrace, StudyError> {
-    let (sequences, tokens) = OWN_TEXT;
+    own_routes(cluster, OWN_TEXT, seed, progress)
+}
+
+/// The same for so many sequences of so many tokens.
+pub(super) fn own_routes(
+    cluster: &mut Cluster,
+    (sequences, tokens): (usize, usize),
+    seed: u64,
+    progress: &dyn Progress,
+) -> Result<RoutingTrace, StudyError> {
     if cluster.text().is_ok() {
         let beginnings = PROFILED.map(String::from).to_vec();
         let own = OwnText { beginnings, sequences, tokens, seed };

@@ -377,7 +377,7 @@ impl<'a> Play<'a> {
     /// Keys and values, one after the other over the rank's link.
     fn spread(&mut self, rank: usize, to: usize, made: &[(usize, usize)]) {
         let link = self.measured.link(rank, to);
-        let bytes = 2.0 + FRAME_BYTES + made.len() as f64 * self.shape.kv_bytes;
+        let bytes = FRAME_BYTES + made.len() as f64 * self.shape.kv_bytes;
         self.sums.kv += bytes;
         let free = &mut self.ranks[rank].bulk_free;
         *free = free.max(self.now) + bytes / self.measured.uplink(rank);

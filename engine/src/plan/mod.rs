@@ -15,7 +15,7 @@ use crate::options::{Combine, KvDtype, Schedule};
 use exflow_placement::{ExpertId, LayerId, PlacementTable, Rank, Route, RoutingTrace, Strategy};
 use exflow_shaders::Cache;
 use exflow_transport::proto::frame::HEADER_BYTES;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Tokens of each sequence that are played; the first few are not counted.
 const TOKENS: usize = 24;
@@ -39,7 +39,7 @@ impl Shape {
         Self {
             layers: (0..spec.layers).map(|layer| spec.moe_index(layer)).collect(),
             hidden_bytes: 4.0 * spec.hidden as f64,
-            kv_bytes: 8.0 + 4.0 * words as f64,
+            kv_bytes: 10.0 + 4.0 * words as f64,
         }
     }
 
@@ -88,7 +88,7 @@ pub struct Workload<'a> {
 }
 
 /// What a setting is predicted to do while all sequences decode.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Prediction {
     /// Over all sequences.
     pub tokens_per_s: f64,
@@ -111,7 +111,7 @@ pub struct Prediction {
 }
 
 /// Milliseconds of a token, by what it waits for.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Parts {
     /// Being worked on; in rounds: until the slowest rank is done.
     pub compute_ms: f64,

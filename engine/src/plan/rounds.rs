@@ -177,7 +177,7 @@ impl Step<'_> {
         for (from, rows) in to_others.iter().enumerate() {
             let of = |rows: &usize| match rows {
                 0 => 0.0,
-                rows => 2.0 + FRAME_BYTES + *rows as f64 * self.shape.kv_bytes,
+                rows => FRAME_BYTES + *rows as f64 * self.shape.kv_bytes,
             };
             let bytes: f64 = rows.iter().map(of).sum();
             self.kv[from] += bytes;

@@ -41,12 +41,14 @@ pub(crate) struct PartialFrame {
     pub(crate) values: Vec<f32>,
 }
 
-/// Keys and values of some positions at one layer.
+/// Keys and values of one position at one layer.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct KvFrame {
+pub(crate) struct KvRow {
     pub(crate) layer: u16,
-    /// (sequence, position, `[2, heads * D]`).
-    pub(crate) rows: Vec<(u32, u32, Vec<f32>)>,
+    pub(crate) sequence: u32,
+    pub(crate) position: u32,
+    /// What the cache holds of it.
+    pub(crate) values: Vec<f32>,
 }
 
 /// Appends to a payload.
@@ -82,6 +84,19 @@ impl Writer {
 
     pub(crate) fn partial(&mut self, sequence: u32, position: u32, k: u16, values: &[f32]) {
         self.u32(sequence).u32(position).u16(k).floats(values);
+    }
+
+    /// Keys and values of one position at one layer, in the cache's words.
+    pub(crate) fn kv(&mut self, layer: u16, sequence: u32, position: u32, words: &[u32]) {
+        self.u16(layer).u32(sequence).u32(position);
+        for word in words {
+            self.u32(*word);
+        }
+    }
+
+    /// Bytes so far.
+    pub(crate) fn len(&self) -> usize {
+        self.bytes.len()
     }
 
     pub(crate) fn finish(self) -> Bytes {
@@ -156,12 +171,11 @@ impl<'a> Reader<'a> {
         Ok(partials)
     }
 
-    /// Keys and values, `width` values a row, as the cache holds them.
-    pub(crate) fn kv(mut self, width: usize, cache: Cache) -> Result<KvFrame, EngineError> {
-        let layer = self.u16()?;
+    /// Keys and values to the end of the payload, `width` values a row, as the cache holds them.
+    pub(crate) fn kv(mut self, width: usize, cache: Cache) -> Result<Vec<KvRow>, EngineError> {
         let mut rows = Vec::new();
         while !self.bytes.is_empty() {
-            let (sequence, position) = (self.u32()?, self.u32()?);
+            let (layer, sequence, position) = (self.u16()?, self.u32()?, self.u32()?);
             let words = self.take(4 * cache.words(width))?;
             let words: Vec<u32> =
                 words.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
@@ -172,9 +186,9 @@ impl<'a> Reader<'a> {
                     self.from
                 )));
             }
-            rows.push((sequence, position, values));
+            rows.push(KvRow { layer, sequence, position, values });
         }
-        Ok(KvFrame { layer, rows })
+        Ok(rows)
     }
 }
 

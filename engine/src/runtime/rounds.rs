@@ -3,7 +3,7 @@
 
 use super::outlet::News;
 use super::sequence::Sampled;
-use super::step::{Batch, Outcome, Row, Stepper};
+use super::step::{Batch, Outcome, Row};
 use super::worker::{Directive, Event, Worker};
 use crate::EngineError;
 use bytes::Bytes;
@@ -51,20 +51,9 @@ impl Worker {
             return Ok(Outcome::default());
         }
         let (started, before) = (Instant::now(), self.comm.stats());
-        let mut stepper = Stepper {
-            decoder: &mut self.decoder,
-            comm: self.comm.as_mut(),
-            table: &self.options.table,
-            strategy: self.options.strategy,
-            combine: self.options.combine,
-            sequences: &self.sequences,
-            coherence: &mut self.coherence,
-            stats: &mut self.stats,
-            round: &mut self.round,
-        };
         let outcome = match batch.tokens.is_empty() && self.options.table.ranks == 1 {
             true => Outcome::default(),
-            false => stepper.run(&batch)?,
+            false => self.stepper().run(&batch)?,
         };
         let wire = self.comm.stats().since(&before);
         self.stats.add_step(batch.decode, &wire);

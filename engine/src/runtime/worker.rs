@@ -6,6 +6,7 @@ use super::outlet::Outlet;
 use super::scheduler::Scheduler;
 use super::sequence::{Admission, FinishReason, Order, Sampled, Sequences};
 use super::stats::RankStats;
+use super::step::Stepper;
 use crate::EngineError;
 use crate::model::decoder::Decoder;
 use crate::options::{Combine, Schedule};
@@ -143,6 +144,21 @@ impl Worker {
             _ => self.run_rounds(),
         };
         (self.decoder, ended.map(|()| self.again))
+    }
+
+    /// What a step of this rank works with.
+    pub(super) fn stepper(&mut self) -> Stepper<'_> {
+        Stepper {
+            decoder: &mut self.decoder,
+            comm: self.comm.as_mut(),
+            table: &self.options.table,
+            strategy: self.options.strategy,
+            combine: self.options.combine,
+            sequences: &self.sequences,
+            coherence: &mut self.coherence,
+            stats: &mut self.stats,
+            round: &mut self.round,
+        }
     }
 
     pub(super) fn tell(&mut self, event: Event) {

@@ -4,6 +4,7 @@ pub(crate) mod group;
 
 use super::failure::Failure;
 use super::output;
+use super::plan::Chosen;
 use clap::ValueEnum;
 use exflow::engine::{
     Cluster, ClusterOptions, Combine, Dtype, KvDtype, PlacementSource, Progress, Quant, Schedule, Strategy,
@@ -24,15 +25,17 @@ pub(crate) struct RankFlags {
     /// What joins the ranks of this process
     #[arg(long, value_enum, default_value = "local")]
     pub(crate) transport: Transport,
-    /// vanilla: two exchanges per MoE layer; coherent: one (top-1)
+    /// vanilla: two exchanges per MoE layer; coherent: one (top-1); auto: measures first, then picks the strategy and, where
+    /// none is given, the schedule (`exflow plan` shows the choice; verbs that make no text take coherent)
     #[arg(long, value_enum, default_value = "coherent")]
     pub(crate) strategy: StrategyFlag,
     /// exact: bit-identical to one rank; sum: fewer bytes, other rounding
     #[arg(long, value_enum, default_value = "exact")]
     pub(crate) combine: CombineFlag,
-    /// rounds: every exchange waits for all ranks; flow: a rank works on whatever is ready
-    #[arg(long, value_enum, default_value = "rounds")]
-    pub(crate) schedule: ScheduleFlag,
+    /// rounds: every exchange waits for all ranks; flow: a rank works on whatever is ready [default: rounds, or what
+    /// --strategy auto picks]
+    #[arg(long, value_enum)]
+    pub(crate) schedule: Option<ScheduleFlag>,
     /// Shapes what each rank sends (with --transport quic): lan, wifi, wan, or latency=5ms,rate=100mbit,…
     #[arg(long, value_name = "LINK", value_parser = link)]
     pub(crate) link: Option<LinkSpec>,
@@ -66,7 +69,11 @@ impl RankFlags {
         options.transport = self.transport.into();
         options.strategy = self.strategy.into();
         options.combine = self.combine.into();
-        options.schedule = self.schedule.into();
+        options.schedule = self.schedule.map_or(Schedule::Rounds, Into::into);
+        if self.is_auto() {
+            // Ranks measure in rounds.
+            options.schedule = Schedule::Rounds;
+        }
         options.link = self.link;
         options.placement = self.placement.clone();
         options.adapter = self.adapter.clone();
@@ -76,6 +83,11 @@ impl RankFlags {
         options.cache_positions = self.ctx_size.map(|n| n as usize);
         self.group.apply(&mut options)?;
         Ok(options)
+    }
+
+    /// Whether a planner is to pick.
+    pub(crate) fn is_auto(&self) -> bool {
+        self.strategy == StrategyFlag::Auto
     }
 
     /// What to run, where this process leads; one that does not lead serves rank 0 to its end and gives none.
@@ -96,6 +108,14 @@ impl RankFlags {
     pub(crate) fn start(&self, progress: &dyn Progress) -> Result<Option<Cluster>, Failure> {
         let Some(options) = self.led(progress)? else { return Ok(None) };
         Ok(Some(Cluster::start(options, progress)?))
+    }
+
+    /// With `--strategy auto`, has the cluster run as is best for so many sequences.
+    pub(crate) fn tune(&self, cluster: &mut Cluster, sequences: usize) -> Result<Option<Chosen>, Failure> {
+        match self.is_auto() {
+            true => super::plan::tune(cluster, sequences, self.schedule.map(Into::into)),
+            false => Ok(None),
+        }
     }
 
     /// Ranks for which the driver is to be set up: 0 for one rank with matrices so large that a pool of threads pays
@@ -157,13 +177,14 @@ impl From<Transport> for TransportKind {
 pub(crate) enum StrategyFlag {
     Vanilla,
     Coherent,
+    Auto,
 }
 
 impl From<StrategyFlag> for Strategy {
     fn from(flag: StrategyFlag) -> Self {
         match flag {
             StrategyFlag::Vanilla => Self::Vanilla,
-            StrategyFlag::Coherent => Self::Coherent,
+            StrategyFlag::Coherent | StrategyFlag::Auto => Self::Coherent,
         }
     }
 }

@@ -51,6 +51,9 @@ impl Decoder {
 
     /// Keys and values that were made elsewhere and uploaded go into the cache.
     pub(crate) fn append_arrived(&self, r: &mut Recording<'_>, layer: usize, rows: usize) {
+        if rows == 0 {
+            return;
+        }
         let s = &self.scratch;
         self.append(r, layer, (&s.kv_arrived, self.spec.attention.cache4(), 0), &s.kv_arrived_slots, rows);
     }

@@ -88,7 +88,7 @@ impl<'a> Post<'a> {
         Ok(self.comm.send_message(self.peer, ByteClass::Ids, u16::MAX, payload)?)
     }
 
-    /// The peer's next message. Nobody else sends any: pairs follow each other. Late keys and values of sequences that
+    /// The peer's next message. Nobody else sends any: all wait for each pair. Late keys and values of sequences that
     /// ended are dropped.
     fn receive(&mut self) -> Result<(), EngineError> {
         let deadline = Instant::now() + PATIENCE;
@@ -110,7 +110,7 @@ impl<'a> Post<'a> {
     }
 }
 
-/// All pairs of `count` ranks, one after the other: pairs that ping at once would measure each other.
+/// All pairs of `count` ranks.
 pub(super) fn pairings(count: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..count).flat_map(move |a| (a + 1..count).map(move |b| (a, b)))
 }

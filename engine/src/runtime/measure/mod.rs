@@ -41,10 +41,11 @@ impl Worker {
         let mut links = vec![LinkTime::default(); self.comm.world_size()];
         for (a, b) in pairings(there.len()) {
             let (a, b) = (there[a], there[b]);
-            let Some(peer) = [b, a].into_iter().find(|peer| [a, b].contains(&me) && *peer != me) else {
-                continue;
-            };
-            links[peer.index()] = Post::new(self.comm.as_mut(), peer).measure(me == a)?;
+            if let Some(peer) = [b, a].into_iter().find(|peer| [a, b].contains(&me) && *peer != me) {
+                links[peer.index()] = Post::new(self.comm.as_mut(), peer).measure(me == a)?;
+            }
+            // Pairs that ping at once would measure each other.
+            self.wait_for_all()?;
         }
         let exchange_s = self.time_exchange()?;
         let mut times = RankTimes::default();

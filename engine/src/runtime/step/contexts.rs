@@ -1,13 +1,14 @@
 //! Contexts: where the keys and values of a step's rows are, and how they get to the rest of a layer's domain.
 
 use super::super::coherence::{Arrived, blocks_for};
-use super::super::frames::{Reader, Writer};
+use super::super::frames::{KvRow, Reader, Writer};
 use super::{Routed, Row, Stepper};
 use crate::EngineError;
 use crate::model::scratch::KV_CHUNK;
 use bytes::Bytes;
 use exflow_placement::{LayerId, Rank};
 use exflow_shaders::params::Query;
+use exflow_transport::Communicator;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
@@ -39,17 +40,17 @@ impl Stepper<'_> {
 
     /// Takes in keys and values that a peer made; those of sequences that ended are dropped.
     pub(super) fn take_in(&mut self, from: Rank, bytes: &Bytes) -> Result<(), EngineError> {
-        let frame =
+        let rows =
             Reader::new(bytes, from).kv(4 * self.spec().attention.cache4(), self.decoder.cache_form)?;
-        if usize::from(frame.layer) >= self.spec().layers {
-            return Err(EngineError::Internal(format!("rank {from} sent keys of layer {}", frame.layer)));
-        }
-        for (sequence, position, values) in frame.rows {
+        for KvRow { layer, sequence, position, values } in rows {
+            if usize::from(layer) >= self.spec().layers {
+                return Err(EngineError::Internal(format!("rank {from} sent keys of layer {layer}")));
+            }
             let Some(running) = self.sequences.running.get(&sequence) else { continue };
             if running.slot(position).is_none() {
                 return Err(EngineError::Internal(format!("rank {from} sent keys of position {position}")));
             }
-            self.coherence.receive(frame.layer, Arrived { sequence, position, values });
+            self.coherence.receive(layer, Arrived { sequence, position, values });
         }
         Ok(())
     }
@@ -83,10 +84,14 @@ impl Stepper<'_> {
         Ok(blocks)
     }
 
-    /// Writes the keys and values that waited for this layer into the cache.
-    pub(super) fn append_arrived(&mut self, layer: usize) -> Result<(), EngineError> {
+    /// Writes the keys and values that waited for this layer into the cache, the last of them (at most [`KV_CHUNK`]) with
+    /// the caller's next submission: so many rows lie ready for [`Decoder::append_arrived`].
+    ///
+    /// [`Decoder::append_arrived`]: crate::model::decoder::Decoder::append_arrived
+    pub(super) fn take_arrived(&mut self, layer: usize) -> Result<usize, EngineError> {
         let waiting = self.coherence.take(layer as u16);
-        for chunk in waiting.chunks(KV_CHUNK) {
+        let mut chunks = waiting.chunks(KV_CHUNK).peekable();
+        while let Some(chunk) = chunks.next() {
             let mut slots = Vec::with_capacity(chunk.len());
             let mut values = Vec::new();
             for arrived in chunk {
@@ -96,19 +101,35 @@ impl Stepper<'_> {
             let s = &self.decoder.scratch;
             self.decoder.gpu.write(&s.kv_arrived, 0, &values);
             self.decoder.gpu.write(&s.kv_arrived_slots, 0, &slots);
+            if chunks.peek().is_none() {
+                return Ok(chunk.len());
+            }
             let mut r = self.decoder.record();
             self.decoder.append_arrived(&mut r, layer, chunk.len());
             r.submit()?;
         }
-        Ok(())
+        Ok(0)
     }
 
     /// Sends the rows' keys and values to the rest of the layer's domain, in the background.
-    pub(crate) fn spread_contexts(
+    pub(super) fn spread_contexts(
         &mut self,
         layer: usize,
         rows: &[Row],
         routed: &Routed,
+    ) -> Result<(), EngineError> {
+        let mut bulk = Bulk::new(self.comm.world_size());
+        self.gather_contexts(layer, rows, routed, &mut bulk)?;
+        bulk.send(self.comm)
+    }
+
+    /// Puts the rows' keys and values with what is to be sent to the rest of the layer's domain.
+    pub(crate) fn gather_contexts(
+        &self,
+        layer: usize,
+        rows: &[Row],
+        routed: &Routed,
+        bulk: &mut Bulk,
     ) -> Result<(), EngineError> {
         if routed.qkv.is_empty() {
             return Ok(());
@@ -117,26 +138,40 @@ impl Stepper<'_> {
         let attention = &self.spec().attention;
         let (stride, first, width) = (4 * attention.qkv4(), 4 * attention.q4(), 4 * attention.cache4());
         let previous = self.spec().moe_before(layer).map(LayerId::from);
-        let mut payloads: Vec<Option<Writer>> = (0..self.comm.world_size()).map(|_| None).collect();
         for (t, row) in rows.iter().enumerate() {
             let home = self.sequence(row.sequence)?.start.home;
+            let words = self.decoder.cache_form.pack(&routed.qkv[t * stride + first..][..width]);
             for to in self.table.domain(previous, home).into_iter().filter(|to| *to != me) {
-                let payload = payloads[to.index()].get_or_insert_with(|| {
-                    let mut writer = Writer::default();
-                    writer.u16(layer as u16);
-                    writer
-                });
-                let values = &routed.qkv[t * stride + first..][..width];
-                payload.u32(row.sequence).u32(row.position);
-                for word in self.decoder.cache_form.pack(values) {
-                    payload.u32(word);
-                }
+                bulk.payloads[to.index()].kv(layer as u16, row.sequence, row.position, &words);
             }
         }
-        for (to, payload) in payloads.into_iter().enumerate() {
-            if let Some(payload) = payload {
-                self.comm.send_bulk(Rank::from(to), payload.finish())?;
-            }
+        Ok(())
+    }
+}
+
+/// Keys and values on their way out, by the rank that they go to.
+pub(crate) struct Bulk {
+    payloads: Vec<Writer>,
+}
+
+impl Bulk {
+    pub(crate) fn new(ranks: usize) -> Self {
+        Self { payloads: (0..ranks).map(|_| Writer::default()).collect() }
+    }
+
+    /// Bytes to all ranks together.
+    pub(crate) fn bytes(&self) -> usize {
+        self.payloads.iter().map(Writer::len).sum()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.bytes() == 0
+    }
+
+    /// Sends what there is, a frame to each rank.
+    pub(crate) fn send(&mut self, comm: &mut dyn Communicator) -> Result<(), EngineError> {
+        for (to, payload) in self.payloads.iter_mut().enumerate().filter(|(_, payload)| payload.len() > 0) {
+            comm.send_bulk(Rank::from(to), std::mem::take(payload).finish())?;
         }
         Ok(())
     }

@@ -48,9 +48,7 @@ impl Stepper<'_> {
         self.decoder.reserve(picked.rows(), if ends { rows.len() } else { 1 })?;
         let heads = if ends { self.head_rows(&rows)? } else { Vec::new() };
         let plan = self.load(picked, &tokens)?;
-        if stage < layers && !rows.is_empty() {
-            self.append_arrived(stage)?;
-        }
+        let arrived = if stage < layers && !rows.is_empty() { self.take_arrived(stage)? } else { 0 };
         let blocks = match stage < layers && !rows.is_empty() {
             true => self.write_contexts(&rows)?,
             false => 1,
@@ -78,6 +76,7 @@ impl Stepper<'_> {
         let moe = if count > 0 && stage < layers { decoder.spec.moe_index(stage) } else { None };
         let attends = count > 0 && stage < layers;
         if attends {
+            decoder.append_arrived(&mut r, stage, arrived);
             decoder.attend(&mut r, stage, count, blocks);
             if let Some(index) = moe {
                 decoder.norm_ffn(&mut r, stage, 0, count);

@@ -7,6 +7,7 @@ mod hop;
 mod sample;
 mod timing;
 
+pub(crate) use contexts::Bulk;
 pub(crate) use exchange::expected;
 pub(crate) use hop::Hopped;
 pub(crate) use timing::TOGETHER_ROWS;
@@ -252,7 +253,7 @@ impl Stepper<'_> {
             return Ok(Routed { chosen, weights, residual: Vec::new(), qkv: Vec::new(), routes: Vec::new() });
         }
         let _span = tracing::debug_span!("attend", layer).entered();
-        self.append_arrived(layer)?;
+        let arrived = self.take_arrived(layer)?;
         let blocks = self.write_contexts(rows)?;
         let (count, top_k) = (rows.len(), self.spec().top_k);
         let spread = self.spreads();
@@ -261,6 +262,7 @@ impl Stepper<'_> {
         if layer == 0 {
             decoder.embed(&mut r, count);
         }
+        decoder.append_arrived(&mut r, layer, arrived);
         decoder.attend(&mut r, layer, count, blocks);
         decoder.norm_ffn(&mut r, layer, 0, count);
         let moe = decoder.spec.moe_index(layer);

@@ -1,23 +1,25 @@
 //! `exflow bench strategies`: the grid of strategies, schedules, tables, links, ranks and sequences.
 
+mod cell;
+mod tables;
+
 use super::super::failure::Failure;
 use super::super::{flags, output};
 use clap::ValueEnum;
-use exflow::engine::{Cluster, ClusterOptions, NoProgress, Schedule, Strategy, TransportKind};
+use exflow::engine::{Cluster, ClusterOptions, Schedule, Strategy};
 use exflow::placement::{PlacementTable, SolveOptions};
 use exflow::progress::Bars;
-use exflow::study::{self, Cell, Grid, GridRow, GridSetting, SyntheticModel};
+use exflow::study::{self, GridRow, SyntheticModel};
 use exflow::transport::link::LinkSpec;
-use std::fmt::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 /// Measures every strategy with every schedule and table, interleaved, on links to order
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Each cell (model, ranks, link) runs in a process of its own, one rank per host on the shaped links: what each\n\
-                        rank sends is delayed and slowed. All settings of a cell take turns and must say the same tokens.\n\
+                        rank sends is delayed and slowed. All settings of a cell take turns and must say the same tokens; `auto` is what\n\
+                        the planner picks from measurements taken in the cell, which also predict every other row.\n\
                         docs/METHODOLOGY.md defines the figures.\n\n\
                         Example:\n  exflow bench strategies --ranks 4 --sequences 8 --links wan,local --format json"
 )]
@@ -58,6 +60,9 @@ pub(crate) struct Args {
     /// Adapter: part of its name, or its number in `exflow devices` [default: the best one]
     #[arg(long, value_name = "NAME|N")]
     adapter: Option<String>,
+    /// Neither measures links and kernels first, nor predicts, nor runs what the planner picks
+    #[arg(long)]
+    no_auto: bool,
     /// A grid of a minute: the bundled model, 4 ranks, 8 sequences, wan and local, two runs
     #[arg(long)]
     quick: bool,
@@ -164,13 +169,13 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         return Err(Failure::Input("--sequences 0: use at least 1".into()));
     }
     if let Some(folder) = &args.cell_of {
-        return cell(args, folder);
+        return cell::run(args, folder);
     }
     let rows = grid(args)?;
     match args.format {
         Format::Json => output::json(&rows),
-        Format::Md => output::text(&markdown(&rows)),
-        Format::Html => output::text(&html(&rows)),
+        Format::Md => output::text(&tables::markdown(&rows)),
+        Format::Html => output::text(&tables::html(&rows)),
     }
 }
 
@@ -185,30 +190,15 @@ fn grid(args: &Args) -> Result<Vec<GridRow>, Failure> {
     let mut rows = Vec::new();
     for model in &models {
         let path = model_folder(model, &folder.0, args.seed)?;
-        let layers = solve_tables(args, model, &path, &ranks, &folder.0)?;
+        solve_tables(args, model, &path, &ranks, &folder.0)?;
         for &ranks in &ranks {
             for link in &links {
                 output::note(&format!("{model}, {ranks} ranks, {link}"));
-                let mut measured = child(args, model, ranks, *link, &sequences, &folder.0)?;
-                predict(&mut measured, &rows, *link, layers);
-                rows.extend(measured);
+                rows.extend(cell::child(args, model, ranks, *link, &sequences, &folder.0)?);
             }
         }
     }
     Ok(rows)
-}
-
-/// Puts beside what was measured on a shaped link what the same setting's row on `local` foretells.
-fn predict(measured: &mut [GridRow], before: &[GridRow], link: LinkName, layers: usize) {
-    let Some(spec) = link.spec() else { return };
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let setting = |r: &GridRow| {
-        (r.model.clone(), r.ranks, r.sequences, r.strategy.clone(), r.schedule.clone(), r.table.clone())
-    };
-    for row in measured {
-        let local = before.iter().find(|r| r.link == "local" && setting(r) == setting(row));
-        row.predicted_tokens_per_s = local.and_then(|local| study::predict(local, &spec, layers, cores));
-    }
 }
 
 /// A folder that goes with the process.
@@ -254,18 +244,24 @@ fn table_path(folder: &Path, model: &str, ranks: usize, table: TableName) -> Pat
     folder.join(format!("{model}-{ranks}-{table}.json"))
 }
 
+/// The routes that tables are solved on, and predictions made from.
+fn routes_path(folder: &Path, model: &str) -> PathBuf {
+    table_path(folder, model, 0, TableName::RoundRobin).with_extension("npy")
+}
+
 fn solve_tables(
     args: &Args,
     model: &str,
     path: &Path,
     ranks: &[usize],
     folder: &Path,
-) -> Result<usize, Failure> {
+) -> Result<(), Failure> {
     let bars = Bars::new();
     let mut options = ClusterOptions::new(path);
     options.adapter = args.adapter.clone();
     let mut cluster = Cluster::start(options, &bars)?;
     let routes = study::grid_profile(&mut cluster, args.seed, &bars)?;
+    routes.save_npy(&routes_path(folder, model)).map_err(|e| Failure::Run(e.to_string()))?;
     let spec = cluster.spec().clone();
     for &ranks in ranks {
         for &table in &args.tables {
@@ -285,178 +281,6 @@ fn solve_tables(
             solved.save(&table_path(folder, model, ranks, table))?;
         }
     }
-    Ok(spec.moe_layers())
+    Ok(())
 }
 
-fn child(
-    args: &Args,
-    model: &str,
-    ranks: usize,
-    link: LinkName,
-    sequences: &[usize],
-    folder: &Path,
-) -> Result<Vec<GridRow>, Failure> {
-    let failed = |what: String| Failure::Run(format!("{model}, {ranks} ranks, {link}: {what}"));
-    let this = std::env::current_exe().map_err(|e| failed(format!("no path of this program: {e}")))?;
-    let list = |items: Vec<String>| items.join(",");
-    let mut command = Command::new(this);
-    command.args(["bench", "strategies", "--format", "json", "--models", model]);
-    command.args(["--ranks", &ranks.to_string(), "--links", link.name()]);
-    command.args(["--sequences", &list(sequences.iter().map(usize::to_string).collect())]);
-    command.args(["--strategies", &list(args.strategies.iter().map(Strategy::to_string).collect())]);
-    command.args(["--schedules", &list(args.schedules.iter().map(Schedule::to_string).collect())]);
-    command.args(["--tables", &list(args.tables.iter().map(TableName::to_string).collect())]);
-    command.args(["-n", &args.tokens().to_string(), "-r", &args.repeats().to_string()]);
-    command.args(["--seed", &args.seed.to_string()]);
-    command.arg("--cell-of").arg(folder);
-    if let Some(adapter) = &args.adapter {
-        command.args(["--adapter", adapter]);
-    }
-    let output = command
-        .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
-        .output()
-        .map_err(|e| failed(format!("the cell's process did not start: {e}")))?;
-    if !output.status.success() {
-        return Err(failed("its process failed; the reason stands above".into()));
-    }
-    serde_json::from_slice(&output.stdout).map_err(|e| failed(format!("its result cannot be read: {e}")))
-}
-
-/// The child's part: one model, world size and link.
-fn cell(args: &Args, folder: &Path) -> Result<(), Failure> {
-    let (Some(model), Some(&ranks), Some(&link)) =
-        (args.models.first(), args.ranks.first(), args.links.first())
-    else {
-        return Err(Failure::Input("a cell needs a model, a world size and a link".into()));
-    };
-    let path = model_folder(model, folder, args.seed)?;
-    let mut options = ClusterOptions::new(&path);
-    options.ranks = ranks;
-    options.adapter = args.adapter.clone();
-    options.link = link.spec();
-    options.transport = if options.link.is_some() { TransportKind::Quic } else { TransportKind::Local };
-    let mut settings = Vec::new();
-    for &strategy in &args.strategies {
-        for &schedule in &args.schedules {
-            for &table in &args.tables {
-                let placement = PlacementTable::read(&table_path(folder, model, ranks, table), None)?;
-                settings.push(GridSetting { strategy, schedule, table: table.name().into(), placement });
-            }
-        }
-    }
-    let prompts = study::grid_prompts(&path, 8, args.seed)?;
-    let mut grid = Grid::start(&options, settings, &prompts, &NoProgress)?;
-    let mut rows = Vec::new();
-    for &sequences in &args.sequences {
-        let cell = Cell {
-            model: model.clone(),
-            link: link.name().into(),
-            sequences,
-            tokens: args.max_tokens as usize,
-            repeats: args.repeats as usize,
-        };
-        rows.extend(grid.measure(&cell, &prompts)?);
-    }
-    output::json(&rows)
-}
-
-/// The best vanilla with round-robin of a row's cell, and vanilla in rounds.
-fn baselines(rows: &[GridRow], row: &GridRow) -> (f64, f64) {
-    let of_cell = rows.iter().filter(|r| {
-        (&r.model, r.ranks, r.sequences, &r.link) == (&row.model, row.ranks, row.sequences, &row.link)
-            && r.strategy == "vanilla"
-            && r.table == "round_robin"
-    });
-    let best = of_cell.clone().map(|r| r.tokens_per_s).fold(0.0, f64::max);
-    let rounds = of_cell.filter(|r| r.schedule == "rounds").map(|r| r.tokens_per_s).fold(0.0, f64::max);
-    (best, rounds)
-}
-
-const COLUMNS: [&str; 16] = [
-    "setting",
-    "tokens/s",
-    "range",
-    "predicted",
-    "× best vanilla",
-    "× vanilla in rounds",
-    "floor",
-    "TTFT ms",
-    "2nd ms",
-    "TPOT p50",
-    "p99",
-    "waits/layer",
-    "crossings",
-    "stay",
-    "dispatch+combine B",
-    "K/V B",
-];
-
-fn cells(rows: &[GridRow], row: &GridRow) -> [String; 16] {
-    let (best, rounds) = baselines(rows, row);
-    let times = |base: f64| if base > 0.0 { format!("{:.2}", row.tokens_per_s / base) } else { "–".into() };
-    let bytes = &row.bytes_per_token;
-    let or_dash = |figure: Option<f64>| figure.map_or_else(|| "–".to_owned(), |f| format!("{f:.1}"));
-    [
-        format!("{}, {}, {}", row.strategy, row.schedule, row.table),
-        format!("{:.1}", row.tokens_per_s),
-        format!("{:.1}–{:.1}", row.tokens_per_s_range.0, row.tokens_per_s_range.1),
-        or_dash(row.predicted_tokens_per_s),
-        times(best),
-        times(rounds),
-        or_dash(row.floor_tokens_per_s),
-        format!("{:.0}", row.ttft_ms),
-        format!("{:.0}", row.second_token_ms),
-        format!("{:.1}", row.tpot_p50_ms),
-        format!("{:.1}", row.tpot_p99_ms),
-        format!("{:.2}", row.exchanges_per_layer),
-        format!("{:.2}", row.crossings_per_token),
-        format!("{:.3}", row.stay_rate),
-        format!("{:.0}", bytes.dispatch + bytes.combine),
-        format!("{:.0}", bytes.kv),
-    ]
-}
-
-/// The rows by cell, with a heading each.
-fn by_cell(rows: &[GridRow]) -> Vec<(String, Vec<&GridRow>)> {
-    let mut cells: Vec<(String, Vec<&GridRow>)> = Vec::new();
-    for row in rows {
-        let name = format!("{}, {} ranks, {} sequences, {}", row.model, row.ranks, row.sequences, row.link);
-        match cells.iter_mut().find(|(known, _)| *known == name) {
-            Some((_, of)) => of.push(row),
-            None => cells.push((name, vec![row])),
-        }
-    }
-    cells
-}
-
-fn markdown(rows: &[GridRow]) -> String {
-    let mut text = String::new();
-    for (name, of) in by_cell(rows) {
-        let _ =
-            writeln!(text, "### {name}\n\n| {} |\n|{}", COLUMNS.join(" | "), "---|".repeat(COLUMNS.len()));
-        for row in of {
-            let _ = writeln!(text, "| {} |", cells(rows, row).join(" | "));
-        }
-        text.push('\n');
-    }
-    text
-}
-
-fn html(rows: &[GridRow]) -> String {
-    let mut text = String::from(
-        "<!doctype html><meta charset=\"utf-8\"><title>exflow bench strategies</title>\n\
-         <style>body{font:14px sans-serif}td,th{padding:2px 8px;text-align:right}td:first-child{text-align:left}</style>\n",
-    );
-    for (name, of) in by_cell(rows) {
-        let escape = |text: &str| text.replace('&', "&amp;").replace('<', "&lt;");
-        let head: String = COLUMNS.iter().map(|c| format!("<th>{c}</th>")).collect();
-        let _ = writeln!(text, "<h2>{}</h2>\n<table><tr>{head}</tr>", escape(&name));
-        for row in of {
-            let line: String = cells(rows, row).iter().map(|c| format!("<td>{}</td>", escape(c))).collect();
-            let _ = writeln!(text, "<tr>{line}</tr>");
-        }
-        text += "</table>\n";
-    }
-    text
-}

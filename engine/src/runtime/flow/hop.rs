@@ -1,0 +1,197 @@
+//! Flow: one hop of a rank, from what was picked to what is sent on.
+
+use super::super::frames::{Choice, Writer};
+use super::super::sequence::Sampled;
+use super::super::step::Hopped;
+use super::super::worker::{Event, Worker};
+use super::board::{Picked, Token, Unit};
+use super::notes::Note;
+use super::{BULK_BYTES, BULK_HOPS, Flow, depart};
+use crate::EngineError;
+use exflow_placement::{ExpertId, LayerId, Rank, Strategy};
+use exflow_transport::ByteClass;
+
+impl Worker {
+    /// Puts what was picked through the device, and sends on what comes out.
+    pub(super) fn hop(&mut self, flow: &mut Flow, picked: Picked) -> Result<(), EngineError> {
+        let decode = !picked.prefill;
+        if !decode {
+            self.send_bulk(flow)?; // each hop's bytes are of one kind
+        }
+        let before = self.comm.stats();
+        if picked.stage == 0 && decode {
+            self.stats.decode_tokens += picked.units.len() as u64;
+        }
+        self.stats.hops += 1;
+        self.stats.hop_rows += picked.rows() as u64;
+        let hopped = self.stepper().hop(&picked)?;
+        self.send_partials(flow, &picked, &hopped)?;
+        let ended = picked.stage == self.decoder.spec.layers;
+        let (stage, prefill) = (picked.stage, picked.prefill);
+        if ended {
+            let units = picked.units;
+            let Hopped { outcome, .. } = hopped;
+            outcome.captured.into_iter().for_each(|captured| self.tell(Event::Captured(captured)));
+            self.send_news()?; // before the ids that end a sequence
+            self.finish(flow, units, outcome.sampled)?;
+        } else {
+            self.send_on(flow, stage, prefill, picked.units, hopped)?;
+        }
+        let wire = self.comm.stats().since(&before);
+        self.stats.add_step(decode, &wire);
+        self.stats.dropped += std::mem::take(&mut flow.board.dropped);
+        Ok(())
+    }
+
+    /// Sends the keys and values of decoded tokens that have waited.
+    pub(super) fn send_bulk(&mut self, flow: &mut Flow) -> Result<(), EngineError> {
+        flow.bulk.1 = 0;
+        if flow.bulk.0.is_empty() {
+            return Ok(());
+        }
+        flow.bulk.0.send(self.comm.as_mut())
+    }
+
+    /// Partials of what was served go to where their tokens are.
+    fn send_partials(
+        &mut self,
+        flow: &mut Flow,
+        picked: &Picked,
+        hopped: &Hopped,
+    ) -> Result<(), EngineError> {
+        let Some(layer) = picked.stage.checked_sub(1).filter(|_| !picked.serves.is_empty()) else {
+            return Ok(());
+        };
+        let me = self.comm.rank();
+        let shape = (4 * self.decoder.spec.h4(), self.decoder.spec.hidden);
+        let combine = self.options.combine;
+        let mut payloads: Vec<Option<Writer>> = (0..self.comm.world_size()).map(|_| None).collect();
+        for (to, frame) in depart::partials(me, &picked.serves, &hopped.served, shape, combine) {
+            if to == me {
+                flow.board.partial(layer as u16, frame);
+                continue;
+            }
+            let payload = payloads[to.index()].get_or_insert_with(|| begin(picked.prefill));
+            payload.partial(frame.sequence, frame.position, frame.k, &frame.values);
+            self.stats.crossings += u64::from(!picked.prefill);
+        }
+        self.send(payloads, ByteClass::Combine, layer as u16)
+    }
+
+    fn send(
+        &mut self,
+        payloads: Vec<Option<Writer>>,
+        class: ByteClass,
+        layer: u16,
+    ) -> Result<(), EngineError> {
+        for (to, payload) in payloads.into_iter().enumerate() {
+            if let Some(payload) = payload {
+                self.comm.send_message(Rank::from(to), class, layer, payload.finish())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Tokens that have passed a layer's attention go where its experts are.
+    fn send_on(
+        &mut self,
+        flow: &mut Flow,
+        layer: usize,
+        prefill: bool,
+        units: Vec<Unit>,
+        hopped: Hopped,
+    ) -> Result<(), EngineError> {
+        let Hopped { rows, routed, outcome, .. } = hopped;
+        outcome.captured.into_iter().for_each(|captured| self.tell(Event::Captured(captured)));
+        let (me, spec) = (self.comm.rank(), &self.decoder.spec);
+        let (top_k, hidden, stride) = (spec.top_k, spec.hidden, 4 * spec.h4());
+        let moe = spec.moe_index(layer);
+        let mut payloads: Vec<Option<Writer>> = (0..self.comm.world_size()).map(|_| None).collect();
+        let mut at = 0;
+        for mut unit in units {
+            let mut stays = true;
+            for token in &mut unit.tokens {
+                let residual = &routed.residual[at * stride..][..hidden];
+                let Some(index) = moe else {
+                    token.residual = residual.to_vec();
+                    at += 1;
+                    continue;
+                };
+                let range = at * top_k..(at + 1) * top_k;
+                let (chosen, weights) = (&routed.chosen[range.clone()], &routed.weights[range]);
+                let choices = chosen.iter().zip(weights).enumerate();
+                let choice = |(k, (&expert, &weight))| Choice { k: k as u16, expert: expert as u16, weight };
+                let choices: Vec<Choice> = choices.map(choice).collect();
+                let experts: Vec<_> = chosen.iter().map(|&e| ExpertId::from(e as usize)).collect();
+                let coherent = self.options.strategy == Strategy::Coherent
+                    && !prefill
+                    && flow.notes.is_coherent(token.sequence);
+                let strategy = if coherent { Strategy::Coherent } else { Strategy::Vanilla };
+                let route = self.options.table.route(strategy, LayerId::from(index), me, &experts, weights);
+                if !prefill {
+                    self.stats.latencies += depart::latencies(me, &route);
+                    if let Some(main) = token.main {
+                        self.stats.transitions += 1;
+                        self.stats.stays += u64::from(main == route.serving[0]);
+                    }
+                }
+                let combine = self.options.combine;
+                let (leaving, stay) = depart::depart(me, token, &route, &choices, combine, residual);
+                stays &= stay;
+                for (to, row) in leaving {
+                    payloads[to.index()].get_or_insert_with(|| begin(prefill)).row(&row);
+                    self.stats.crossings += u64::from(!prefill);
+                }
+                at += 1;
+            }
+            if stays {
+                flow.board.go_on(unit);
+            }
+        }
+        self.send(payloads, ByteClass::Dispatch, layer as u16)?;
+        let (bulk, waited) = &mut flow.bulk;
+        self.stepper().gather_contexts(layer, &rows, &routed, bulk)?;
+        *waited += 1;
+        if prefill || *waited >= BULK_HOPS || bulk.bytes() >= BULK_BYTES {
+            self.send_bulk(flow)?;
+        }
+        Ok(())
+    }
+
+    /// What was sampled is told to all, and each token's successor begins here.
+    fn finish(
+        &mut self,
+        flow: &mut Flow,
+        units: Vec<Unit>,
+        sampled: Vec<Sampled>,
+    ) -> Result<(), EngineError> {
+        let me = self.comm.rank();
+        for sampled in sampled {
+            let id = sampled.sequence;
+            let Some(running) = self.sequences.running.get(&id) else { continue };
+            let note = Note::Sampled(sampled.clone(), running.output.len() as u32);
+            self.note_to_all(&note)?;
+            self.count(sampled, me);
+            flow.changed = true;
+            let next = self.sequences.running.get(&id).and_then(|s| s.next_token());
+            if let Some((token, position)) = next {
+                flow.board.start(false, vec![Token::new(id, position, token)]);
+            }
+        }
+        for unit in units.iter().filter(|unit| unit.prefill) {
+            let (id, end) = (unit.tokens[0].sequence, unit.tokens[unit.tokens.len() - 1].position + 1);
+            if let Some(sequence) = self.sequences.running.get_mut(&id) {
+                sequence.prefilled = end;
+            }
+            self.prefill(flow, id);
+        }
+        Ok(())
+    }
+}
+
+/// The beginning of a payload of rows or partials.
+fn begin(prefill: bool) -> Writer {
+    let mut writer = Writer::default();
+    writer.u16(u16::from(prefill));
+    writer
+}

@@ -1,0 +1,104 @@
+//! The grid's rows as tables, Markdown or HTML, one for each cell.
+
+use exflow::study::GridRow;
+use std::fmt::Write;
+
+/// The best vanilla with round-robin of a row's cell, and vanilla in rounds.
+fn baselines(rows: &[GridRow], row: &GridRow) -> (f64, f64) {
+    let of_cell = rows.iter().filter(|r| {
+        (&r.model, r.ranks, r.sequences, &r.link) == (&row.model, row.ranks, row.sequences, &row.link)
+            && r.strategy == "vanilla"
+            && r.table == "round_robin"
+    });
+    let best = of_cell.clone().map(|r| r.tokens_per_s).fold(0.0, f64::max);
+    let rounds = of_cell.filter(|r| r.schedule == "rounds").map(|r| r.tokens_per_s).fold(0.0, f64::max);
+    (best, rounds)
+}
+
+const COLUMNS: [&str; 16] = [
+    "setting",
+    "tokens/s",
+    "range",
+    "predicted",
+    "× best vanilla",
+    "× vanilla in rounds",
+    "floor",
+    "TTFT ms",
+    "2nd ms",
+    "TPOT p50",
+    "p99",
+    "waits/layer",
+    "crossings",
+    "stay",
+    "dispatch+combine B",
+    "K/V B",
+];
+
+fn cells(rows: &[GridRow], row: &GridRow) -> [String; 16] {
+    let (best, rounds) = baselines(rows, row);
+    let times = |base: f64| if base > 0.0 { format!("{:.2}", row.tokens_per_s / base) } else { "–".into() };
+    let bytes = &row.bytes_per_token;
+    let or_dash = |figure: Option<f64>| figure.map_or_else(|| "–".to_owned(), |f| format!("{f:.1}"));
+    [
+        format!("{}, {}, {}", row.strategy, row.schedule, row.table),
+        format!("{:.1}", row.tokens_per_s),
+        format!("{:.1}–{:.1}", row.tokens_per_s_range.0, row.tokens_per_s_range.1),
+        or_dash(row.predicted_tokens_per_s),
+        times(best),
+        times(rounds),
+        or_dash(row.floor_tokens_per_s),
+        format!("{:.0}", row.ttft_ms),
+        format!("{:.0}", row.second_token_ms),
+        format!("{:.1}", row.tpot_p50_ms),
+        format!("{:.1}", row.tpot_p99_ms),
+        format!("{:.2}", row.exchanges_per_layer),
+        format!("{:.2}", row.crossings_per_token),
+        format!("{:.3}", row.stay_rate),
+        format!("{:.0}", bytes.dispatch + bytes.combine),
+        format!("{:.0}", bytes.kv),
+    ]
+}
+
+/// The rows by cell, with a heading each.
+fn by_cell(rows: &[GridRow]) -> Vec<(String, Vec<&GridRow>)> {
+    let mut cells: Vec<(String, Vec<&GridRow>)> = Vec::new();
+    for row in rows {
+        let name = format!("{}, {} ranks, {} sequences, {}", row.model, row.ranks, row.sequences, row.link);
+        match cells.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, of)) => of.push(row),
+            None => cells.push((name, vec![row])),
+        }
+    }
+    cells
+}
+
+pub(super) fn markdown(rows: &[GridRow]) -> String {
+    let mut text = String::new();
+    for (name, of) in by_cell(rows) {
+        let _ =
+            writeln!(text, "### {name}\n\n| {} |\n|{}", COLUMNS.join(" | "), "---|".repeat(COLUMNS.len()));
+        for row in of {
+            let _ = writeln!(text, "| {} |", cells(rows, row).join(" | "));
+        }
+        text.push('\n');
+    }
+    text
+}
+
+pub(super) fn html(rows: &[GridRow]) -> String {
+    let mut text = String::from(
+        "<!doctype html><meta charset=\"utf-8\"><title>exflow bench strategies</title>\n\
+         <style>body{font:14px sans-serif}td,th{padding:2px 8px;text-align:right}td:first-child{text-align:left}</style>\n",
+    );
+    for (name, of) in by_cell(rows) {
+        let escape = |text: &str| text.replace('&', "&amp;").replace('<', "&lt;");
+        let head: String = COLUMNS.iter().map(|c| format!("<th>{c}</th>")).collect();
+        let _ = writeln!(text, "<h2>{}</h2>\n<table><tr>{head}</tr>", escape(&name));
+        for row in of {
+            let line: String = cells(rows, row).iter().map(|c| format!("<td>{}</td>", escape(c))).collect();
+            let _ = writeln!(text, "<tr>{line}</tr>");
+        }
+        text += "</table>\n";
+    }
+    text
+}

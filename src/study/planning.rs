@@ -1,0 +1,225 @@
+//! Planning a run: what a world measured, what its model routes, and what each setting will make of both.
+
+use super::{StudyError, grid_inputs};
+use exflow_engine::plan::{Measurements, Prediction, Setting, Shape, Workload, predict};
+use exflow_engine::{Cluster, Combine, Progress, RoutingTrace, Schedule, Strategy};
+use exflow_placement::{PlacementTable, Rank, SolveOptions};
+use serde::Serialize;
+use std::fmt::Write;
+
+/// Sequences and tokens of the text that the model writes to be planned on.
+const OWN_TEXT: (usize, usize) = (8, 16);
+
+/// A way to run.
+#[derive(Debug, Clone)]
+pub struct Candidate {
+    /// Where tokens go.
+    pub strategy: Strategy,
+    /// What a rank waits for.
+    pub schedule: Schedule,
+    /// The table's name.
+    pub table: String,
+    /// The table.
+    pub placement: PlacementTable,
+}
+
+impl std::fmt::Display for Candidate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}, {}, {}", self.strategy, self.schedule, self.table)
+    }
+}
+
+/// A candidate with what it is predicted to do.
+#[derive(Debug, Clone, Serialize)]
+pub struct Planned {
+    /// Sequences at once.
+    pub sequences: usize,
+    /// `vanilla` or `coherent`.
+    pub strategy: String,
+    /// `rounds` or `flow`.
+    pub schedule: String,
+    /// The table's name.
+    pub table: String,
+    /// What it will do.
+    pub prediction: Prediction,
+}
+
+/// What predictions are made from.
+#[derive(Debug)]
+pub struct Planner {
+    /// What the world measured of itself.
+    pub measured: Measurements,
+    shape: Shape,
+    combine: Combine,
+    routes: RoutingTrace,
+}
+
+impl Planner {
+    /// Has the world measure itself; `routes` are those of text like that to come.
+    ///
+    /// # Errors
+    /// What [`Cluster::measure`] refuses.
+    pub fn measure(cluster: &mut Cluster, routes: RoutingTrace) -> Result<Self, StudyError> {
+        let measured = cluster.measure()?;
+        let shape = Shape::of(cluster.spec(), cluster.options().kv_dtype);
+        Ok(Self { measured, shape, combine: cluster.options().combine, routes })
+    }
+
+    /// The same, on text that the model writes itself.
+    ///
+    /// # Errors
+    /// What the engine refuses.
+    pub fn of_own_text(
+        cluster: &mut Cluster,
+        seed: u64,
+        progress: &dyn Progress,
+    ) -> Result<Self, StudyError> {
+        let routes = grid_inputs::own_routes(cluster, OWN_TEXT, seed, progress)?;
+        Self::measure(cluster, routes)
+    }
+
+    /// The routes that predictions go by.
+    pub fn routes(&self) -> &RoutingTrace {
+        &self.routes
+    }
+
+    /// What a candidate will do with so many sequences.
+    pub fn predict(&self, candidate: &Candidate, sequences: usize) -> Prediction {
+        let Candidate { strategy, schedule, placement, .. } = candidate;
+        let setting =
+            Setting { strategy: *strategy, schedule: *schedule, combine: self.combine, table: placement };
+        predict(&self.measured, &self.shape, Workload { routes: &self.routes, sequences }, setting)
+    }
+
+    /// Every candidate's prediction, the best first.
+    pub fn rank(&self, candidates: &[Candidate], sequences: usize) -> Vec<(Candidate, Prediction)> {
+        let each = candidates.iter().map(|candidate| (candidate.clone(), self.predict(candidate, sequences)));
+        let mut all: Vec<_> = each.collect();
+        all.sort_by(|(_, a), (_, b)| b.tokens_per_s.total_cmp(&a.tokens_per_s));
+        all
+    }
+
+    /// What was measured, as a topology file: costs in microseconds per row; `hosts` of each rank.
+    pub fn topology(&self, hosts: &[String]) -> String {
+        let (measured, row) = (&self.measured, self.shape.hidden_bytes);
+        let speed = |rank: usize| measured.ranks[rank].hop.coherent.at(4);
+        let fastest = (0..measured.world_size()).map(speed).fold(f64::INFINITY, f64::min);
+        let mut text = String::from("# Measured by `exflow plan`: microseconds for a row of this model, from rank to rank.\n");
+        let _ = writeln!(text, "row_bytes = {row}\nranks = [");
+        for (rank, host) in hosts.iter().enumerate() {
+            let speed = if speed(rank) > 0.0 { fastest / speed(rank) } else { 1.0 };
+            let _ = writeln!(text, "    {{ host = {host:?}, speed = {speed:.3} }},");
+        }
+        text += "]\ncost = [\n";
+        for (from, links) in measured.links.iter().enumerate() {
+            let cost = |(to, link): (usize, &exflow_engine::plan::LinkTime)| match to == from {
+                true => "0".to_owned(),
+                false => format!("{:.1}", 1e6 * (link.latency_s + row / link.bytes_per_s)),
+            };
+            let costs: Vec<String> = links.iter().enumerate().map(cost).collect();
+            let _ = writeln!(text, "    [{}],", costs.join(", "));
+        }
+        text += "]\n";
+        for (class, same) in [("host", true), ("network", false)] {
+            let pairs = measured.links.iter().enumerate().flat_map(|(from, links)| {
+                links.iter().enumerate().filter(move |(to, _)| *to != from).map(move |(to, l)| (from, to, l))
+            });
+            let of_class = pairs.filter(|(from, to, _)| (hosts[*from] == hosts[*to]) == same);
+            let (mut latencies, mut rates): (Vec<f64>, Vec<f64>) =
+                of_class.map(|(_, _, link)| (1e6 * link.latency_s, 8e-9 * link.bytes_per_s)).unzip();
+            if !latencies.is_empty() {
+                latencies.sort_by(f64::total_cmp);
+                rates.sort_by(f64::total_cmp);
+                let (latency, rate) = (latencies[latencies.len() / 2], rates[rates.len() / 2]);
+                let _ = writeln!(text, "[link.{class}]\nlatency_us = {latency:.1}\ngbit_per_s = {rate:.6}");
+            }
+        }
+        text
+    }
+}
+
+/// Every strategy with every schedule on these tables.
+pub fn candidates(tables: &[(String, PlacementTable)], schedules: &[Schedule]) -> Vec<Candidate> {
+    let mut all = Vec::new();
+    for (table, placement) in tables {
+        for strategy in [Strategy::Vanilla, Strategy::Coherent] {
+            for &schedule in schedules {
+                all.push(Candidate { strategy, schedule, table: table.clone(), placement: placement.clone() });
+            }
+        }
+    }
+    all
+}
+
+/// The ordinary layer split: each layer whole on one rank, in contiguous blocks of layers.
+///
+/// # Errors
+/// Never for shapes of at least one layer, expert and rank.
+pub fn layer_split(layers: usize, experts: usize, ranks: usize) -> Result<PlacementTable, StudyError> {
+    let row = |layer: usize| vec![Rank::from(layer * ranks / layers.max(1)); experts];
+    let mut table = PlacementTable::from_assignment((0..layers).map(row).collect(), ranks)?;
+    table.source = Some("layers".into());
+    Ok(table)
+}
+
+/// A table solved on the planner's routes for ranks that cost each other what was measured.
+///
+/// # Errors
+/// What the solver refuses.
+pub fn planned_table(
+    planner: &Planner,
+    experts: usize,
+    options: &SolveOptions,
+) -> Result<PlacementTable, StudyError> {
+    grid_inputs::grid_table(&planner.routes, experts, planner.measured.world_size(), None, options)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use exflow_engine::plan::{ByStrategy, Curve, LinkTime, RankTimes};
+    use exflow_placement::Topology;
+
+    fn planner() -> Planner {
+        let link = LinkTime { latency_s: 0.002, bytes_per_s: 1e6, message_s: 0.0 };
+        let hop = |s: f64| ByStrategy { coherent: Curve(vec![(1, s), (16, s)]), ..ByStrategy::default() };
+        let rank = |s: f64| RankTimes { hop: hop(s), crowded: 1.0, ..RankTimes::default() };
+        let shape = Shape { layers: vec![Some(0), Some(1)], hidden_bytes: 1000.0, kv_bytes: 2000.0 };
+        let mut routes = RoutingTrace::new(2, 1);
+        (0..40).for_each(|i| routes.push_token(&[i % 2, i % 2]));
+        Planner {
+            measured: Measurements {
+                ranks: vec![rank(0.001), rank(0.004)],
+                links: vec![vec![link; 2]; 2],
+                exchange_s: 0.002,
+            },
+            shape,
+            combine: Combine::Exact,
+            routes,
+        }
+    }
+
+    #[test]
+    fn a_measured_topology_can_be_read() {
+        let text = planner().topology(&["a".into(), "b".into()]);
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), &text).expect("written");
+        let topology = Topology::load(file.path()).unwrap_or_else(|e| panic!("{e}\n{text}"));
+        assert_eq!(topology.cost, [0.0, 3000.0, 3000.0, 0.0], "2 ms and 1000 bytes at 1 MB/s");
+        assert_eq!((topology.ranks[0].speed, topology.ranks[1].speed), (1.0, 0.25));
+        let (class, link) = topology.link_between(Rank(0), Rank(1)).expect("a link");
+        assert_eq!((class, link.latency_us, link.gbit_per_s), ("network", 2000.0, 0.008));
+    }
+
+    #[test]
+    fn the_best_comes_first() {
+        let split = layer_split(2, 2, 2).expect("a table");
+        assert_eq!(split.assignment, [[Rank(0), Rank(0)], [Rank(1), Rank(1)]]);
+        let tables = [("round_robin".into(), PlacementTable::round_robin(2, 2, 2)), ("layers".into(), split)];
+        let ranked = planner().rank(&candidates(&tables, &[Schedule::Rounds, Schedule::Flow]), 1);
+        assert_eq!(ranked.len(), 8);
+        assert!(ranked.windows(2).all(|w| w[0].1.tokens_per_s >= w[1].1.tokens_per_s));
+        // Tokens that never change their expert cross once a token, to the other one's rank.
+        assert_eq!(ranked[0].0.to_string(), "coherent, flow, round_robin");
+    }
+}
