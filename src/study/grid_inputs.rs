@@ -32,7 +32,7 @@ const MEASURED: [&str; 8] = [
 ];
 
 /// Sequences and tokens of what the model writes to be profiled on.
-const OWN_TEXT: (usize, usize) = (32, 96);
+const OWN_TEXT: (usize, usize) = (40, 96);
 /// Tokens of a prompt for a model without a tokenizer.
 const DRAWN_PROMPT: usize = 6;
 

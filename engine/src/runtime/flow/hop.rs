@@ -16,7 +16,7 @@ impl Worker {
     pub(super) fn hop(&mut self, flow: &mut Flow, picked: Picked) -> Result<(), EngineError> {
         let decode = !picked.prefill;
         if !decode {
-            self.send_bulk(flow)?; // each hop's bytes are of one kind
+            self.send_waiting_bulk(flow)?; // each hop's bytes are of one kind
         }
         let before = self.comm.stats();
         if picked.stage == 0 && decode {
@@ -44,12 +44,24 @@ impl Worker {
     }
 
     /// Sends the keys and values of decoded tokens that have waited.
-    pub(super) fn send_bulk(&mut self, flow: &mut Flow) -> Result<(), EngineError> {
+    fn send_bulk(&mut self, flow: &mut Flow) -> Result<(), EngineError> {
         flow.bulk.1 = 0;
         if flow.bulk.0.is_empty() {
             return Ok(());
         }
         flow.bulk.0.send(self.comm.as_mut())
+    }
+
+    /// Between hops: the same, counted for itself.
+    pub(super) fn send_waiting_bulk(&mut self, flow: &mut Flow) -> Result<(), EngineError> {
+        if flow.bulk.0.is_empty() {
+            return Ok(());
+        }
+        let before = self.comm.stats();
+        self.send_bulk(flow)?;
+        let wire = self.comm.stats().since(&before);
+        self.stats.add_step(true, &wire);
+        Ok(())
     }
 
     /// Partials of what was served go to where their tokens are.

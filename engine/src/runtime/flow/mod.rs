@@ -94,7 +94,7 @@ impl Worker {
         if self.stopping {
             return Ok(());
         }
-        self.send_bulk(flow)?;
+        self.send_waiting_bulk(flow)?;
         if flow.board.is_empty() {
             flow.lively = Instant::now();
         } else if flow.lively.elapsed() > STALLED {
