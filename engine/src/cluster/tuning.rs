@@ -63,6 +63,7 @@ impl Cluster {
         let adapters = self.adapters.clone();
         let world = self.group.form(&self.options, &self.host.spec, self.epoch + 1)?;
         self.host.load(&world.plan, Rank(0), &NoProgress)?;
+        self.cache_blocks = world.plan.cache_blocks;
         self.begin(world)?;
         for (now, before) in self.adapters.iter_mut().zip(adapters) {
             if now.is_empty() {
