@@ -156,7 +156,8 @@ fn a_plan_predicts_every_setting_and_auto_runs_the_best() {
     assert!(topology.len() == 2 && topology.cost[1] > 0.0);
     assert!(succeeded(&[&plan[..], &["--sequences", "2"]].concat()).0.contains("->"));
 
-    let base = ["generate", "-m", model, "--prompt-ids", "1,2,3", "-n", "6", "--format", "json", "--ep-size", "2"];
+    let base =
+        ["generate", "-m", model, "--prompt-ids", "1,2,3", "-n", "6", "--format", "json", "--ep-size", "2"];
     let ids = |more: &[&str]| {
         let (out, err) = succeeded(&[&base[..], more].concat());
         let value: Value = serde_json::from_str(&out).expect("one JSON document");
@@ -426,7 +427,14 @@ fn the_grid_of_strategies_holds_the_cells_that_were_asked_for() {
     assert_eq!(rows.iter().filter(|row| row["strategy"] == "auto").count(), 1);
     for row in rows {
         assert_eq!((&row["model"], &row["ranks"], &row["link"]), (&model.into(), &2.into(), &"local".into()));
-        for figure in ["tokens_per_s", "predicted_tokens_per_s", "ttft_ms", "tpot_p50_ms", "tpot_p99_ms", "crossings_per_token"] {
+        for figure in [
+            "tokens_per_s",
+            "predicted_tokens_per_s",
+            "ttft_ms",
+            "tpot_p50_ms",
+            "tpot_p99_ms",
+            "crossings_per_token",
+        ] {
             assert!(row[figure].as_f64().expect(figure) > 0.0, "{figure}: {row}");
         }
         for class in ["dispatch", "combine", "kv", "ids", "control"] {

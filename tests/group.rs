@@ -7,8 +7,7 @@ use common::tiny::{Folder, Tiny};
 use common::{prepare, request, root, tokens};
 use exflow::engine::{
     Cluster, ClusterOptions, Feed, GroupOptions, NoProgress, Observer, PlacementSource, Rank, Schedule,
-    Strategy,
-    TransportKind,
+    Strategy, TransportKind,
 };
 use exflow::placement::PlacementTable;
 use exflow::transport::identity::{ClusterAuthority, DEFAULT_VALIDITY};
@@ -194,7 +193,8 @@ fn a_world_of_processes_measures_itself_and_changes_how_it_runs() {
     assert_eq!((measured.ranks.len(), measured.links.len()), (3, 3));
     for (from, links) in measured.links.iter().enumerate() {
         let others = links.iter().enumerate().filter(|(to, _)| *to != from);
-        others.for_each(|(to, link)| assert!(link.latency_s > 0.0 && link.bytes_per_s > 0.0, "{from} to {to}"));
+        others
+            .for_each(|(to, link)| assert!(link.latency_s > 0.0 && link.bytes_per_s > 0.0, "{from} to {to}"));
     }
     let table = PlacementTable::linear(3, 8, 3);
     for (strategy, schedule, table) in [
@@ -237,7 +237,8 @@ fn a_world_that_was_measured_and_changed_says_the_same() {
         match cluster.options().schedule {
             Schedule::Rounds => {
                 for times in measured.expect("measured").ranks {
-                    let curves = [&times.hop.vanilla, &times.hop.coherent, &times.serve, &times.begin, &times.end];
+                    let curves =
+                        [&times.hop.vanilla, &times.hop.coherent, &times.serve, &times.begin, &times.end];
                     let more = [&times.attend.vanilla, &times.attend.coherent, &times.sample];
                     assert!(curves.iter().chain(&more).all(|curve| curve.at(1) > 0.0), "{times:?}");
                     assert!(times.crowded >= 1.0);

@@ -250,7 +250,8 @@ fn why((best, p): &(Candidate, Prediction), ranked: &[(Candidate, Prediction)]) 
         ("waiting for keys and values", p.parts.context_ms),
     ];
     if let Some((name, ms)) = parts.into_iter().max_by(|a, b| a.1.total_cmp(&b.1)) {
-        let _ = write!(text, "; most of a token's time goes into {name} ({ms:.2} of {:.2} ms)", p.ms_per_token);
+        let _ =
+            write!(text, "; most of a token's time goes into {name} ({ms:.2} of {:.2} ms)", p.ms_per_token);
     }
     text
 }

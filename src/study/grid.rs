@@ -4,8 +4,8 @@
 use super::{Candidate, Planner, StudyError};
 use exflow_engine::plan::{Parts, Prediction};
 use exflow_engine::{
-    BytesByClass, Cluster, ClusterOptions, PlacementSource, Progress, Request, RoutingTrace, RunStats, Schedule,
-    Strategy,
+    BytesByClass, Cluster, ClusterOptions, PlacementSource, Progress, Request, RoutingTrace, RunStats,
+    Schedule, Strategy,
 };
 use serde::{Deserialize, Serialize};
 use std::time::Instant;
@@ -175,7 +175,8 @@ impl Grid {
             entries.push(Entry { setting: setting.clone(), auto: false, cluster, predicted });
         }
         if let Some(auto) = &mut self.planner
-            && let Some((setting, prediction)) = auto.planner.rank(&settings, cell.sequences).into_iter().next()
+            && let Some((setting, prediction)) =
+                auto.planner.rank(&settings, cell.sequences).into_iter().next()
         {
             let table = Some(setting.placement.clone());
             auto.cluster.change(setting.strategy, setting.schedule, table)?;
@@ -222,8 +223,7 @@ impl Entry<'_> {
     /// Of vanilla in rounds over a shaped link: two one-way latencies per MoE layer and what the busiest rank computed.
     fn floor(&self, cell: &Cell, stats: &RunStats) -> Option<f64> {
         let latency = self.cluster.options().link?.latency.as_secs_f64();
-        let vanilla =
-            self.setting.strategy == Strategy::Vanilla && self.setting.schedule == Schedule::Rounds;
+        let vanilla = self.setting.strategy == Strategy::Vanilla && self.setting.schedule == Schedule::Rounds;
         (vanilla && latency > 0.0).then(|| {
             let layers = self.cluster.spec().moe_layers() as f64;
             cell.sequences as f64 / (2.0 * layers * latency + stats.compute_ms_per_step / 1e3)

@@ -105,7 +105,9 @@ impl Planner {
         let (measured, row) = (&self.measured, self.shape.hidden_bytes);
         let speed = |rank: usize| measured.ranks[rank].hop.coherent.at(4);
         let fastest = (0..measured.world_size()).map(speed).fold(f64::INFINITY, f64::min);
-        let mut text = String::from("# Measured by `exflow plan`: microseconds for a row of this model, from rank to rank.\n");
+        let mut text = String::from(
+            "# Measured by `exflow plan`: microseconds for a row of this model, from rank to rank.\n",
+        );
         let _ = writeln!(text, "row_bytes = {row}\nranks = [");
         for (rank, host) in hosts.iter().enumerate() {
             let speed = if speed(rank) > 0.0 { fastest / speed(rank) } else { 1.0 };
@@ -145,7 +147,12 @@ pub fn candidates(tables: &[(String, PlacementTable)], schedules: &[Schedule]) -
     for (table, placement) in tables {
         for strategy in [Strategy::Vanilla, Strategy::Coherent] {
             for &schedule in schedules {
-                all.push(Candidate { strategy, schedule, table: table.clone(), placement: placement.clone() });
+                all.push(Candidate {
+                    strategy,
+                    schedule,
+                    table: table.clone(),
+                    placement: placement.clone(),
+                });
             }
         }
     }

@@ -174,7 +174,8 @@ impl<'a> Play<'a> {
 
     fn start(&mut self, sequence: usize, rank: usize) {
         let now = self.now;
-        let item = Item { sequence, stage: 0, token: true, choices: 0, next: rank, since: 0, came: now, ready: now };
+        let item =
+            Item { sequence, stage: 0, token: true, choices: 0, next: rank, since: 0, came: now, ready: now };
         self.put(rank, item);
     }
 
@@ -317,7 +318,8 @@ impl<'a> Play<'a> {
         let served = |by: usize| route.serving.iter().filter(|r| r.index() == by).count();
         // Where others' partials are waited for, the next residence's own count among them.
         flight.missing = expects + if expects > 0 { served(next) } else { 0 };
-        let goes = |to: usize| Item { stage: layer + 1, token: to == next, choices: served(to), next, ..item };
+        let goes =
+            |to: usize| Item { stage: layer + 1, token: to == next, choices: served(to), next, ..item };
         for to in route.ranks().into_iter().map(Rank::index).filter(|to| *to != rank) {
             post.rows[to].push(goes(to));
         }

@@ -9,7 +9,9 @@ pub struct Curve(pub Vec<(usize, f64)>);
 impl Curve {
     /// Seconds for so many rows: nothing for none, beyond the last point on along the last line.
     pub fn at(&self, rows: usize) -> f64 {
-        let (Some(&(first, least)), Some(&(last, most))) = (self.0.first(), self.0.last()) else { return 0.0 };
+        let (Some(&(first, least)), Some(&(last, most))) = (self.0.first(), self.0.last()) else {
+            return 0.0;
+        };
         match rows {
             0 => 0.0,
             rows if rows <= first => least,

@@ -124,7 +124,12 @@ pub struct Parts {
 }
 
 /// What `setting` will do.
-pub fn predict(measured: &Measurements, shape: &Shape, work: Workload<'_>, setting: Setting<'_>) -> Prediction {
+pub fn predict(
+    measured: &Measurements,
+    shape: &Shape,
+    work: Workload<'_>,
+    setting: Setting<'_>,
+) -> Prediction {
     let streams = Streams { routes: work.routes, sequences: work.sequences.max(1) };
     if work.routes.tokens() == 0 || measured.world_size() < 2 {
         return Prediction::default();

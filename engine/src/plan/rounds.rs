@@ -37,7 +37,8 @@ pub(super) fn play(
         if token == UNCOUNTED {
             sums = Sums::default();
         }
-        let mut step = Step { measured, shape, setting, homes: &homes, sums: &mut sums, kv: vec![0.0; ranks] };
+        let mut step =
+            Step { measured, shape, setting, homes: &homes, sums: &mut sums, kv: vec![0.0; ranks] };
         step.run(streams, token, &mut residence, &mut mains);
     }
     let steps = (TOKENS - UNCOUNTED) as f64;

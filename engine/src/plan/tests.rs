@@ -132,7 +132,8 @@ fn ranks_that_share_a_core_take_turns() {
         measured.ranks.iter_mut().for_each(|rank| rank.crowded = crowded);
         measured.exchange_s = 0.0;
         measured.links.iter_mut().flatten().for_each(|link| link.latency_s = 0.0);
-        let setting = Setting { strategy: Strategy::Vanilla, schedule, combine: Combine::Exact, table: &table };
+        let setting =
+            Setting { strategy: Strategy::Vanilla, schedule, combine: Combine::Exact, table: &table };
         predict(&measured, &shape(), Workload { routes: &trace, sequences: 32 }, setting).tokens_per_s
     };
     near(play(1.0, Schedule::Rounds) / play(2.0, Schedule::Rounds), 2.0);
@@ -145,7 +146,8 @@ fn keys_and_values_cannot_be_faster_than_the_link() {
     let (trace, table) = (drawn(1), PlacementTable::linear(LAYERS, 4, 2));
     let bytes_per_s = 100_000.0;
     for schedule in [Schedule::Rounds, Schedule::Flow] {
-        let setting = Setting { strategy: Strategy::Coherent, schedule, combine: Combine::Exact, table: &table };
+        let setting =
+            Setting { strategy: Strategy::Coherent, schedule, combine: Combine::Exact, table: &table };
         let work = Workload { routes: &trace, sequences: 8 };
         let p = predict(&measured(2, bytes_per_s), &shape(), work, setting);
         // Two links carry them.

@@ -270,7 +270,6 @@ impl Worker {
             sequence.slot(last.position).is_some() && coherence.is_complete(layer, first.sequence, position)
         })
     }
-
 }
 
 fn check_layer(layer: usize, layers: usize, from: Rank) -> Result<(), EngineError> {

@@ -17,7 +17,12 @@ const CHUNK: u32 = 256;
 
 impl Worker {
     /// Carries out what rank 0 ordered, and what follows from it for tokens under way.
-    pub(super) fn obey(&mut self, flow: &mut Flow, from: Rank, directive: Directive) -> Result<(), EngineError> {
+    pub(super) fn obey(
+        &mut self,
+        flow: &mut Flow,
+        from: Rank,
+        directive: Directive,
+    ) -> Result<(), EngineError> {
         let order = match &directive {
             Directive::Order(order) => Some(order.clone()),
             _ => None,

@@ -75,7 +75,8 @@ impl Stepper<'_> {
             let hop = self.curve(Piece::Hop)?;
             let attend = self.curve(Piece::Attend)?;
             let layer = self.curve(Piece::Layer)?;
-            let rest = layer.0.iter().zip(&attend.0).map(|((n, all), (_, part))| (*n, (all - 2.0 * part).max(0.0)));
+            let rest =
+                layer.0.iter().zip(&attend.0).map(|((n, all), (_, part))| (*n, (all - 2.0 * part).max(0.0)));
             let work = Curve(rest.collect());
             match strategy {
                 Strategy::Vanilla => {

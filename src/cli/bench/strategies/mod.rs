@@ -287,4 +287,3 @@ fn solve_tables(
     }
     Ok(())
 }
-
