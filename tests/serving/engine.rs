@@ -2,7 +2,9 @@
 
 use crate::common::tiny::{Folder, Tiny};
 use crate::common::{Setup, request, tokens};
-use exflow::engine::{Engine, EngineError, EngineOptions, FinishReason, Request, Strategy};
+use exflow::engine::{
+    ClusterOptions, Engine, EngineError, EngineOptions, FinishReason, NoProgress, Request, Strategy,
+};
 use std::time::{Duration, Instant};
 
 fn engine(ranks: usize, max_waiting: usize) -> (Engine, Folder) {
@@ -86,6 +88,25 @@ fn a_shutdown_finishes_what_runs() {
     engine.finish();
     let done = running.complete().expect("tokens");
     assert_eq!((done.output_ids.len(), done.finish_reason), (40, FinishReason::Length));
+}
+
+#[test]
+fn the_cache_is_as_large_as_the_memory_that_is_left() {
+    let folder = Tiny { positions: 4096, ..Tiny::default() }.write();
+    let positions = |mib: Option<u64>, ctx: Option<usize>| {
+        crate::common::prepare();
+        let mut options = ClusterOptions::new(folder.path());
+        (options.memory, options.cache_positions) = (mib.map(|mib| mib << 20), ctx);
+        Engine::start(options, EngineOptions::default(), &NoProgress).map(|engine| engine.cache_positions())
+    };
+    // 4 layers of 2 * 32 values of 4 bytes: a KiB a position. Weights and what a step works in are told from the first.
+    let some = positions(Some(10), None).expect("room");
+    assert!((4096..16_384).contains(&some), "{some}");
+    assert_eq!(positions(Some(12), None).expect("room"), some + 2048);
+    assert_eq!(positions(Some(1024), None).expect("room"), 16_384, "no more than is of use on a host");
+    assert_eq!(positions(Some(1024), Some(100)).expect("room"), 112, "whole blocks");
+    let error = positions(Some(1), None).expect_err("a context of 4,096 takes 4 MiB");
+    assert!(error.is_input() && error.to_string().contains("--memory"), "{error}");
 }
 
 #[test]
