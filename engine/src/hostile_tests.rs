@@ -2,7 +2,7 @@
 //! targets of `engine/fuzz` look deeper, and take longer.
 
 use crate::model::ModelSpec;
-use crate::text::{TextCodec, TextStream};
+use crate as engine;
 use crate::weights;
 use std::path::{Path, PathBuf};
 
@@ -60,23 +60,38 @@ fn parity(folder: &str, suffix: &str) -> Vec<PathBuf> {
     found
 }
 
+#[path = "../fuzz/bodies.rs"]
+mod bodies;
+
+/// `times` spoilt copies of each file; returns how many could be read all the same.
+fn spoil_each(seed: u64, files: &[PathBuf], times: usize, body: fn(&[u8]) -> bool) -> usize {
+    let mut random = Random(seed);
+    let mut read = 0;
+    for path in files {
+        let sound = std::fs::read(path).expect("a sound file");
+        assert!(body(&sound), "{} is sound", path.display());
+        read += (0..times).filter(|_| body(&random.spoil(&sound))).count();
+    }
+    read
+}
+
 #[test]
 fn spoilt_configs_are_read_or_refused() {
-    let mut random = Random(1);
-    let mut read = 0;
+    let read = spoil_each(1, &parity("fixtures", "config.json"), 150, bodies::config);
+    assert!(read > 100, "some changes do no harm: {read}");
+}
+
+#[test]
+fn what_is_wrong_with_a_config_is_the_inputs_fault() {
+    let mut random = Random(4);
     for path in parity("fixtures", "config.json") {
         let sound = std::fs::read(&path).expect("a config");
-        for _ in 0..150 {
-            match ModelSpec::parse(&path, &random.spoil(&sound)) {
-                Ok(spec) => {
-                    assert!(spec.top_k <= spec.experts && spec.moe_layers() > 0);
-                    read += 1;
-                }
-                Err(error) => assert!(error.is_input(), "{error}"),
+        for _ in 0..30 {
+            if let Err(error) = ModelSpec::parse(&path, &random.spoil(&sound)) {
+                assert!(error.is_input(), "{error}");
             }
         }
     }
-    assert!(read > 100, "some changes do no harm: {read}");
 }
 
 #[test]
@@ -90,6 +105,7 @@ fn spoilt_headers_are_read_or_refused() {
             let mut file = (bytes.len() as u64).to_le_bytes().to_vec();
             file.append(&mut bytes);
             file.extend_from_slice(&whole[8 + length..]);
+            bodies::header(&file);
             if let Ok((header, metadata)) = weights::header(&file) {
                 let inside = |(_, info): (String, &safetensors::tensor::TensorInfo)| {
                     info.data_offsets.0 <= info.data_offsets.1
@@ -103,15 +119,8 @@ fn spoilt_headers_are_read_or_refused() {
 
 #[test]
 fn spoilt_tokenizers_are_read_or_refused() {
-    let mut random = Random(3);
-    for path in parity("tokenizers", ".json").into_iter().filter(|p| !p.to_string_lossy().contains("cases")) {
-        let sound = std::fs::read(&path).expect("a tokenizer");
-        for _ in 0..150 {
-            let Ok(codec) = TextCodec::parse(path.clone(), &random.spoil(&sound), 1000) else { continue };
-            let Ok(ids) = codec.encode("a né 日本 🦀 \0 <s>") else { continue };
-            let mut stream = TextStream::default();
-            assert!(ids.iter().all(|&id| id < 1000));
-            ids.into_iter().for_each(|id| drop(stream.push(&codec, id)));
-        }
-    }
+    let mut files = parity("tokenizers", ".json");
+    files.retain(|path| !path.to_string_lossy().contains("cases"));
+    let read = spoil_each(3, &files, 150, bodies::tokenizer);
+    assert!(read > 20, "some changes do no harm: {read}");
 }
