@@ -1,8 +1,8 @@
 //! Files of models with bytes changed, cut and doubled at random: they are read or refused, and nothing panics. The fuzz
 //! targets of `engine/fuzz` look deeper, and take longer.
 
-use crate::model::ModelSpec;
 use crate as engine;
+use crate::model::ModelSpec;
 use crate::weights;
 use std::path::{Path, PathBuf};
 
