@@ -19,6 +19,7 @@ use crate::runtime::{Admission, BLOCK, Command, Event, RankStats};
 use crate::text::TextCodec;
 use crate::{EngineError, Generation, Request, TokenEvent};
 use exflow_placement::{PlacementTable, Rank, RoutingTrace};
+use exflow_transport::quic::Suspects;
 use group::{Group, World};
 use host::{Host, News, Running};
 use journal::Journal;
@@ -153,6 +154,12 @@ impl Cluster {
     /// Ranks that are lost and have not come back.
     pub fn absent(&self) -> &[Rank] {
         &self.absent
+    }
+
+    /// The ranks of which nothing was heard for a second, kept up to date while the cluster lives; it says early which
+    /// process hangs or is cut off.
+    pub fn suspects(&self) -> Suspects {
+        self.group.suspects()
     }
 
     /// Runs the requests together to their end, calling `sink` as tokens appear.

@@ -131,6 +131,14 @@ impl EngineError {
         }
     }
 
+    /// Says at which rank it happened, unless it does so already: errors of the transport begin with their rank.
+    pub(crate) fn at(self, rank: Rank) -> Self {
+        match self {
+            named @ (Self::Transport(_) | Self::Rank { .. }) => named,
+            source => Self::Rank { rank, source: Box::new(source) },
+        }
+    }
+
     /// Whether this only tells that some other rank is lost.
     pub(crate) fn is_loss(&self) -> bool {
         match self {

@@ -137,11 +137,14 @@ fn engine(out: &mut String, live: &LiveStats) {
 
 fn ranks(out: &mut String, live: &LiveStats) {
     type Of = fn(&crate::engine::LiveRank) -> Option<f64>;
-    let of_rank: [(&str, &str, &str, Of); 4] = [
+    let of_rank: [(&str, &str, &str, Of); 5] = [
         ("exflow_kv_blocks_used", "gauge", "KV cache blocks in use.", |r| Some(r.kv_blocks_used as f64)),
         ("exflow_kv_blocks", "gauge", "KV cache blocks.", |r| Some(r.kv_blocks as f64)),
         ("exflow_device_memory_bytes", "gauge", "Bytes allocated on the rank's device.", |r| {
             r.memory_bytes.map(|bytes| bytes as f64)
+        }),
+        ("exflow_rank_suspect", "gauge", "1 where nothing was heard from the rank's process for 1 s.", |r| {
+            Some(f64::from(u8::from(r.suspect)))
         }),
         ("exflow_expert_pairs_total", "counter", "Pairs of token and expert worked on.", |r| {
             Some(r.pairs as f64)

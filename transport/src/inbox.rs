@@ -46,6 +46,8 @@ struct State {
     /// By peer: whether a bulk stream of its own may still bring something.
     bulk_coming: Vec<bool>,
     unsent: Vec<usize>,
+    /// By peer: whether it is in this process, so that nothing between us and it is on a wire.
+    here: Vec<bool>,
     stats: WireStats,
     holding: usize,
     closed: bool,
@@ -60,6 +62,7 @@ impl Inbox {
             unread: vec![0; world],
             bulk_coming: vec![false; world],
             unsent: vec![0; world],
+            here: vec![false; world],
             stats: WireStats::new(rank, world),
             holding: 0,
             closed: false,
@@ -78,6 +81,12 @@ impl Inbox {
     /// Does without these ranks in this epoch.
     pub(crate) fn set_absent(&self, ranks: &[Rank]) {
         self.lock().rounds.set_absent(ranks);
+    }
+
+    /// These ranks are in this process.
+    pub(crate) fn set_here(&self, ranks: impl Iterator<Item = Rank>) {
+        let mut state = self.lock();
+        ranks.for_each(|rank| state.here[rank.index()] = true);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -111,7 +120,7 @@ impl Inbox {
             if state.rounds.is_absent(to) {
                 continue;
             }
-            state.stats.count_sent(self.rank, to, round.class, payload.len(), self.limits.header_bytes);
+            self.count(&mut state, to, round.class, true, payload.len());
             outgoing.push((to, payload));
         }
         state.stats.count_exchange(self.rank, round.class);
@@ -215,7 +224,7 @@ impl Inbox {
             self.check_open(&state)?;
         }
         state.unsent[to.index()] += bytes;
-        state.stats.count_sent(self.rank, to, ByteClass::Kv, bytes, self.limits.header_bytes);
+        self.count(&mut state, to, ByteClass::Kv, true, bytes);
         Ok(())
     }
 
@@ -259,12 +268,7 @@ impl Inbox {
 
     // What a driver calls.
 
-    /// Decides about a round frame by its header.
-    pub(crate) fn admit(&self, peer: Rank, round: RoundId, length: u32) -> Result<Admission, Violation> {
-        self.lock().rounds.admit(peer, round, length)
-    }
-
-    /// Like [`Inbox::admit`], but waits for room.
+    /// Decides about a round frame by its header; waits for room.
     pub(crate) async fn admit_when_possible(
         &self,
         peer: Rank,
@@ -311,7 +315,7 @@ impl Inbox {
     /// Stores an admitted frame's payload and wakes the rank if that completes an open round.
     pub(crate) fn deliver(&self, peer: Rank, round: RoundId, payload: Bytes) {
         let mut state = self.lock();
-        state.stats.count_received(self.rank, peer, round.class, payload.len(), self.limits.header_bytes);
+        self.count(&mut state, peer, round.class, false, payload.len());
         let complete = state.rounds.deliver(peer, round.number, payload);
         drop(state);
         if complete {
@@ -319,9 +323,22 @@ impl Inbox {
         }
     }
 
+    /// Takes a frame of a rank of this process.
+    pub(crate) fn take_here(&self, peer: Rank, round: RoundId, payload: Bytes) {
+        let mut state = self.lock();
+        self.count(&mut state, peer, round.class, false, payload.len());
+        match state.rounds.take_here(peer, round, payload) {
+            Ok(false) => return,
+            Ok(true) => {}
+            Err(violation) => state.rounds.break_peer(peer, violation),
+        }
+        drop(state);
+        self.wake();
+    }
+
     pub(crate) fn deliver_bulk(&self, peer: Rank, payload: Bytes) {
         let mut state = self.lock();
-        state.stats.count_received(self.rank, peer, ByteClass::Kv, payload.len(), self.limits.header_bytes);
+        self.count(&mut state, peer, ByteClass::Kv, false, payload.len());
         state.unread[peer.index()] += payload.len();
         state.bulk.push_back((peer, payload));
         drop(state);
@@ -343,11 +360,14 @@ impl Inbox {
     }
 
     pub(crate) fn count_control(&self, peer: Rank, sent: bool, payload: usize) {
-        let (mut state, header) = (self.lock(), self.limits.header_bytes);
-        if sent {
-            state.stats.count_sent(self.rank, peer, ByteClass::Control, payload, header);
-        } else {
-            state.stats.count_received(self.rank, peer, ByteClass::Control, payload, header);
+        self.count(&mut self.lock(), peer, ByteClass::Control, sent, payload);
+    }
+
+    fn count(&self, state: &mut State, peer: Rank, class: ByteClass, sent: bool, payload: usize) {
+        let header = if state.here[peer.index()] { 0 } else { self.limits.header_bytes };
+        match sent {
+            true => state.stats.count_sent(self.rank, peer, class, payload, header),
+            false => state.stats.count_received(self.rank, peer, class, payload, header),
         }
     }
 

@@ -1,7 +1,7 @@
 //! Ranks of one process: payloads change hands, nothing is copied and nothing touches a wire.
 
 use crate::inbox::{Inbox, InboxLimits};
-use crate::proto::round::{Admission, RoundLimits};
+use crate::proto::round::RoundLimits;
 use crate::{ByteClass, Communicator, LossCause, Message, RoundId, TransportError, WireStats};
 use bytes::Bytes;
 use exflow_placement::Rank;
@@ -79,12 +79,7 @@ impl Communicator for LocalCommunicator {
 
     fn start_exchange(&mut self, round: RoundId, send: Vec<Bytes>) -> Result<(), TransportError> {
         for (to, payload) in self.inbox().start(round, send)? {
-            let peer = &self.inboxes[to.index()];
-            match peer.admit(self.rank, round, payload.len() as u32) {
-                // Early bytes have no limit here, so nothing is ever held.
-                Ok(Admission::Take | Admission::Hold) => peer.deliver(self.rank, round, payload),
-                Err(violation) => peer.break_peer(self.rank, violation),
-            }
+            self.inboxes[to.index()].take_here(self.rank, round, payload);
         }
         Ok(())
     }

@@ -32,7 +32,10 @@ fn every_payload_arrives_and_frames_are_counted_exactly() {
                         counted.payload_bytes_sent + 40 * counted.frames_sent
                     );
                 }
-                assert_eq!(stats.class(ByteClass::Control).frames_sent, n as u64 - 1);
+                assert!(
+                    stats.class(ByteClass::Control).frames_sent >= n as u64 - 1,
+                    "hellos, then heartbeats"
+                );
                 assert_eq!(stats.class(ByteClass::Kv).frames_sent, 0);
             }
         }

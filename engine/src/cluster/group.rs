@@ -9,7 +9,7 @@ use crate::options::{ClusterOptions, GroupOptions, PlacementSource, TransportKin
 use exflow_placement::Rank;
 use exflow_transport::identity::Identity;
 use exflow_transport::proto::membership::{Digest, Party, Roster};
-use exflow_transport::quic::{self, JoinEvent, JoinOptions, Life, Listener, QuicOptions, Ruling};
+use exflow_transport::quic::{self, JoinEvent, JoinOptions, Life, Listener, QuicOptions, Ruling, Suspects};
 use exflow_transport::{Communicator, TransportError};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -100,6 +100,14 @@ impl Group {
         if let Self::Led(leader) = self {
             let mut decision = leader.decision();
             (decision.options, decision.base) = (Some(options.clone()), None);
+        }
+    }
+
+    /// The ranks of other processes that are suspect now.
+    pub(crate) fn suspects(&self) -> Suspects {
+        match self {
+            Self::Alone(_) => Suspects::default(),
+            Self::Led(leader) => leader.listener.suspects(),
         }
     }
 
@@ -198,10 +206,6 @@ pub(crate) fn join_options(
 ) -> Result<JoinOptions, EngineError> {
     let rank = u16::try_from(group.process).map(Rank);
     let rank = rank.map_err(|_| EngineError::usage(format!("process {}", group.process), "count from 0"))?;
-    if options.ranks > 1 {
-        let what = format!("{} ranks in one process of a group", options.ranks);
-        return Err(EngineError::usage(what, "start a process for each device, with one of --devices each"));
-    }
     let identity = identity_of(group)?;
     let listen = match group.listen {
         Some(listen) => listen,
@@ -238,9 +242,16 @@ fn words(event: &JoinEvent) -> String {
     match event {
         JoinEvent::Listening { address } => format!("listening on UDP {address}"),
         JoinEvent::Joined { rank, address } => format!("rank {rank} joined from {address}"),
+        JoinEvent::Suspect { ranks } => format!("nothing was heard from {} for 1 s", of_ranks(ranks)),
+        JoinEvent::Heard { ranks } => format!("{} heard again", of_ranks(ranks)),
         JoinEvent::Failed { what } => what.clone(),
         other => format!("{other:?}"),
     }
+}
+
+fn of_ranks(ranks: &[Rank]) -> String {
+    let numbers: Vec<_> = ranks.iter().map(Rank::to_string).collect();
+    format!("rank{} {}", if ranks.len() > 1 { "s" } else { "" }, numbers.join(", "))
 }
 
 /// The identity of this process: in the folder itself, or, as an authority issues them, in `rank-N` of it.
@@ -267,4 +278,17 @@ fn digest_bytes(hex: &str) -> Result<Digest, EngineError> {
         *place = byte(at).ok_or_else(|| EngineError::Internal(format!("the model digest {hex:?}")))?;
     }
     Ok(digest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_loss_of_rank_0_is_known_in_time() {
+        // What is left of the 2 s is for the last words of a process.
+        assert!(SILENCE + CONTACT <= Duration::from_millis(1600));
+        assert!(exflow_transport::proto::pulse::SUSPECT_AFTER < SILENCE, "suspect before lost");
+        assert!(SILENCE < REGROUP);
+    }
 }

@@ -105,7 +105,7 @@ impl Host {
                     News::Away => Outlet::away(),
                 };
                 let (decoder, ended) = Worker::new(decoder, comm, options, outlet, commands).run();
-                let ended = ended.map_err(|source| EngineError::Rank { rank, source: Box::new(source) });
+                let ended = ended.map_err(|source| source.at(rank));
                 if ended.is_err() {
                     tell_failed(&news);
                 }
@@ -182,7 +182,7 @@ impl Loader<'_> {
     fn bring(&self, rank: Rank, local: usize, hosted: &mut Option<Hosted>) -> Result<(), EngineError> {
         let failed = |source| match source {
             e @ (EngineError::Tensor { .. } | EngineError::File { .. } | EngineError::Usage { .. }) => e,
-            other => EngineError::Rank { rank, source: Box::new(other) },
+            other => other.at(rank),
         };
         let experts = experts_of(&self.plan.table, rank);
         match hosted {

@@ -33,6 +33,8 @@ pub struct LiveRank {
     pub kv_blocks_used: u64,
     /// KV cache blocks that there are.
     pub kv_blocks: u64,
+    /// Nothing was heard from its process for a second.
+    pub suspect: bool,
     /// Bytes that the rank's device has allocated, where its driver's interface tells.
     pub memory_bytes: Option<u64>,
 }

@@ -9,6 +9,7 @@ use crate::options::Progress;
 use crate::runtime::{Event, FinishReason};
 use crate::{Cluster, ClusterOptions, EngineError, ModelSpec, TextCodec};
 use exflow_placement::{Affinity, PlacementTable};
+use exflow_transport::quic::Suspects;
 pub use live::{LiveRank, LiveStats, RequestCounts};
 use owner::{Ask, Owner};
 use std::collections::VecDeque;
@@ -68,6 +69,7 @@ struct Shared {
     codec: Option<Arc<TextCodec>>,
     adapters: Vec<String>,
     cache_positions: usize,
+    suspects: Suspects,
     wake: Mutex<Sender<Event>>,
     asks: Mutex<VecDeque<Ask>>,
     state: Mutex<State>,
@@ -118,6 +120,7 @@ impl Engine {
             codec: cluster.codec(),
             adapters: cluster.adapters(),
             cache_positions: cluster.cache_positions(),
+            suspects: cluster.suspects(),
             wake: Mutex::new(cluster.waker()),
             asks: Mutex::default(),
             state: Mutex::new(State { next: 0, live, affinity, ended: None }),
@@ -200,7 +203,13 @@ impl Engine {
 
     /// What happens right now, and counts since the start.
     pub fn live(&self) -> LiveStats {
-        self.inner.shared.state().live.clone()
+        let mut live = self.inner.shared.state().live.clone();
+        for rank in self.inner.shared.suspects.ranks() {
+            if let Some(rank) = live.ranks.get_mut(rank.index()) {
+                rank.suspect = true;
+            }
+        }
+        live
     }
 
     /// Which expert followed which in the requests whose routes were counted.

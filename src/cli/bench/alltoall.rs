@@ -48,7 +48,8 @@ pub(crate) struct Args {
     /// Turns that each transport takes per size
     #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     repeats: u32,
-    /// Bytes in flight per peer, for private links [default: 1 MiB with --loopback, else CUBIC]
+    /// Bytes in flight per peer, for private links [default: 1 MiB with --loopback; else as many as keep queues at 1 ms,
+    /// CUBIC towards public addresses]
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u64).range(2400..))]
     window: Option<u64>,
     /// Largest UDP payload to look for, bytes [default: that of the driver]

@@ -28,8 +28,7 @@ pub(crate) struct GroupFlags {
     /// Folder of this process's identity, or one that holds it as rank-I (`exflow cert issue`)
     #[arg(long, value_name = "DIR")]
     identity: Option<PathBuf>,
-    /// Adapters by their numbers in `exflow devices`, a rank on each; a process of a group hosts one rank for now
-    /// [default: the best one]
+    /// Adapters by their numbers in `exflow devices`, a rank on each [default: the best one]
     #[arg(long, value_name = "0,1", value_delimiter = ',')]
     devices: Vec<usize>,
     /// Ranks on each adapter

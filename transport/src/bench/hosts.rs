@@ -49,7 +49,8 @@ pub fn between_hosts(join: JoinOptions, order: &Order) -> Result<Vec<Point>, Tra
             if order.beside_bulk {
                 host.quic.begin_bulk();
                 turn(&mut host.quic, &mut host.meeting, bytes, &mut lines[4].1)?;
-                host.quic.end_bulk();
+                host.quic.end_bulk()?;
+                host.quic.drain_bulk()?;
             }
         }
         if host.rank == Rank(0) {

@@ -104,9 +104,10 @@ pub fn loopback(ranks: usize, order: &Order) -> Result<Vec<Point>, TransportErro
                 mpi.turn(ranks, bytes, iterations(bytes), &mut lines[3].1)?;
             }
             if order.beside_bulk {
-                quic.iter_mut().for_each(|rank| rank.begin_bulk());
+                quic.iter_mut().for_each(Quic::begin_bulk);
                 turn(&mut quic, bytes, &mut lines[4].1)?;
-                quic.iter_mut().for_each(|rank| rank.end_bulk());
+                quic.iter_mut().try_for_each(Quic::end_bulk)?;
+                quic.iter_mut().try_for_each(Quic::drain_bulk)?;
             }
         }
         points.extend(order.points(lines, ranks, bytes));

@@ -11,6 +11,9 @@ const BULK_BACKLOG: usize = 1 << 20;
 /// Size of one bulk message, bytes.
 const BULK_MESSAGE: usize = 64 * 1024;
 
+/// The last bulk message of a turn.
+const LAST_BULK: &[u8] = b"end";
+
 /// One rank of a transport.
 pub(super) trait Subject: Send {
     /// Makes the buffers for exchanges of `bytes` per peer.
@@ -31,11 +34,13 @@ pub(super) struct Quic {
     number: u64,
     payload: Bytes,
     bulk: Option<Bytes>,
+    /// Peers whose last bulk message has come already.
+    ended: usize,
 }
 
 impl Quic {
     pub(super) fn new(comm: QuicCommunicator) -> Self {
-        Self { comm, number: 0, payload: Bytes::new(), bulk: None }
+        Self { comm, number: 0, payload: Bytes::new(), bulk: None, ended: 0 }
     }
 
     pub(super) fn world(world: Vec<QuicCommunicator>) -> Vec<Self> {
@@ -51,8 +56,27 @@ impl Quic {
         self.bulk = Some(vec![9; BULK_MESSAGE].into());
     }
 
-    pub(super) fn end_bulk(&mut self) {
+    /// No more bulk; to be followed by [`Quic::drain_bulk`].
+    pub(super) fn end_bulk(&mut self) -> Result<(), TransportError> {
         self.bulk = None;
+        let peers = self.peers();
+        peers.into_iter().try_for_each(|to| self.comm.send_bulk(to, Bytes::from_static(LAST_BULK)))
+    }
+
+    /// Reads bulk to its end, so that nothing of it is on the way when the next turn begins.
+    pub(super) fn drain_bulk(&mut self) -> Result<(), TransportError> {
+        let mut left = self.peers().len();
+        left -= std::mem::take(&mut self.ended);
+        while left > 0 {
+            let bulk = self.comm.recv_bulk(Duration::from_secs(1))?;
+            left -= usize::from(bulk.is_some_and(|(_, bytes)| bytes == LAST_BULK));
+        }
+        Ok(())
+    }
+
+    fn peers(&self) -> Vec<Rank> {
+        let own = self.comm.rank();
+        (0..self.comm.world_size()).map(Rank::from).filter(|to| *to != own).collect()
     }
 
     /// An exchange of this payload with all, by rank.
@@ -74,10 +98,11 @@ impl Subject for Quic {
     }
 
     fn between(&mut self) -> Result<(), TransportError> {
-        while self.comm.recv_bulk(Duration::ZERO)?.is_some() {}
+        while let Some((_, bytes)) = self.comm.recv_bulk(Duration::ZERO)? {
+            self.ended += usize::from(bytes == LAST_BULK);
+        }
         let Some(bulk) = self.bulk.clone() else { return Ok(()) };
-        let own = self.comm.rank();
-        for to in (0..self.comm.world_size()).map(Rank::from).filter(|to| *to != own) {
+        for to in self.peers() {
             while self.comm.unsent_bulk(to) < BULK_BACKLOG {
                 self.comm.send_bulk(to, bulk.clone())?;
             }

@@ -48,7 +48,7 @@ impl Inbox {
         if let Some(failure) = state.rounds.first_failure() {
             return Err(self.error(failure, None));
         }
-        state.stats.count_sent(self.rank, to, class, bytes, self.limits.header_bytes);
+        self.count(&mut state, to, class, true, bytes);
         let next = &mut state.messages.next[to.index()].0;
         *next += 1;
         Ok(*next - 1)
@@ -119,7 +119,7 @@ impl Inbox {
     /// Stores an admitted message and wakes the rank.
     pub(crate) fn deliver_message(&self, peer: Rank, class: ByteClass, layer: u16, payload: Bytes) {
         let mut state = self.lock();
-        state.stats.count_received(self.rank, peer, class, payload.len(), self.limits.header_bytes);
+        self.count(&mut state, peer, class, false, payload.len());
         state.messages.unread[peer.index()] += payload.len();
         state.messages.arrived.push_back(Message { from: peer, class, layer, payload });
         drop(state);

@@ -3,4 +3,5 @@
 
 pub mod frame;
 pub mod membership;
+pub mod pulse;
 pub mod round;

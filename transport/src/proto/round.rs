@@ -266,10 +266,26 @@ impl Rounds {
         if id.number - self.oldest >= window {
             return Err(Violation::TooFarAhead { number: id.number, oldest: self.oldest, window });
         }
-        self.reserve(peer, id, length)
+        self.reserve(peer, id, length, self.limits.early_bytes)
     }
 
-    fn reserve(&mut self, peer: Rank, id: RoundId, length: u32) -> Result<Admission, Violation> {
+    /// Takes a frame of a peer of this process, whose payload is there already; true when that completes a round that is
+    /// open here.
+    pub fn take_here(&mut self, peer: Rank, id: RoundId, payload: Bytes) -> Result<bool, Violation> {
+        if id.number < self.oldest {
+            return Err(Violation::Replayed { number: id.number });
+        }
+        self.reserve(peer, id, payload.len() as u32, usize::MAX)?;
+        Ok(self.deliver(peer, id.number, payload))
+    }
+
+    fn reserve(
+        &mut self,
+        peer: Rank,
+        id: RoundId,
+        length: u32,
+        early_bytes: usize,
+    ) -> Result<Admission, Violation> {
         let index = self.slot(id.number);
         let tag = Tag { class: id.class, layer: id.layer };
         let slot = &mut self.slots[index];
@@ -287,7 +303,7 @@ impl Rounds {
             Some(_) => {}
             None => {
                 let held = self.early[peer.index()];
-                if held > 0 && held + length as usize > self.limits.early_bytes {
+                if held > 0 && held.saturating_add(length as usize) > early_bytes {
                     return Ok(Admission::Hold);
                 }
             }

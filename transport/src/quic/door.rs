@@ -1,11 +1,11 @@
 //! Rank 0's door: who says hello, also while the world runs.
 
+use super::endpoint::Bound;
 use super::join::{Arrival, Guest, receive, refuse};
 use super::options::{JoinEvent, JoinOptions, Life};
 use crate::proto::membership::{Hello, Roster, WorldName, check};
 use crate::{LossCause, Refusal};
 use exflow_placement::Rank;
-use quinn::Endpoint;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{Mutex as AsyncMutex, mpsc};
@@ -40,8 +40,8 @@ pub(crate) struct Watch {
 
 impl Door {
     /// Begins to take connections. Must be called within the runtime.
-    pub(crate) fn open(endpoint: Endpoint, options: Arc<JoinOptions>) -> Self {
-        Self { arrivals: AsyncMutex::new(receive(endpoint, options)), waiting: Mutex::default() }
+    pub(crate) fn open(bound: &Bound, options: Arc<JoinOptions>) -> Self {
+        Self { arrivals: AsyncMutex::new(receive(bound, options)), waiting: Mutex::default() }
     }
 
     fn waiting(&self) -> MutexGuard<'_, Vec<Waiting>> {

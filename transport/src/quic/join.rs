@@ -1,15 +1,16 @@
 //! What both sides of joining share: guests, answers, and what failures mean.
 
 use super::Core;
-use super::options::{Congestion, JoinEvent, JoinOptions, Life};
+use super::endpoint::{self, Bound};
+use super::options::{Congestion, JoinEvent, JoinOptions, Life, is_private};
 use super::tls::{Verdict, verdict};
-use super::wire::{self, CLOSE_FAILED, CLOSE_LEFT, CLOSE_REFUSED, Duplex, StreamKind, WireError};
-use crate::proto::membership::{HELLO_CAP, Hello, Message, Roster, WorldName};
+use super::wire::{self, CLOSE_FAILED, CLOSE_LEFT, CLOSE_REFUSED, Duplex, Preface, StreamKind, WireError};
+use crate::proto::membership::{HELLO_CAP, Hello, Member, Message, Roster, WorldName};
 use crate::{LossCause, Refusal, TransportError, Violation};
 use exflow_placement::Rank;
-use quinn::{Connection, ConnectionError, Endpoint};
+use quinn::{Connection, ConnectionError};
 use rustls::pki_types::CertificateDer;
-use std::net::{IpAddr, SocketAddr};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{Semaphore, mpsc};
@@ -24,8 +25,47 @@ pub(crate) struct Link {
     pub(crate) peer: Rank,
     pub(crate) connection: Connection,
     pub(crate) control: Duplex,
+    /// Each of our ranks with each of the peer's.
+    pub(crate) pairs: Vec<Pair>,
+}
+
+/// The streams between a rank of this process and one of another.
+pub(crate) struct Pair {
+    pub(crate) own: Rank,
+    pub(crate) peer: Rank,
     pub(crate) rows: Duplex,
     pub(crate) bulk: Duplex,
+}
+
+/// The ranks at both ends of a link.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Ends {
+    own: Member,
+    peer: Member,
+    untuned: bool,
+}
+
+impl Ends {
+    /// Of processes of the roster; none where one does not exist.
+    pub(crate) fn of(roster: &Roster, options: &JoinOptions, peer: Rank) -> Option<Self> {
+        let member = |process: Rank| roster.members().get(process.index()).copied();
+        Some(Self { own: member(options.rank)?, peer: member(peer)?, untuned: options.quic.untuned })
+    }
+
+    fn make_room(&self, connection: &Connection) {
+        if !self.untuned {
+            endpoint::make_room(connection, self.streams());
+        }
+    }
+
+    fn pairs(&self) -> impl Iterator<Item = (Rank, Rank)> + use<> {
+        let peer = self.peer;
+        self.own.ranks().flat_map(move |own| peer.ranks().map(move |peer| (own, peer)))
+    }
+
+    fn streams(&self) -> u32 {
+        1 + 2 * u32::from(self.own.ranks) * u32::from(self.peer.ranks)
+    }
 }
 
 /// A process that has joined.
@@ -72,7 +112,8 @@ pub(crate) async fn join(core: Arc<Core>, life: Life) -> Result<Joined, Transpor
 }
 
 /// Starts taking connections; what comes of them is sent to the receiver.
-pub(crate) fn receive(endpoint: Endpoint, options: Arc<JoinOptions>) -> mpsc::Receiver<Arrival> {
+pub(crate) fn receive(bound: &Bound, options: Arc<JoinOptions>) -> mpsc::Receiver<Arrival> {
+    let (endpoint, servers) = (bound.endpoint.clone(), bound.servers());
     let (arrivals, receiver) = mpsc::channel(options.world_size + GREETINGS);
     tokio::spawn(async move {
         let greetings = Arc::new(Semaphore::new(GREETINGS));
@@ -83,10 +124,11 @@ pub(crate) fn receive(endpoint: Endpoint, options: Arc<JoinOptions>) -> mpsc::Re
                 continue;
             };
             id += 1;
-            let (options, arrivals) = (Arc::clone(&options), arrivals.clone());
+            let (options, arrivals, servers) = (Arc::clone(&options), arrivals.clone(), servers.clone());
             tokio::spawn(async move {
                 let from = incoming.remote_address();
-                let guest = timeout(options.quic.hello_timeout, greet(incoming, &options, id)).await;
+                let connecting = incoming.accept_with(servers.of(&from));
+                let guest = timeout(options.quic.hello_timeout, greet(connecting, &options, id)).await;
                 let arrival = match guest {
                     Ok(Ok(guest)) => Arrival::Guest(Box::new(guest)),
                     Ok(Err(what)) => Arrival::Failed(format!("{from}: {what}")),
@@ -101,8 +143,13 @@ pub(crate) fn receive(endpoint: Endpoint, options: Arc<JoinOptions>) -> mpsc::Re
     receiver
 }
 
-async fn greet(incoming: quinn::Incoming, options: &JoinOptions, id: u64) -> Result<Guest, String> {
-    let connection = incoming.await.map_err(|error| format!("handshake failed: {error}"))?;
+async fn greet(
+    connecting: Result<quinn::Connecting, ConnectionError>,
+    options: &JoinOptions,
+    id: u64,
+) -> Result<Guest, String> {
+    let connected = async { connecting?.await }.await;
+    let connection = connected.map_err(|error| format!("handshake failed: {error}"))?;
     let said = hear(&connection).await;
     let (mut control, hello, bytes) = match said {
         Ok(said) => said,
@@ -124,10 +171,10 @@ async fn greet(incoming: quinn::Incoming, options: &JoinOptions, id: u64) -> Res
 }
 
 async fn hear(connection: &Connection) -> Result<(Duplex, Hello, usize), WireError> {
-    let (kind, mut control) = wire::accept(connection).await?;
+    let (preface, mut control) = wire::accept(connection).await?;
     let (source, message, bytes) = wire::read_message(&mut control.1, HELLO_CAP).await?;
     match message {
-        Message::Hello(hello) if kind == StreamKind::Control && hello.rank == source => {
+        Message::Hello(hello) if preface == Preface::CONTROL && hello.rank == source => {
             Ok((control, hello, bytes))
         }
         _ => Err(Violation::Malformed { message: "hello" }.into()),
@@ -150,28 +197,35 @@ pub(crate) async fn refuse(connection: &Connection, control: &mut Duplex, own: R
     wire::close(connection, CLOSE_REFUSED, &reason);
 }
 
-/// Accepts the rows and bulk streams of a guest that has been let in.
+/// Accepts the rows and bulk streams of a guest that has been let in: those of each pair of ranks, once.
 pub(crate) async fn accept_link(
     peer: Rank,
     connection: Connection,
     control: Duplex,
+    ends: Ends,
 ) -> Result<Link, WireError> {
-    let (mut rows, mut bulk) = (None, None);
-    while rows.is_none() || bulk.is_none() {
-        let (kind, stream) = wire::accept(&connection).await?;
-        let place = match kind {
-            StreamKind::Rows => &mut rows,
-            StreamKind::Bulk => &mut bulk,
+    ends.make_room(&connection);
+    connection.set_max_concurrent_bi_streams(ends.streams().into());
+    let mut expected: BTreeMap<(Rank, Rank), [Option<Duplex>; 2]> =
+        ends.pairs().map(|pair| (pair, [None, None])).collect();
+    for _ in 1..ends.streams() {
+        let (preface, stream) = wire::accept(&connection).await?;
+        let place = match preface.kind {
+            StreamKind::Rows => 0,
+            StreamKind::Bulk => 1,
             StreamKind::Control => return Err(Violation::BadPreface.into()),
         };
-        if place.replace(stream).is_some() {
+        let pair = expected.get_mut(&(preface.acceptor, preface.dialler)).ok_or(Violation::BadPreface)?;
+        if pair[place].replace(stream).is_some() {
             return Err(Violation::BadPreface.into());
         }
     }
-    match (rows, bulk) {
-        (Some(rows), Some(bulk)) => Ok(Link { peer, connection, control, rows, bulk }),
+    let pairs = expected.into_iter().map(|((own, peer), streams)| match streams {
+        [Some(rows), Some(bulk)] => Ok(Pair { own, peer, rows, bulk }),
         _ => Err(Violation::BadPreface.into()),
-    }
+    });
+    let pairs = pairs.collect::<Result<_, WireError>>()?;
+    Ok(Link { peer, connection, control, pairs })
 }
 
 /// Opens the rows and bulk streams towards a peer that has let us in.
@@ -179,10 +233,17 @@ pub(crate) async fn open_link(
     peer: Rank,
     connection: Connection,
     control: Duplex,
+    ends: Ends,
 ) -> Result<Link, WireError> {
-    let rows = wire::open(&connection, StreamKind::Rows).await?;
-    let bulk = wire::open(&connection, StreamKind::Bulk).await?;
-    Ok(Link { peer, connection, control, rows, bulk })
+    ends.make_room(&connection);
+    let mut pairs = Vec::new();
+    for (own, peer) in ends.pairs() {
+        let preface = |kind| Preface { kind, dialler: own, acceptor: peer };
+        let rows = wire::open(&connection, preface(StreamKind::Rows)).await?;
+        let bulk = wire::open(&connection, preface(StreamKind::Bulk)).await?;
+        pairs.push(Pair { own, peer, rows, bulk });
+    }
+    Ok(Link { peer, connection, control, pairs })
 }
 
 /// What a failed exchange with a peer means for this rank.
@@ -251,7 +312,7 @@ impl Notes {
 
 /// A bounded window ignores what others on the path need, so it is only for paths that are the cluster's own.
 fn check_private(joined: &Joined, options: &JoinOptions) -> Result<(), TransportError> {
-    if options.quic.congestion == Congestion::Cubic {
+    if !matches!(options.quic.congestion, Congestion::Bounded { .. }) {
         return Ok(());
     }
     let public = joined.links.iter().map(|link| link.connection.remote_address()).find(|at| !is_private(at));
@@ -261,11 +322,4 @@ fn check_private(joined: &Joined, options: &JoinOptions) -> Result<(), Transport
             remedy: "use Congestion::Cubic outside private networks".into(),
         })
     })
-}
-
-fn is_private(address: &SocketAddr) -> bool {
-    match address.ip().to_canonical() {
-        IpAddr::V4(ip) => ip.is_loopback() || ip.is_private() || ip.is_link_local(),
-        IpAddr::V6(ip) => ip.is_loopback() || ip.is_unique_local() || ip.is_unicast_link_local(),
-    }
 }

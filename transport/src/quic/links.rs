@@ -1,10 +1,12 @@
 //! The tasks of one connection: they move frames between its streams and the rank's inbox.
 
-use super::join::{Link, loss_cause};
+use super::heart::Heart;
+use super::join::{Link, Pair, loss_cause};
 use super::wire::{self, CLOSE_PROTOCOL};
 use crate::inbox::Inbox;
 use crate::proto::frame::{Decoder, FrameHeader, MESSAGE};
 use crate::proto::membership::{HELLO_CAP, WorldName};
+use crate::proto::pulse::Beat;
 use crate::proto::round::Violation;
 use crate::{ByteClass, LossCause, RoundId};
 use bytes::Bytes;
@@ -21,10 +23,19 @@ const BULK_CHUNK: usize = 64 * 1024;
 /// What the tasks of a link need to know.
 #[derive(Clone)]
 pub(crate) struct LinkContext {
-    pub(crate) inbox: Arc<Inbox>,
+    /// Of this process's ranks, from `first` on.
+    pub(crate) inboxes: Arc<[Arc<Inbox>]>,
+    pub(crate) first: Rank,
     pub(crate) world: WorldName,
     pub(crate) max_frame_bytes: u32,
     pub(crate) idle_timeout: Duration,
+    pub(crate) heart: Arc<Heart>,
+}
+
+impl LinkContext {
+    fn inbox(&self, own: Rank) -> &Arc<Inbox> {
+        &self.inboxes[own.index() - self.first.index()]
+    }
 }
 
 /// A frame on its way out.
@@ -37,19 +48,57 @@ pub(crate) struct LinkSender {
     pub(crate) bulk: mpsc::UnboundedSender<Outgoing>,
 }
 
-/// Starts the tasks of a link. `writers` end, once their senders are dropped, when the peer has acknowledged all.
-pub(crate) fn start(link: Link, context: &LinkContext, writers: &mut JoinSet<()>) -> LinkSender {
-    let Link { peer, connection, control, rows, bulk } = link;
-    let (rows_sender, rows_queue) = mpsc::unbounded_channel();
-    let (bulk_sender, bulk_queue) = mpsc::unbounded_channel();
-    writers.spawn(write_rows(rows.0, rows_queue));
-    writers.spawn(write_bulk(bulk.0, bulk_queue, Arc::clone(&context.inbox), peer));
-    context.inbox.bulk_coming(peer, true);
-    let reader = |recv, stream| Reader::new(recv, stream, peer, connection.clone(), context.clone());
-    tokio::spawn(reader(rows.1, "rows").run());
-    tokio::spawn(reader(bulk.1, "bulk").run());
-    tokio::spawn(hold_control(control.0, reader(control.1, "control")));
-    LinkSender { rows: rows_sender, bulk: bulk_sender }
+/// Starts the tasks of a link to the process whose first rank is `speaker`. `writers` end, once their senders are
+/// dropped, when the peer has acknowledged all.
+pub(crate) fn start(
+    link: Link,
+    speaker: Rank,
+    context: &LinkContext,
+    writers: &mut JoinSet<()>,
+) -> Vec<((Rank, Rank), LinkSender)> {
+    let Link { peer: process, connection, control, pairs } = link;
+    let reader = |recv, stream, own, peer| Reader::new(recv, stream, (own, peer), &connection, context);
+    tokio::spawn(beat(control.0, context.clone(), speaker, connection.clone()));
+    tokio::spawn(reader(control.1, Stream::Control(process), context.first, speaker).run());
+    let mut senders = Vec::new();
+    for Pair { own, peer, rows, bulk } in pairs {
+        let (rows_sender, rows_queue) = mpsc::unbounded_channel();
+        let (bulk_sender, bulk_queue) = mpsc::unbounded_channel();
+        let inbox = context.inbox(own);
+        inbox.bulk_coming(peer, true);
+        writers.spawn(write_rows(rows.0, rows_queue));
+        writers.spawn(write_bulk(bulk.0, bulk_queue, Arc::clone(inbox), peer));
+        tokio::spawn(reader(rows.1, Stream::Rows, own, peer).run());
+        tokio::spawn(reader(bulk.1, Stream::Bulk, own, peer).run());
+        senders.push(((own, peer), LinkSender { rows: rows_sender, bulk: bulk_sender }));
+    }
+    senders
+}
+
+/// Sends every heartbeat; the stream stays open for as long as the connection lives.
+async fn beat(mut send: SendStream, context: LinkContext, speaker: Rank, connection: Connection) {
+    let mut beats = context.heart.beats();
+    let inbox = context.inbox(context.first);
+    let mut number = 0;
+    while beats.changed().await.is_ok() {
+        let payload = beats.borrow_and_update().encode();
+        let header = FrameHeader {
+            class: ByteClass::Control,
+            layer: u16::MAX,
+            world: context.world.id,
+            epoch: context.world.epoch,
+            source: context.first,
+            number,
+            length: payload.len() as u32,
+        };
+        number += 1;
+        inbox.count_control(speaker, true, payload.len());
+        // A peer that does not read them is sent fewer, never more at once.
+        if send.write_all(&[&header.encode()[..], &payload].concat()).await.is_err() {
+            break;
+        }
+    }
+    connection.closed().await;
 }
 
 async fn write_rows(mut send: SendStream, mut queue: mpsc::UnboundedReceiver<Outgoing>) {
@@ -91,12 +140,6 @@ async fn drain(mut send: SendStream) {
     }
 }
 
-/// Keeps our half of the control stream open for as long as the peer's lives.
-async fn hold_control(send: SendStream, reader: Reader) {
-    reader.run().await;
-    drop(send);
-}
-
 enum Ended {
     Lost(ConnectionError),
     Broken(Violation),
@@ -108,11 +151,31 @@ impl From<Violation> for Ended {
     }
 }
 
+/// What a reader reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stream {
+    /// Of the process with this number.
+    Control(Rank),
+    Rows,
+    Bulk,
+}
+
+impl Stream {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Control(_) => "control",
+            Self::Rows => "rows",
+            Self::Bulk => "bulk",
+        }
+    }
+}
+
 /// Reads one stream of a peer.
 struct Reader {
     recv: RecvStream,
-    stream: &'static str,
+    stream: Stream,
     peer: Rank,
+    inbox: Arc<Inbox>,
     connection: Connection,
     context: LinkContext,
     decoder: Decoder,
@@ -122,35 +185,46 @@ struct Reader {
 impl Reader {
     fn new(
         recv: RecvStream,
-        stream: &'static str,
-        peer: Rank,
-        connection: Connection,
-        context: LinkContext,
+        stream: Stream,
+        (own, peer): (Rank, Rank),
+        connection: &Connection,
+        context: &LinkContext,
     ) -> Self {
-        let cap = if stream == "control" { HELLO_CAP } else { context.max_frame_bytes };
-        Self { recv, stream, peer, connection, context, decoder: Decoder::new(cap), input: Bytes::new() }
+        let cap = if matches!(stream, Stream::Control(_)) { HELLO_CAP } else { context.max_frame_bytes };
+        Self {
+            recv,
+            stream,
+            peer,
+            inbox: Arc::clone(context.inbox(own)),
+            connection: connection.clone(),
+            context: context.clone(),
+            decoder: Decoder::new(cap),
+            input: Bytes::new(),
+        }
     }
 
     /// Reads to the end and reports how it came. Only the end of the rows stream means that a peer left: all
     /// that it had sent for rounds has then been read.
     async fn run(mut self) {
         let ended = match self.stream {
-            "rows" => self.read_rows().await,
-            "bulk" => self.read_bulk().await,
-            _ => self.read_control().await,
+            Stream::Rows => self.read_rows().await,
+            Stream::Bulk => self.read_bulk().await,
+            Stream::Control(process) => self.read_control(process).await,
         };
-        let inbox = &self.context.inbox;
-        if self.stream == "bulk" {
+        let (inbox, rows) = (&self.inbox, self.stream == Stream::Rows);
+        if self.stream == Stream::Bulk {
             inbox.bulk_coming(self.peer, false);
         }
         match ended {
-            Ok(()) if self.stream == "rows" => inbox.lose_peer(self.peer, LossCause::Left),
+            Ok(()) if rows => inbox.lose_peer(self.peer, LossCause::Left),
             Ok(()) => {}
             Err(Ended::Broken(violation)) => {
-                inbox.break_peer(self.peer, violation.clone());
+                // What one stream breaks is the whole process's fault.
+                let all = self.context.inboxes.iter();
+                all.for_each(|inbox| inbox.break_peer(self.peer, violation.clone()));
                 wire::close(&self.connection, CLOSE_PROTOCOL, &violation.to_string());
             }
-            Err(Ended::Lost(error)) if self.stream == "rows" => {
+            Err(Ended::Lost(error)) if rows => {
                 inbox.lose_peer(self.peer, loss_cause(&error, self.context.idle_timeout));
             }
             Err(Ended::Lost(_)) => {}
@@ -160,7 +234,7 @@ impl Reader {
     async fn read_rows(&mut self) -> Result<(), Ended> {
         while let Some(header) = self.header().await? {
             let round = RoundId { number: header.number, class: header.class, layer: header.layer };
-            let inbox = Arc::clone(&self.context.inbox);
+            let inbox = Arc::clone(&self.inbox);
             if header.number & MESSAGE != 0 {
                 inbox.admit_message(self.peer, header.class, header.number & !MESSAGE)?;
                 inbox.message_room(self.peer, header.length as usize).await;
@@ -179,19 +253,21 @@ impl Reader {
         let mut expected = 0;
         while let Some(header) = self.header().await? {
             self.check_sequence(&header, ByteClass::Kv, &mut expected)?;
-            self.context.inbox.bulk_room(self.peer, header.length as usize).await;
+            self.inbox.bulk_room(self.peer, header.length as usize).await;
             let payload = self.payload().await?;
-            self.context.inbox.deliver_bulk(self.peer, payload);
+            self.inbox.deliver_bulk(self.peer, payload);
         }
         Ok(())
     }
 
-    async fn read_control(&mut self) -> Result<(), Ended> {
+    async fn read_control(&mut self, process: Rank) -> Result<(), Ended> {
         let mut expected = 0;
         while let Some(header) = self.header().await? {
             self.check_sequence(&header, ByteClass::Control, &mut expected)?;
             let payload = self.payload().await?;
-            self.context.inbox.count_control(self.peer, false, payload.len());
+            self.inbox.count_control(self.peer, false, payload.len());
+            let beat = Beat::decode(&payload).ok_or(Violation::Malformed { message: "heartbeat" })?;
+            self.context.heart.hear(process.index(), beat);
         }
         Ok(())
     }
@@ -203,10 +279,10 @@ impl Reader {
         expected: &mut u64,
     ) -> Result<(), Violation> {
         if header.class != class {
-            return Err(Violation::WrongStream { class: header.class, stream: self.stream });
+            return Err(Violation::WrongStream { class: header.class, stream: self.stream.name() });
         }
         if header.number != *expected {
-            let (stream, number) = (self.stream, header.number);
+            let (stream, number) = (self.stream.name(), header.number);
             return Err(Violation::OutOfSequence { stream, number, expected: *expected });
         }
         *expected += 1;
@@ -225,7 +301,7 @@ impl Reader {
                 return if whole {
                     Ok(None)
                 } else {
-                    Err(Violation::Truncated { stream: self.stream }.into())
+                    Err(Violation::Truncated { stream: self.stream.name() }.into())
                 };
             }
         }
@@ -248,7 +324,7 @@ impl Reader {
                 return Ok(payload);
             }
             if !self.fill().await? {
-                return Err(Violation::Truncated { stream: self.stream }.into());
+                return Err(Violation::Truncated { stream: self.stream.name() }.into());
             }
         }
     }
@@ -262,7 +338,7 @@ impl Reader {
             }
             Ok(None) => Ok(false),
             Err(quinn::ReadError::ConnectionLost(error)) => Err(Ended::Lost(error)),
-            Err(_) => Err(Violation::Reset { stream: self.stream }.into()),
+            Err(_) => Err(Violation::Reset { stream: self.stream.name() }.into()),
         }
     }
 }

@@ -1,11 +1,11 @@
 //! Rank 0's side of joining: it waits until all are there, then welcomes them.
 
 use super::Core;
-use super::join::{Arrival, Guest, Joined, Link, Notes, accept_link, explain, refuse};
+use super::join::{Arrival, Ends, Guest, Joined, Link, Notes, accept_link, explain, refuse};
 use super::options::{JoinEvent, JoinOptions, Life, Ruling};
 use super::wire;
 use crate::proto::membership::{Lobby, LobbyPoll, LobbyTerms, Message, Party, Welcome, WorldName};
-use crate::{Refusal, TransportError};
+use crate::{Refusal, TransportError, Violation};
 use exflow_placement::Rank;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -27,9 +27,10 @@ pub(crate) async fn lead(core: &Arc<Core>, life: &Life) -> Result<Joined, Transp
         let sent =
             wire::write_message(&mut guest.control.0, options.rank, &Message::Welcome(welcome.clone())).await;
         messages.push((peer, true, sent.map_err(|error| explain(options, peer, &error))?));
-        let options = Arc::clone(options);
+        let (options, ends) = (Arc::clone(options), Ends::of(&welcome.roster, options, peer));
         opening.spawn(async move {
-            let link = accept_link(peer, guest.connection, guest.control).await;
+            let ends = ends.ok_or_else(|| explain(&options, peer, &Violation::BadPreface.into()))?;
+            let link = accept_link(peer, guest.connection, guest.control, ends).await;
             link.map_err(|error| explain(&options, peer, &error))
         });
     }

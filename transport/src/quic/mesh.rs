@@ -1,13 +1,13 @@
 //! The other ranks' side of joining: hello to rank 0, then to the lower ranks, while the higher ones come.
 
 use super::Core;
-use super::join::{Arrival, Guest, Joined, Link, Notes, accept_link, explain, open_link, refuse};
+use super::join::{Arrival, Ends, Guest, Joined, Link, Notes, accept_link, explain, open_link, refuse};
 use super::options::{JoinEvent, JoinOptions, Life};
 use super::tls::{Verdict, verdict};
-use super::wire::{self, Duplex, StreamKind, WireError};
+use super::wire::{self, Duplex, Preface, WireError};
 use crate::identity::rank_name;
-use crate::proto::membership::{Gate, Hello, Message, WELCOME_CAP, Welcome};
-use crate::{Refusal, TransportError};
+use crate::proto::membership::{Gate, Hello, Message, Roster, WELCOME_CAP, Welcome};
+use crate::{Refusal, TransportError, Violation};
 use exflow_placement::Rank;
 use quinn::Connection;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -21,6 +21,8 @@ const RETRY: Duration = Duration::from_millis(100);
 
 /// A link and the bytes of the two messages that made it.
 type Opened = (Link, Option<[usize; 2]>);
+/// A connection with its control stream, and the bytes of hello and answer.
+type Greeted = (Connection, Duplex, [usize; 2]);
 
 pub(crate) async fn follow(core: &Arc<Core>, life: &Life) -> Result<Joined, TransportError> {
     let (options, began) = (&core.options, Instant::now());
@@ -34,17 +36,18 @@ pub(crate) async fn follow(core: &Arc<Core>, life: &Life) -> Result<Joined, Tran
     let mut messages = vec![(Rank(0), true, bytes[0]), (Rank(0), false, bytes[1])];
     hello.world = Some(welcome.world);
     let mut gate = Gate::new(hello.clone(), welcome.world, &welcome.roster);
+    let opener = Opener { options: Arc::clone(options), roster: welcome.roster.clone() };
     let mut arrivals = core.door.arrivals.lock().await;
     let mut opening: JoinSet<Result<Opened, TransportError>> = JoinSet::new();
-    let opener = Arc::clone(options);
-    opening.spawn(async move {
-        let link = open_link(Rank(0), connection, control).await;
-        link.map(|link| (link, None)).map_err(|error| explain(&opener, Rank(0), &error))
-    });
+    let first = opener.clone();
+    opening.spawn(async move { first.open(Rank(0), connection, control).await.map(|link| (link, None)) });
     for peer in (1..options.rank.index()).filter(|&peer| welcome.roster.is_present(peer)).map(Rank::from) {
         let address = address_of(peer, &welcome, leader, options);
-        let (dialer, hello) = (Arc::clone(&dialer), hello.clone());
-        opening.spawn(async move { dialer.greet(peer, address, hello).await });
+        let (dialer, hello, opener) = (Arc::clone(&dialer), hello.clone(), opener.clone());
+        opening.spawn(async move {
+            let (connection, control, bytes) = dialer.greet(peer, address, hello).await?;
+            opener.open(peer, connection, control).await.map(|link| (link, Some(bytes)))
+        });
     }
     let expected: Vec<Rank> = (0..options.world_size)
         .filter(|&process| welcome.roster.is_present(process) && process != options.rank.index())
@@ -71,7 +74,7 @@ pub(crate) async fn follow(core: &Arc<Core>, life: &Life) -> Result<Joined, Tran
             }
             Ok(Err(Arrival::Guest(guest))) => {
                 let (peer, received) = (guest.hello.rank, guest.bytes);
-                if let Some(sent) = admit(&mut gate, *guest, options, &mut notes, &mut opening).await {
+                if let Some(sent) = admit(&mut gate, *guest, &opener, &mut notes, &mut opening).await {
                     messages.extend([(peer, false, received), (peer, true, sent)]);
                 }
             }
@@ -92,11 +95,11 @@ pub(crate) async fn follow(core: &Arc<Core>, life: &Life) -> Result<Joined, Tran
 async fn admit(
     gate: &mut Gate,
     mut guest: Guest,
-    options: &Arc<JoinOptions>,
+    opener: &Opener,
     notes: &mut Notes,
     opening: &mut JoinSet<Result<Opened, TransportError>>,
 ) -> Option<usize> {
-    let peer = guest.hello.rank;
+    let (peer, options) = (guest.hello.rank, &opener.options);
     if let Err(refusal) = gate.hear(&guest.hello) {
         notes.add(options, format!("refused rank {peer}: {refusal}"));
         let own = options.rank;
@@ -104,12 +107,49 @@ async fn admit(
         return None;
     }
     let sent = wire::write_message(&mut guest.control.0, options.rank, &Message::Accept).await.unwrap_or(0);
-    let options = Arc::clone(options);
+    let opener = opener.clone();
     opening.spawn(async move {
-        let link = accept_link(peer, guest.connection, guest.control).await;
-        link.map(|link| (link, None)).map_err(|error| explain(&options, peer, &error))
+        opener.accept(peer, guest.connection, guest.control).await.map(|link| (link, None))
     });
     Some(sent)
+}
+
+/// Sets up the streams of links.
+#[derive(Clone)]
+struct Opener {
+    options: Arc<JoinOptions>,
+    roster: Roster,
+}
+
+impl Opener {
+    fn ends(&self, peer: Rank) -> Result<Ends, TransportError> {
+        let ends = Ends::of(&self.roster, &self.options, peer);
+        ends.ok_or_else(|| self.explain(peer, &Violation::BadPreface.into()))
+    }
+
+    fn explain(&self, peer: Rank, error: &WireError) -> TransportError {
+        explain(&self.options, peer, error)
+    }
+
+    async fn open(
+        &self,
+        peer: Rank,
+        connection: Connection,
+        control: Duplex,
+    ) -> Result<Link, TransportError> {
+        let link = open_link(peer, connection, control, self.ends(peer)?).await;
+        link.map_err(|error| self.explain(peer, &error))
+    }
+
+    async fn accept(
+        &self,
+        peer: Rank,
+        connection: Connection,
+        control: Duplex,
+    ) -> Result<Link, TransportError> {
+        let link = accept_link(peer, connection, control, self.ends(peer)?).await;
+        link.map_err(|error| self.explain(peer, &error))
+    }
 }
 
 /// Where to reach a lower rank. Rank 0 sees ranks of its own machine at a loopback address; from elsewhere they
@@ -189,15 +229,13 @@ impl Dialer {
         }
     }
 
-    /// Says hello to a lower rank of the same world and opens the streams.
-    async fn greet(&self, peer: Rank, address: SocketAddr, hello: Hello) -> Result<Opened, TransportError> {
+    /// Says hello to a lower rank of the same world until it answers.
+    async fn greet(&self, peer: Rank, address: SocketAddr, hello: Hello) -> Result<Greeted, TransportError> {
         let mut notes = Notes::default();
         loop {
             match timeout(self.left(), self.ask(peer, address, &hello)).await {
                 Ok(Ok((connection, control, Message::Accept, bytes))) => {
-                    let link = open_link(peer, connection, control).await;
-                    let link = link.map_err(|error| explain(self.options(), peer, &error))?;
-                    return Ok((link, Some(bytes)));
+                    return Ok((connection, control, bytes));
                 }
                 Ok(Ok((_, _, other, _))) => {
                     if let Attempt::Fatal(error) = self.unexpected(peer, other) {
@@ -232,8 +270,8 @@ impl Dialer {
         hello: &Hello,
     ) -> Result<(Connection, Duplex, Message, [usize; 2]), Attempt> {
         let address = reachable(address);
-        let connecting =
-            self.core.bound.endpoint.connect_with(self.core.bound.client.clone(), address, &rank_name(peer));
+        let bound = &self.core.bound;
+        let connecting = bound.endpoint.connect_with(bound.client(&address), address, &rank_name(peer));
         let connecting = connecting.map_err(|error| {
             let what = format!("{address}: {error}");
             Attempt::Fatal(TransportError::Options { what, remedy: "check this address".into() })
@@ -243,7 +281,7 @@ impl Dialer {
             Ok(connected) => connected.map_err(|error| fail(error.into()))?,
             Err(_) => return Err(Attempt::Again("no answer".into())),
         };
-        let mut control = wire::open(&connection, StreamKind::Control).await.map_err(fail)?;
+        let mut control = wire::open(&connection, Preface::CONTROL).await.map_err(fail)?;
         let hello = Message::Hello(hello.clone());
         let sent = wire::write_message(&mut control.0, self.options().rank, &hello).await.map_err(fail)?;
         let (_, message, received) = wire::read_message(&mut control.1, WELCOME_CAP).await.map_err(fail)?;

@@ -4,6 +4,10 @@ mod communicator;
 mod congestion;
 mod door;
 mod endpoint;
+mod heart;
+#[cfg(test)]
+mod hostile_tests;
+mod hub;
 mod join;
 mod links;
 mod lobby;
@@ -16,6 +20,7 @@ mod tls;
 mod wire;
 
 pub use communicator::{LinkReport, QuicCommunicator};
+pub use heart::Suspects;
 pub use options::{
     Congestion, Decide, DriverThreads, ETHERNET_UDP_PAYLOAD, JUMBO_UDP_PAYLOAD, JoinEvent, JoinObserver,
     JoinOptions, LOOPBACK_UDP_PAYLOAD, Life, MIN_UDP_PAYLOAD, QuicOptions, Ruling,
@@ -42,6 +47,7 @@ pub(crate) struct Core {
     pub(crate) options: Arc<JoinOptions>,
     pub(crate) bound: Bound,
     pub(crate) door: Arc<Door>,
+    pub(crate) suspects: Suspects,
     pub(crate) runtime: Arc<RuntimeThread>,
 }
 
@@ -78,8 +84,9 @@ impl Listener {
             cause: error.to_string(),
         })?;
         options.tell(&JoinEvent::Listening { address: bound.address });
-        let door = Arc::new(Door::open(bound.endpoint.clone(), Arc::clone(&options)));
-        let core = Arc::new(Core { options, bound, door, runtime: Arc::clone(&runtime) });
+        let door = Arc::new(Door::open(&bound, Arc::clone(&options)));
+        let suspects = Suspects::default();
+        let core = Arc::new(Core { options, bound, door, suspects, runtime: Arc::clone(&runtime) });
         Ok(Self { core })
     }
 
@@ -88,15 +95,20 @@ impl Listener {
         self.core.bound.address
     }
 
-    /// Waits until the group is complete, for the only life of its world.
+    /// The ranks that are suspect while a world lives.
+    pub fn suspects(&self) -> Suspects {
+        self.core.suspects.clone()
+    }
+
+    /// Waits until the group is complete, for the only life of its world; the first rank of this process.
     pub fn join(self) -> Result<QuicCommunicator, TransportError> {
-        self.begin(Life::default()).wait(false)
+        self.begin(Life::default()).first()
     }
 
     /// Waits until a life of the world can start; its ranks of this process, in order. Drop those of the life before
     /// first. While it lives, rank 0 keeps the door: who comes back ends it ([`LossCause::Rejoins`](crate::LossCause)).
     pub fn form(&self, life: Life) -> Result<Vec<QuicCommunicator>, TransportError> {
-        Ok(vec![self.begin(life).wait(true)?])
+        self.begin(life).wait(true)
     }
 
     fn begin(&self, life: Life) -> Joining {
@@ -113,7 +125,7 @@ struct Joining {
 
 impl Joining {
     /// `door`: whether others may come while this life lasts.
-    fn wait(self, door: bool) -> Result<QuicCommunicator, TransportError> {
+    fn wait(self, door: bool) -> Result<Vec<QuicCommunicator>, TransportError> {
         let ended = || TransportError::System {
             rank: self.core.options.rank,
             what: "the driver's thread ended while joining".into(),
@@ -124,7 +136,15 @@ impl Joining {
             // The group is complete: nobody else is let in.
             self.core.bound.endpoint.set_server_config(None);
         }
-        Ok(QuicCommunicator::new(joined, self.core))
+        Ok(QuicCommunicator::all(joined, self.core))
+    }
+
+    /// The only rank of a process of a world that nobody comes back to.
+    fn first(self) -> Result<QuicCommunicator, TransportError> {
+        let rank = self.core.options.rank;
+        let none = || TransportError::Misuse { rank, what: "a process without ranks".into() };
+        let mut ranks = self.wait(false)?.into_iter();
+        ranks.next().ok_or_else(none)
     }
 }
 
@@ -154,7 +174,7 @@ pub fn loopback_world(n: usize, options: QuicOptions) -> Result<Vec<QuicCommunic
         let runtime = shared.clone().map_or_else(|| start_runtime(rank), Ok)?;
         joining.push(Listener::bind_on(join, runtime)?.begin(Life::default()));
     }
-    joining.into_iter().map(|joining| joining.wait(false)).collect()
+    joining.into_iter().map(Joining::first).collect()
 }
 
 fn start_runtime(rank: Rank) -> Result<Arc<RuntimeThread>, TransportError> {

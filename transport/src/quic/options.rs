@@ -9,7 +9,7 @@ use crate::proto::membership::{Digest, Hello, MOST_RANKS, OFFER_CAP, PROTOCOL_VE
 use crate::proto::round::RoundLimits;
 use exflow_placement::Rank;
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,11 +28,25 @@ pub const LOOPBACK_UDP_PAYLOAD: u16 = 16_700;
 pub enum Congestion {
     /// CUBIC, for networks that are shared with others.
     Cubic,
+    /// So many that packets wait about a millisecond in queues, and never more than this many bytes per peer; CUBIC
+    /// towards peers whose address is public.
+    ShortQueue {
+        /// Most bytes in flight per peer.
+        most_bytes: u64,
+    },
     /// At most this many bytes per peer, for private links: refused where a peer's address is public.
     Bounded {
         /// Bytes in flight per peer.
         window_bytes: u64,
     },
+}
+
+/// Whether an address is one of a private network.
+pub(crate) fn is_private(address: &SocketAddr) -> bool {
+    match address.ip().to_canonical() {
+        IpAddr::V4(ip) => ip.is_loopback() || ip.is_private() || ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_loopback() || ip.is_unique_local() || ip.is_unicast_link_local(),
+    }
 }
 
 /// Which thread drives the sockets.
@@ -97,7 +111,7 @@ impl Default for QuicOptions {
             early_bytes: 64 << 20,
             bulk_unread_bytes: 256 << 20,
             bulk_unsent_bytes: 256 << 20,
-            congestion: Congestion::Cubic,
+            congestion: Congestion::ShortQueue { most_bytes: 1 << 20 },
             max_udp_payload: JUMBO_UDP_PAYLOAD,
             socket_buffer_bytes: 4 << 20,
             threads: DriverThreads::PerRank,
@@ -156,7 +170,7 @@ impl QuicOptions {
     }
 }
 
-/// What happens while a group forms, for the program to print.
+/// What happens while a group forms and lives, for the program to print.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum JoinEvent {
@@ -171,6 +185,16 @@ pub enum JoinEvent {
         rank: Rank,
         /// Its UDP address.
         address: SocketAddr,
+    },
+    /// Nothing was heard for a second from the process of these ranks, by this process or, as rank 0 tells, by another.
+    Suspect {
+        /// Its ranks.
+        ranks: Vec<Rank>,
+    },
+    /// A suspect process is heard again by all.
+    Heard {
+        /// Its ranks.
+        ranks: Vec<Rank>,
     },
     /// A peer was turned away, or an attempt to reach one failed and is repeated.
     Failed {

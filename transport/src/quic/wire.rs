@@ -16,7 +16,7 @@ pub(crate) const CLOSE_REFUSED: u32 = 2;
 /// The peer broke the protocol.
 pub(crate) const CLOSE_PROTOCOL: u32 = 3;
 
-const PREFACE_BYTES: usize = 8;
+const PREFACE_BYTES: usize = 12;
 
 /// The long-lived streams of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,8 +37,37 @@ impl StreamKind {
         }
     }
 
-    const fn preface(self) -> [u8; PREFACE_BYTES] {
-        [b'E', b'X', b'F', b'S', 1, self as u8, 0, 0]
+    fn from_number(number: u8) -> Option<Self> {
+        [Self::Control, Self::Rows, Self::Bulk].into_iter().find(|kind| *kind as u8 == number)
+    }
+}
+
+/// How a stream begins: what it is, and between which ranks. A control stream is between processes and names none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Preface {
+    pub(crate) kind: StreamKind,
+    /// Rank at the side that dialled.
+    pub(crate) dialler: Rank,
+    /// Rank at the side that accepted.
+    pub(crate) acceptor: Rank,
+}
+
+impl Preface {
+    const NOBODY: Rank = Rank(u16::MAX);
+
+    pub(crate) const CONTROL: Self =
+        Self { kind: StreamKind::Control, dialler: Self::NOBODY, acceptor: Self::NOBODY };
+
+    fn encode(self) -> [u8; PREFACE_BYTES] {
+        let ([a, b], [c, d]) = (self.dialler.0.to_le_bytes(), self.acceptor.0.to_le_bytes());
+        [b'E', b'X', b'F', b'S', 1, self.kind as u8, a, b, c, d, 0, 0]
+    }
+
+    fn decode(bytes: [u8; PREFACE_BYTES]) -> Option<Self> {
+        let [_, _, _, _, _, kind, a, b, c, d, ..] = bytes;
+        let (dialler, acceptor) = (Rank(u16::from_le_bytes([a, b])), Rank(u16::from_le_bytes([c, d])));
+        let preface = Self { kind: StreamKind::from_number(kind)?, dialler, acceptor };
+        (preface.encode() == bytes).then_some(preface)
     }
 }
 
@@ -84,23 +113,22 @@ impl From<ReadExactError> for WireError {
 }
 
 /// Opens a stream of this kind and says so, which makes it visible to the peer.
-pub(crate) async fn open(connection: &quinn::Connection, kind: StreamKind) -> Result<Duplex, WireError> {
+pub(crate) async fn open(connection: &quinn::Connection, preface: Preface) -> Result<Duplex, WireError> {
     let (mut send, recv) = connection.open_bi().await?;
     // The stream was just opened, so it is not closed.
-    let _ = send.set_priority(kind.priority());
-    send.write_all(&kind.preface()).await?;
+    let _ = send.set_priority(preface.kind.priority());
+    send.write_all(&preface.encode()).await?;
     Ok((send, recv))
 }
 
 /// Accepts the next stream and reads which kind it is.
-pub(crate) async fn accept(connection: &quinn::Connection) -> Result<(StreamKind, Duplex), WireError> {
+pub(crate) async fn accept(connection: &quinn::Connection) -> Result<(Preface, Duplex), WireError> {
     let (send, mut recv) = connection.accept_bi().await?;
     let mut preface = [0; PREFACE_BYTES];
     recv.read_exact(&mut preface).await?;
-    let kinds = [StreamKind::Control, StreamKind::Rows, StreamKind::Bulk];
-    let kind = kinds.into_iter().find(|kind| kind.preface() == preface).ok_or(Violation::BadPreface)?;
-    let _ = send.set_priority(kind.priority());
-    Ok((kind, (send, recv)))
+    let preface = Preface::decode(preface).ok_or(Violation::BadPreface)?;
+    let _ = send.set_priority(preface.kind.priority());
+    Ok((preface, (send, recv)))
 }
 
 /// Writes a message of joining; gives its payload bytes, to be counted.

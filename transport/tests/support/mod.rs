@@ -2,6 +2,8 @@
 
 #![allow(unreachable_pub, dead_code, reason = "each test uses a part of it")]
 
+pub mod relay;
+
 use bytes::Bytes;
 use exflow_placement::Rank;
 use exflow_transport::identity::{ClusterAuthority, DEFAULT_VALIDITY, Identity};

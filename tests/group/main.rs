@@ -1,134 +1,22 @@
 //! Ranks in processes of their own: one world, what it refuses, and how it goes on when ranks are lost.
 #![cfg(unix)]
 
+#[path = "../common/mod.rs"]
 mod common;
+mod harness;
+mod partition;
+#[allow(dead_code, unreachable_pub, reason = "made for other tests too")]
+#[path = "../../transport/tests/support/relay.rs"]
+mod relay;
 
 use common::tiny::{Folder, Tiny};
-use common::{prepare, request, root, tokens};
-use exflow::engine::{
-    Cluster, ClusterOptions, Feed, GroupOptions, NoProgress, Observer, PlacementSource, Rank, Schedule,
-    Strategy, TransportKind,
-};
+use common::{request, root, tokens};
+use exflow::engine::{Cluster, ClusterOptions, Feed, NoProgress, PlacementSource, Rank, Schedule, Strategy};
 use exflow::placement::PlacementTable;
-use exflow::transport::identity::{ClusterAuthority, DEFAULT_VALIDITY};
+use harness::{Group, Worker, err};
 use std::net::UdpSocket;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
-use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
+use std::path::Path;
 use std::time::{Duration, Instant};
-
-/// Certificates, a port and a model for one group of processes on this machine.
-struct Group {
-    certificates: tempfile::TempDir,
-    leader: String,
-    processes: usize,
-    model: PathBuf,
-    said: Arc<Mutex<Vec<String>>>,
-}
-
-/// A worker that ends with the test, whatever happens.
-struct Worker(Option<Child>);
-
-impl Drop for Worker {
-    fn drop(&mut self) {
-        if let Some(child) = &mut self.0 {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
-impl Worker {
-    fn signal(&self, name: &str) {
-        let id = self.0.as_ref().expect("it runs").id().to_string();
-        assert!(Command::new("kill").args([name, &id]).status().expect("kill").success());
-    }
-
-    /// Waits for its end; a worker that does not end in a minute fails the test.
-    fn end(mut self) -> Output {
-        let mut child = self.0.take().expect("it runs");
-        let began = Instant::now();
-        while child.try_wait().expect("wait").is_none() {
-            if began.elapsed() > Duration::from_secs(60) {
-                let _ = child.kill();
-                panic!("a worker does not end");
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        child.wait_with_output().expect("output")
-    }
-}
-
-fn err(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
-impl Group {
-    fn new(processes: usize, model: &Path) -> Self {
-        let certificates = tempfile::tempdir().expect("a folder");
-        let authority = ClusterAuthority::init(certificates.path()).expect("authority");
-        for rank in (0..processes).map(Rank::from) {
-            authority.issue_into(certificates.path(), rank, DEFAULT_VALIDITY).expect("identity");
-        }
-        // Free a moment ago: rank 0 takes it at once.
-        let port = UdpSocket::bind("127.0.0.1:0").expect("a port").local_addr().expect("address").port();
-        let leader = format!("127.0.0.1:{port}");
-        Self { certificates, leader, processes, model: model.to_owned(), said: Arc::default() }
-    }
-
-    fn options(&self) -> ClusterOptions {
-        prepare();
-        let mut group = GroupOptions::new(0, self.processes, &self.leader, self.certificates.path());
-        group.join_timeout = Duration::from_secs(40);
-        let said = Arc::clone(&self.said);
-        group.observer = Observer::new(move |what| said.lock().expect("words").push(what.to_owned()));
-        let mut options = ClusterOptions::new(&self.model);
-        options.transport = TransportKind::Quic;
-        options.group = Some(group);
-        options
-    }
-
-    fn start(&self, options: ClusterOptions) -> JoinHandle<Cluster> {
-        std::thread::spawn(move || Cluster::start(options, &NoProgress).expect("rank 0 starts"))
-    }
-
-    /// All processes, joined.
-    fn run(&self) -> (Cluster, Vec<Worker>) {
-        let workers: Vec<_> = (1..self.processes).map(|rank| self.worker(rank, &[])).collect();
-        (self.start(self.options()).join().expect("thread"), workers)
-    }
-
-    fn said(&self) -> String {
-        self.said.lock().expect("words").join("\n")
-    }
-
-    /// The command of a process; `more` may say a flag once more than the usual ones.
-    fn command(&self, verb: &str, rank: usize, more: &[&str]) -> Command {
-        let (rank, size) = (rank.to_string(), self.processes.to_string());
-        let mut command = Command::new(env!("CARGO_BIN_EXE_exflow"));
-        command.arg(verb).args(more);
-        if !more.contains(&"-m") {
-            command.arg("-m").arg(&self.model);
-        }
-        for (flag, value) in [("--rank", rank.as_str()), ("--world-size", &size), ("--leader", &self.leader)]
-        {
-            if !more.contains(&flag) {
-                command.args([flag, value]);
-            }
-        }
-        if !more.contains(&"--identity") {
-            command.arg("--identity").arg(self.certificates.path());
-        }
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        command
-    }
-
-    fn worker(&self, rank: usize, more: &[&str]) -> Worker {
-        let more = [more, &["--listen", "127.0.0.1:0"]].concat();
-        Worker(Some(self.command("worker", rank, &more).spawn().expect("a worker")))
-    }
-}
 
 fn tiny() -> Folder {
     Tiny { layers: 3, experts: 8, seed: 5, ..Tiny::default() }.write()
@@ -180,6 +68,32 @@ fn processes_make_one_world_and_a_killed_one_changes_no_token() {
     for worker in workers {
         let output = worker.end();
         assert!(output.status.success(), "a worker ends with rank 0: {}", err(&output));
+    }
+}
+
+/// Two processes of two ranks each, in both schedules; then one of them is killed and the other holds all experts.
+#[test]
+fn processes_of_several_ranks_make_one_world_in_rounds_and_in_flow() {
+    let folder = tiny();
+    let (requests, expected) = undisturbed(folder.path(), 16);
+    for schedule in [Schedule::Rounds, Schedule::Flow] {
+        let group = Group::new(2, folder.path());
+        let worker = group.worker(1, &["--ranks-per-device", "2"]);
+        let options = ClusterOptions { ranks: 2, schedule, ..group.options() };
+        let mut cluster = group.start(options).join().expect("thread");
+        assert_eq!((cluster.options().ranks, cluster.adapters().len()), (4, 4));
+        assert!(cluster.adapters().iter().all(|name| !name.is_empty()));
+        let mut worker = Some(worker);
+        assert_eq!(tokens(&cluster.generate(&requests, &mut |_| {}).expect("four ranks")), expected);
+        let mut events = 0;
+        let run = cluster.generate(&requests, &mut |_| {
+            events += 1;
+            if events == 10 {
+                drop(worker.take());
+            }
+        });
+        assert_eq!(tokens(&run.unwrap_or_else(|e| panic!("{e}\n{}", group.said()))), expected, "{schedule}");
+        assert_eq!(cluster.absent(), [Rank(2), Rank(3)]);
     }
 }
 
@@ -298,20 +212,24 @@ fn those_who_do_not_fit_hear_why_and_the_others_join() {
 }
 
 #[test]
-fn the_loss_of_rank_0_ends_a_worker_with_its_name() {
-    let group = Group::new(2, &root().join("examples/models/gpt-moe-16e"));
+fn the_loss_of_rank_0_ends_every_worker_with_its_name() {
+    let group = Group::new(3, &root().join("examples/models/gpt-moe-16e"));
     let more = ["--prompt-ids", "1,2,3", "-n", "200", "--ignore-eos"];
     let mut leader = Worker(Some(group.command("generate", 0, &more).spawn().expect("rank 0")));
-    let worker = group.worker(1, &[]);
+    let workers = [group.worker(1, &[]), group.worker(2, &["--ranks-per-device", "2"])];
     // Its first byte of text: they are amid a run.
     let out = leader.0.as_mut().and_then(|child| child.stdout.as_mut()).expect("stdout");
     std::io::Read::read_exact(out, &mut [0; 1]).expect("text");
     leader.signal("-KILL");
     let began = Instant::now();
-    let output = worker.end();
-    eprintln!("the worker ended after {:?}", began.elapsed());
-    assert_eq!(output.status.code(), Some(1), "{}", err(&output));
-    assert!(err(&output).contains("error: rank 0 is gone"), "{}", err(&output));
+    // How long it may take follows from the settings, which a test of the engine keeps under 2 s.
+    for worker in workers {
+        let output = worker.end();
+        eprintln!("a worker ended after {:?}", began.elapsed());
+        assert_eq!(output.status.code(), Some(1), "{}", err(&output));
+        assert!(err(&output).contains("error: rank 0 is gone"), "{}", err(&output));
+        assert!(!err(&output).contains("rank 1: rank 1:"), "{}", err(&output));
+    }
 }
 
 #[test]
