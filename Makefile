@@ -14,11 +14,13 @@ demo: vulkan ## the main job on the bundled model; ends with the address of its 
 test: vulkan ## every test that needs only Rust and a Vulkan driver
 	$(CARGO) test --workspace --locked
 
-test-cluster: ## QUIC over a shaped link, processes killed and stopped, four hosts in network namespaces (root, iproute2)
+test-cluster: ## QUIC over a shaped link, processes killed, stopped and cut off, four hosts in network namespaces (root), Open MPI, Slurm
+	@bash scripts/ensure-cluster-tools.sh
 	tests/netns/shaped.sh $(CARGO) test --workspace --locked --test quic --test trust --test faults --test processes --test lives
 	$(CARGO) test --workspace --locked --test group -- --include-ignored --test-threads=1
 	$(CARGO) run --locked --example multi_host
 	@if command -v mpirun >/dev/null; then tests/launchers/open_mpi.sh target/debug/exflow; else echo "no mpirun: Open MPI not tried"; fi
+	@if command -v srun >/dev/null; then tests/launchers/slurm.sh target/debug/exflow; else echo "no srun: Slurm not tried"; fi
 
 test-product: demo ## report and dashboard in Chromium, the server with OpenAI's client and under load, downloads from a Hub
 	$(CARGO) build --release --locked --bin exflow

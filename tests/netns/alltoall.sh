@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Measures the all-to-all between N network namespaces of this machine, joined by a bridge, each link of RATE in both
-# directions with packets of 1,500 bytes: `exflow bench alltoall`, one process per namespace. Needs root, ip and tc.
+# directions with packets of 1,500 bytes: `exflow bench alltoall`, one process per namespace. With --mpi, MPI_Alltoallv runs in
+# the same namespaces. Needs root, ip and tc.
 #   tests/netns/alltoall.sh EXFLOW [ARGUMENT of bench alltoall…]      N=4 RATE=200mbit by default
 set -euo pipefail
 
@@ -39,11 +40,24 @@ for rank in $(seq 0 $((n - 1))); do
   tc -n "$id-sw" qdisc add dev "port$rank" root tbf rate "$rate" burst 32kb latency 10ms
   "$exflow" cert issue "$folder" --rank "$rank" >/dev/null
 done
+mpi=()
+if [[ " $* " == *" --mpi "* ]]; then
+  # How mpirun gets into the other namespaces: what it takes for a host is an address there.
+  cat >"$folder/agent" <<AGENT
+#!/bin/sh
+rank=\$((\${1##*.} - 1)); shift
+exec ip netns exec "$id-\$rank" sh -c "\$*"
+AGENT
+  chmod +x "$folder/agent"
+  hosts=$(seq -s, -f "$net.%g" 1 "$n")
+  mpi=(--mpirun "mpirun --allow-run-as-root --mca plm_rsh_agent $folder/agent --mca plm_rsh_no_tree_spawn 1 --mca btl tcp,self \
+--mca pml ob1 --mca btl_tcp_if_include eth0 --mca oob_tcp_if_include eth0 --host $hosts --map-by node")
+fi
 for rank in $(seq $((n - 1)) -1 0); do
   out=/dev/stdout
   [ "$rank" -eq 0 ] || out=/dev/null
   ip netns exec "$id-$rank" "$exflow" bench alltoall --rank "$rank" --world-size "$n" --leader "$net.1:7447" \
-    --listen "$net.$((rank + 1)):7447" --identity "$folder/rank-$rank" "$@" >"$out" &
+    --listen "$net.$((rank + 1)):7447" --identity "$folder/rank-$rank" "${mpi[@]}" "$@" >"$out" &
   processes+=($!)
 done
 status=0

@@ -8,7 +8,7 @@ use exflow::transport::bench::{self, MpiLaunch, Order, Point};
 use exflow::transport::identity::Identity;
 use exflow::transport::launch;
 use exflow::transport::link::LinkSpec;
-use exflow::transport::quic::{Congestion, JoinOptions, QuicOptions};
+use exflow::transport::quic::{Congestion, JoinOptions, QuicOptions, link_lateness};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -79,6 +79,12 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let order = args.order();
     if let Some(link) = &order.quic.link {
         output::note(&format!("link: {link}, each rank's outgoing UDP; tcp and mpi rows are not shaped"));
+        if let Ok([p50, p99]) = link_lateness(link.latency) {
+            let [p50, p99] = [p50, p99].map(|late| late.as_micros());
+            output::note(&format!(
+                "its delay is met within {p50} us (median), {p99} us (p99) on this machine now"
+            ));
+        }
     }
     let points = if args.loopback {
         bench::loopback(args.ranks, &order)

@@ -5,3 +5,4 @@ pub mod frame;
 pub mod membership;
 pub mod pulse;
 pub mod round;
+mod violation;

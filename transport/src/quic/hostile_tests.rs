@@ -109,7 +109,7 @@ fn named(act: impl FnOnce(&mut Puppet)) -> TransportError {
         (0..50).try_for_each(|n| two.exchange(round(n), vec![Bytes::new(); 3]).map(drop))
     });
     let ended = (0..50).try_for_each(|n| zero.exchange(round(n), vec![Bytes::new(); 3]).map(drop));
-    drop(zero);
+    drop((zero, puppet));
     other.join().expect("rank 2").expect_err("rank 1 never sends it what is missing");
     ended.expect_err("rank 1 broke the protocol")
 }

@@ -25,6 +25,7 @@ pub use options::{
     Congestion, Decide, DriverThreads, ETHERNET_UDP_PAYLOAD, JUMBO_UDP_PAYLOAD, JoinEvent, JoinObserver,
     JoinOptions, LOOPBACK_UDP_PAYLOAD, Life, MIN_UDP_PAYLOAD, QuicOptions, Ruling,
 };
+pub use shaper::link_lateness;
 
 use crate::TransportError;
 use crate::identity::{ClusterAuthority, DEFAULT_VALIDITY};
