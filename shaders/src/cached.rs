@@ -31,6 +31,15 @@ impl Cache {
         }
     }
 
+    /// Words of an element of the cache, which holds four values: what a kernel takes at once.
+    pub fn texel_words(self) -> u32 {
+        match self {
+            Self::F32 => 4,
+            Self::F16 => 2,
+            Self::Q8 => 1,
+        }
+    }
+
     /// A row as the cache holds it. Packing what was unpacked gives the same words.
     pub fn pack(self, row: &[f32]) -> Vec<u32> {
         match self {

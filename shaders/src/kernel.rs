@@ -56,7 +56,7 @@ pub struct Variant {
     /// Lanes hand each other what they loaded, in subgroups of eight or more (`attention` and matrix kernels; others
     /// ignore it).
     pub subgroup: bool,
-    /// The matrix is a texture (matrix kernels and `embed`; others ignore it).
+    /// The matrix, or the cache, is a texture (matrix kernels, `embed`, `kv_append`, `attention`; others ignore it).
     pub image: bool,
 }
 
@@ -208,7 +208,7 @@ impl Variant {
                 _ => Cache::F32,
             },
             subgroup: self.subgroup && (kernel == Kernel::Attention || kernel.has_weights()),
-            image: self.image && kernel.has_matrix(),
+            image: self.image && kernel.takes_textures(),
         }
     }
 
@@ -268,9 +268,9 @@ impl Kernel {
         matches!(self, Kernel::Linear | Kernel::ExpertPermute | Kernel::ExpertUp | Kernel::ExpertDown)
     }
 
-    /// Whether binding 2 is a matrix as `shared/weight.wgsl` lays it out.
-    pub fn has_matrix(self) -> bool {
-        self.has_weights() || self == Kernel::Embed
+    /// Whether a binding may be a texture instead of a buffer.
+    pub fn takes_textures(self) -> bool {
+        self.has_weights() || matches!(self, Kernel::Embed | Kernel::KvAppend | Kernel::Attention)
     }
 
     /// Whether the kernel reads a matrix that may lie in another type than f32.
@@ -280,7 +280,7 @@ impl Kernel {
 
     /// Whether variants with tiles, subgroups or textures form the same sums as the plain one, bit for bit.
     pub fn sums_alike(self) -> bool {
-        self.has_matrix() || self == Kernel::Attention
+        self.takes_textures()
     }
 
     /// The variants of this kernel that are worth telling apart; those that differ in `tile`, `subgroup` and `image`
@@ -293,16 +293,19 @@ impl Kernel {
             bases.extend([Activation::SwiGlu, Activation::ClampedGlu].map(of));
         }
         if self == Kernel::Attention {
-            let narrow = Variant { values: Values::Narrow, subgroup: true, ..plain };
             let wide = Variant { values: Values::Wide, ..plain };
             let with = |v: Variant| Variant { subgroup: true, ..v };
-            bases.extend([with(plain), narrow, wide, with(wide)]);
+            let cpu = |v: Variant| Variant { image: true, ..with(v) };
+            let narrow = cpu(Variant { values: Values::Narrow, ..plain });
+            bases.extend([with(plain), cpu(plain), narrow, wide, with(wide), cpu(wide)]);
             for cache in [Cache::F16, Cache::Q8] {
-                bases.extend([plain, narrow, wide, with(wide)].map(|v| Variant { cache, ..v }));
+                bases.extend([plain, narrow, cpu(plain), wide, cpu(wide)].map(|v| Variant { cache, ..v }));
             }
         }
         if self == Kernel::KvAppend {
-            bases.extend([Cache::F16, Cache::Q8].map(|cache| Variant { cache, ..plain }));
+            let image = Variant { image: true, ..plain };
+            let of = |cache| [plain, image].map(|v| Variant { cache, ..v });
+            bases = Cache::ALL.into_iter().flat_map(of).collect();
         }
         if self == Kernel::Probe {
             bases.push(Variant { weights: Weights::Q8, ..plain });

@@ -9,8 +9,13 @@ pub enum Access {
     Read,
     /// `var<storage, read_write>`.
     ReadWrite,
-    /// A texture of units that is read.
-    Image,
+    /// A storage texture.
+    Image {
+        /// 32-bit words of a texel.
+        words: u32,
+        /// Whether it is written; else it is read.
+        written: bool,
+    },
 }
 
 /// One binding of group 0.
@@ -38,7 +43,7 @@ pub(crate) fn interface(module: &naga::Module) -> Result<(Vec<Binding>, u32), St
                 Access::ReadWrite
             }
             naga::AddressSpace::Storage { .. } => Access::Read,
-            naga::AddressSpace::Handle => Access::Image,
+            naga::AddressSpace::Handle => texture(&module.types[global.ty].inner)?,
             other => return Err(format!("binding {} in address space {other:?}", resource.binding)),
         };
         if access == Access::Uniform {
@@ -52,4 +57,17 @@ pub(crate) fn interface(module: &naga::Module) -> Result<(Vec<Binding>, u32), St
         Some((_, gap)) => Err(format!("binding {} ({}) leaves a gap before it", gap.number, gap.name)),
         None => Ok((bindings, params_size)),
     }
+}
+
+fn texture(ty: &naga::TypeInner) -> Result<Access, String> {
+    let naga::TypeInner::Image { class: naga::ImageClass::Storage { format, access }, .. } = ty else {
+        return Err(format!("{ty:?} is no storage texture"));
+    };
+    let words = match format {
+        naga::StorageFormat::R32Uint => 1,
+        naga::StorageFormat::Rg32Uint => 2,
+        naga::StorageFormat::Rgba32Uint => 4,
+        other => return Err(format!("texels of {other:?}")),
+    };
+    Ok(Access::Image { words, written: access.contains(naga::StorageAccess::STORE) })
 }

@@ -4,7 +4,7 @@
 //
 // Query heads share key heads in groups. Values may be a part of the keys (a latent), a context may be cut to a
 // window, and a head may have a sink: a score that takes weight and gives no value.
-import package::shared::cached::{Cached, cached_stride};
+import package::shared::cached::{Cached, cached_stride, cached_texel};
 
 struct Params {
     group: u32,         // query heads per key head
@@ -25,7 +25,11 @@ struct Query {
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;         // [T, q_stride/4], head h at h * d4
-@group(0) @binding(2) var<storage, read> cache: array<Cached>;        // [slots, cached_stride], key head at h * d4
+// [slots, cached_stride], key head at h * d4
+@if(image && kv16) @group(0) @binding(2) var cache: texture_storage_2d<rg32uint, read>;
+@elif(image && kv8) @group(0) @binding(2) var cache: texture_storage_2d<r32uint, read>;
+@elif(image) @group(0) @binding(2) var cache: texture_storage_2d<rgba32uint, read>;
+@else @group(0) @binding(2) var<storage, read> cache: array<Cached>;
 @group(0) @binding(3) var<storage, read> queries: array<Query>;       // [T]
 @group(0) @binding(4) var<storage, read> block_table: array<u32>;     // [rows, table_stride] block numbers
 @group(0) @binding(5) var<storage, read> sinks: array<f32>;           // [heads], any buffer without
@@ -40,19 +44,26 @@ const BLOCK: u32 = 16u;  // positions per cache block
 @elif(wide) const COLUMNS: u32 = 4u;                  // 512
 @else const COLUMNS: u32 = 2u;                        // or 256 by 32 lanes
 
+fn element(i: u32) -> Cached {
+    @if(image && kv16) return textureLoad(cache, cached_texel(i)).xy;
+    @elif(image && kv8) return textureLoad(cache, cached_texel(i)).x;
+    @elif(image) return bitcast<vec4<f32>>(textureLoad(cache, cached_texel(i)));
+    @else return cache[i];
+}
+
 // Four values of a row of the cache.
 fn cached(slot: u32, column: u32) -> vec4<f32> {
     let row = slot * cached_stride(p.cache_stride4);
     @if(kv16) {
-        let two = cache[row + column];
+        let two = element(row + column);
         return vec4<f32>(unpack2x16float(two.x), unpack2x16float(two.y));
     }
     @elif(kv8) {
-        let scale = bitcast<f32>(cache[row + p.cache_stride4 + column / 8u]);
-        return vec4<f32>(unpack4xI8(cache[row + column])) * scale;
+        let scale = bitcast<f32>(element(row + p.cache_stride4 + column / 8u));
+        return vec4<f32>(unpack4xI8(element(row + column))) * scale;
     }
     @else {
-        return cache[row + column];
+        return element(row + column);
     }
 }
 

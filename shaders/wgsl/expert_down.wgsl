@@ -23,7 +23,7 @@ override WORKGROUP: u32 = 32u;
 
 @compute @workgroup_size(WORKGROUP)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let tile = tiles[p.first_tile + group.y];
+    let tile = tiles[p.first_tile + group.x];
     let last = tile.count - 1u;
     var starts: Starts;
     for (var l = 0u; l < LOADS; l++) {
@@ -33,7 +33,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var w_at: PerColumn;
     var steps: PerColumn;
     for (var c = 0u; c < COLUMNS; c++) {
-        columns[c] = (group.x * COLUMNS + c) * WORKGROUP + lane;
+        columns[c] = (group.y * COLUMNS + c) * WORKGROUP + lane;
         let column = min(columns[c], p.h4 - 1u);
         w_at[c] = tile.expert * p.h4 * 4u * p.w_stride + column_start(column, p.w_stride);
         steps[c] = column_step(column, p.h4);

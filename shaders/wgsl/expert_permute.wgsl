@@ -41,11 +41,11 @@ fn main(@builtin(local_invocation_index) lane: u32) {
             pair_start += counts[e];
             tile_start += (counts[e] + TILE_ROWS - 1u) / TILE_ROWS;
         }
-        launches[0] = p.up_groups;
-        launches[1] = tile_start;
+        launches[0] = tile_start;
+        launches[1] = p.up_groups;
         launches[2] = 1u;
-        launches[3] = p.down_groups;
-        launches[4] = tile_start;
+        launches[3] = tile_start;
+        launches[4] = p.down_groups;
         launches[5] = 1u;
     }
     workgroupBarrier();

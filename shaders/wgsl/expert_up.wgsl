@@ -27,7 +27,7 @@ override WORKGROUP: u32 = 32u;
 
 @compute @workgroup_size(WORKGROUP)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let tile = tiles[p.first_tile + group.y];
+    let tile = tiles[p.first_tile + group.x];
     let last = tile.count - 1u;
     var starts: Starts;
     for (var l = 0u; l < LOADS; l++) {
@@ -35,7 +35,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     var columns: PerColumn;
     for (var c = 0u; c < COLUMNS; c++) {
-        columns[c] = (group.x * COLUMNS + c) * WORKGROUP + lane;
+        columns[c] = (group.y * COLUMNS + c) * WORKGROUP + lane;
     }
     var sums: array<Sums, MATRICES>;
     for (var m = 0u; m < MATRICES; m++) {

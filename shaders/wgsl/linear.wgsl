@@ -27,10 +27,11 @@ struct Params {
 
 override WORKGROUP: u32 = 32u;
 
+// Tiles of rows along x, which is the fastest: those of the same columns follow each other and find the weights in a cache.
 @compute @workgroup_size(WORKGROUP)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let head = group.z;
-    let first = group.y * TILE_ROWS;
+    let first = group.x * TILE_ROWS;
     let last = p.rows - 1u;
     var starts: Starts;
     for (var l = 0u; l < LOADS; l++) {
@@ -41,7 +42,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var w_at: PerColumn;
     var steps: PerColumn;
     for (var c = 0u; c < COLUMNS; c++) {
-        columns[c] = (group.x * COLUMNS + c) * WORKGROUP + lane;
+        columns[c] = (group.y * COLUMNS + c) * WORKGROUP + lane;
         let column = min(columns[c], p.n4 - 1u);
         w_at[c] = head * p.n4 * 4u * p.w_stride + column_start(column, p.w_stride);
         steps[c] = column_step(column, p.n4);

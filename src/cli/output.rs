@@ -12,6 +12,14 @@ pub(crate) enum Format {
     Json,
 }
 
+/// How a table is written: for people, as one JSON document, or in Markdown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum TableFormat {
+    Text,
+    Json,
+    Md,
+}
+
 /// One JSON document and a line break.
 pub(crate) fn json<T: Serialize>(value: &T) -> Result<(), Failure> {
     let mut stdout = io::stdout().lock();

@@ -7,8 +7,8 @@ use serde_json::json;
 use std::io::Write;
 use std::path::Path;
 
-/// Beginnings of the text that is profiled.
-const PROFILED: [&str; 8] = [
+/// Beginnings that any language model of English can go on from; what a grid is profiled on.
+pub const BEGINNINGS: [&str; 8] = [
     "In the beginning",
     "The king said unto",
     "The function returns",
@@ -56,7 +56,7 @@ pub(super) fn own_routes(
     progress: &dyn Progress,
 ) -> Result<RoutingTrace, StudyError> {
     if cluster.text().is_ok() {
-        let beginnings = PROFILED.map(String::from).to_vec();
+        let beginnings = BEGINNINGS.map(String::from).to_vec();
         let own = OwnText { beginnings, sequences, tokens, seed };
         let corpus = Corpus::collect(cluster, &[], &own, 256, progress)?;
         let all: Vec<Vec<u32>> = corpus.profile.into_iter().chain(corpus.held_out).collect();

@@ -27,8 +27,8 @@ pub(crate) struct Buffer {
 #[derive(Debug, Clone)]
 enum Memory {
     Buffer(wgpu::Buffer),
-    /// Rows of [`IMAGE_WIDTH`] texels of 16 bytes.
-    Image(wgpu::TextureView),
+    /// Rows of [`IMAGE_WIDTH`] texels.
+    Image(wgpu::Texture, wgpu::TextureView),
 }
 
 /// llvmpipe makes no larger textures.
@@ -42,25 +42,66 @@ impl Buffer {
 
     /// Whether kernels see a texture.
     pub(super) fn is_image(&self) -> bool {
-        matches!(self.memory, Memory::Image(_))
+        matches!(self.memory, Memory::Image(..))
     }
 
     /// What a launch binds.
     pub(super) fn resource(&self) -> wgpu::BindingResource<'_> {
         match &self.memory {
             Memory::Buffer(raw) => raw.as_entire_binding(),
-            Memory::Image(view) => wgpu::BindingResource::TextureView(view),
+            Memory::Image(_, view) => wgpu::BindingResource::TextureView(view),
         }
     }
 
-    /// The buffer itself, for copies and launches that it sizes.
+    /// Bytes that [`Buffer::copy_from`] copies where `size` are asked for: whole rows of a texture.
+    pub(super) fn copied(&self, size: u64) -> u64 {
+        match &self.memory {
+            Memory::Buffer(_) => size,
+            Memory::Image(texture, _) => size.next_multiple_of(self.bytes / u64::from(texture.height())),
+        }
+    }
+
+    /// Records a copy of `size` bytes from byte `offset` on to byte `at` of `staging`; of a texture, which has rows of whole
+    /// [`IMAGE_WIDTH`]s then, from its beginning.
+    pub(super) fn copy_from(
+        &self,
+        encoder: &mut wgpu::CommandEncoder,
+        (offset, size): (u64, u64),
+        staging: &wgpu::Buffer,
+        at: u64,
+    ) {
+        match &self.memory {
+            Memory::Buffer(raw) => encoder.copy_buffer_to_buffer(raw, offset, staging, at, size),
+            Memory::Image(texture, _) => {
+                let row = self.bytes / u64::from(texture.height());
+                let layout = wgpu::TexelCopyBufferLayout {
+                    offset: at,
+                    bytes_per_row: Some(row as u32),
+                    rows_per_image: None,
+                };
+                let height = (self.copied(size) / row) as u32;
+                let size = wgpu::Extent3d { width: texture.width(), height, depth_or_array_layers: 1 };
+                let to = wgpu::TexelCopyBufferInfo { buffer: staging, layout };
+                encoder.copy_texture_to_buffer(texture.as_image_copy(), to, size);
+            }
+        }
+    }
+
+    /// The buffer itself, for launches that it sizes.
     pub(super) fn raw(&self) -> Result<&wgpu::Buffer, EngineError> {
         match &self.memory {
             Memory::Buffer(raw) => Ok(raw),
-            Memory::Image(_) => {
-                Err(EngineError::Internal("a matrix in a texture is read by kernels only".into()))
-            }
+            Memory::Image(..) => Err(EngineError::Internal("a texture sizes no launch".into())),
         }
+    }
+}
+
+/// Texels of so many words.
+pub(super) fn texel_format(words: u32) -> wgpu::TextureFormat {
+    match words {
+        1 => wgpu::TextureFormat::R32Uint,
+        2 => wgpu::TextureFormat::Rg32Uint,
+        _ => wgpu::TextureFormat::Rgba32Uint,
     }
 }
 
@@ -92,39 +133,65 @@ impl Gpu {
 
     /// A matrix of units as kernels read it best: CPUs load texels much faster than 16 bytes of a buffer.
     pub(crate) fn matrix(&self, label: &str, units: Vec<[u32; 4]>) -> Result<Buffer, EngineError> {
-        let bytes = 16 * units.len() as u64;
-        let rows = units.len().div_ceil(IMAGE_WIDTH) as u32;
-        match self.is_cpu() && bytes <= MAX_IMAGE_BYTES && rows <= self.max_image_rows() {
-            true => Ok(self.image(label, units)),
+        match self.prefers_image(16 * units.len() as u64, 4) {
+            true => Ok(self.image_of(label, units)),
             false => self.buffer_of(label, &units),
         }
     }
 
-    /// A texture that holds `units`.
-    pub(crate) fn image(&self, label: &str, mut units: Vec<[u32; 4]>) -> Buffer {
+    /// Zeroed memory of `words` words for a cache whose elements are `per_texel` words.
+    pub(crate) fn cache(&self, label: &str, words: u64, per_texel: u32) -> Result<Buffer, EngineError> {
+        match self.prefers_image(4 * words, per_texel) {
+            true => {
+                Ok(self.image(label, IMAGE_WIDTH, words.div_ceil(u64::from(per_texel)) as usize, per_texel))
+            }
+            false => self.buffer(label, 4 * words, Usage::Storage),
+        }
+    }
+
+    /// A texture that holds `units`, texels of as many words each as an array has.
+    pub(crate) fn image_of<const WORDS: usize>(&self, label: &str, mut units: Vec<[u32; WORDS]>) -> Buffer
+    where
+        [u32; WORDS]: Pod,
+    {
         let width = units.len().clamp(1, IMAGE_WIDTH);
-        let height = units.len().div_ceil(width).max(1);
-        // All of it is written: a part would have the rest cleared first.
-        units.resize(width * height, [0; 4]);
-        let size = wgpu::Extent3d { width: width as u32, height: height as u32, depth_or_array_layers: 1 };
+        let buffer = self.image(label, width, units.len(), WORDS as u32);
+        if let Memory::Image(texture, _) = &buffer.memory {
+            // All of it is written: a part would have the rest cleared first.
+            units.resize(width * texture.height() as usize, [0; WORDS]);
+            let row = wgpu::TexelCopyBufferLayout {
+                offset: 0,
+                bytes_per_row: Some((4 * WORDS * width) as u32),
+                rows_per_image: None,
+            };
+            let (data, size) = (bytemuck::cast_slice(&units), texture.size());
+            self.queue.write_texture(texture.as_image_copy(), data, row, size);
+        }
+        buffer
+    }
+
+    fn prefers_image(&self, bytes: u64, words: u32) -> bool {
+        let rows = bytes.div_ceil(4 * u64::from(words) * IMAGE_WIDTH as u64);
+        self.is_cpu() && bytes <= MAX_IMAGE_BYTES && rows <= u64::from(self.max_image_rows())
+    }
+
+    fn image(&self, label: &str, width: usize, texels: usize, words: u32) -> Buffer {
+        let height = texels.div_ceil(width).max(1) as u32;
         let texture = self.device.create_texture(&wgpu::TextureDescriptor {
             label: Some(label),
-            size,
+            size: wgpu::Extent3d { width: width as u32, height, depth_or_array_layers: 1 },
             mip_level_count: 1,
             sample_count: 1,
             dimension: wgpu::TextureDimension::D2,
-            format: wgpu::TextureFormat::Rgba32Uint,
-            usage: wgpu::TextureUsages::STORAGE_BINDING | wgpu::TextureUsages::COPY_DST,
+            format: texel_format(words),
+            usage: wgpu::TextureUsages::STORAGE_BINDING
+                | wgpu::TextureUsages::COPY_DST
+                | wgpu::TextureUsages::COPY_SRC,
             view_formats: &[],
         });
-        let row = wgpu::TexelCopyBufferLayout {
-            offset: 0,
-            bytes_per_row: Some(16 * size.width),
-            rows_per_image: None,
-        };
-        self.queue.write_texture(texture.as_image_copy(), bytemuck::cast_slice(&units), row, size);
         let view = texture.create_view(&wgpu::TextureViewDescriptor::default());
-        Buffer { memory: Memory::Image(view), bytes: 16 * units.len() as u64, id: self.next_buffer_id() }
+        let bytes = 4 * u64::from(words) * width as u64 * u64::from(height);
+        Buffer { memory: Memory::Image(texture, view), bytes, id: self.next_buffer_id() }
     }
 
     /// A buffer that holds `data`.

@@ -1,5 +1,6 @@
 //! Pipelines by kernel and variant, bind groups by the buffers they bind: both made once.
 
+use super::buffer::texel_format;
 use super::{Buffer, Gpu};
 use crate::EngineError;
 use exflow_shaders::{Access, Binding, Kernel, Variant};
@@ -36,8 +37,7 @@ impl Gpu {
     /// The variant that this device runs in its place on such buffers: the same bits.
     pub(super) fn runs(&self, kernel: Kernel, variant: Variant, buffers: &[&Buffer]) -> Variant {
         let subgroup = variant.subgroup && self.hands_over();
-        // Binding 2, behind the parameter block and another.
-        let image = buffers.get(1).is_some_and(|matrix| matrix.is_image());
+        let image = buffers.iter().any(|buffer| buffer.is_image());
         Variant { subgroup, image, ..variant }.of(kernel)
     }
 
@@ -127,9 +127,12 @@ fn layout_entry(binding: &Binding, params_size: u32) -> wgpu::BindGroupLayoutEnt
         Access::Uniform => buffer(wgpu::BufferBindingType::Uniform),
         Access::Read => buffer(wgpu::BufferBindingType::Storage { read_only: true }),
         Access::ReadWrite => buffer(wgpu::BufferBindingType::Storage { read_only: false }),
-        Access::Image => wgpu::BindingType::StorageTexture {
-            access: wgpu::StorageTextureAccess::ReadOnly,
-            format: wgpu::TextureFormat::Rgba32Uint,
+        Access::Image { words, written } => wgpu::BindingType::StorageTexture {
+            access: match written {
+                true => wgpu::StorageTextureAccess::WriteOnly,
+                false => wgpu::StorageTextureAccess::ReadOnly,
+            },
+            format: texel_format(words),
             view_dimension: wgpu::TextureViewDimension::D2,
         },
     };

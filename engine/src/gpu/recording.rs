@@ -39,7 +39,8 @@ pub(crate) struct Submission<'g> {
     gpu: &'g Gpu,
     staging: Option<wgpu::Buffer>,
     stamps: Option<Stamps>,
-    sizes: Vec<u64>,
+    /// Bytes of each read-back, and those that it takes in the staging buffer.
+    sizes: Vec<(u64, u64)>,
     index: wgpu::SubmissionIndex,
 }
 
@@ -134,14 +135,18 @@ impl<'g> Recording<'g> {
             drop(pass);
             stamps.iter().for_each(|stamps| stamps.resolve(&mut encoder));
         }
-        let sizes: Vec<u64> = self.reads.iter().map(|read| read.2).collect();
-        let total: u64 = sizes.iter().map(|size| size.next_multiple_of(8)).sum();
+        let sizes: Vec<(u64, u64)> = self
+            .reads
+            .iter()
+            .map(|(buffer, _, size)| (*size, buffer.copied(*size).next_multiple_of(8)))
+            .collect();
+        let total: u64 = sizes.iter().map(|size| size.1).sum();
         let staging = (total > 0).then(|| gpu.take_staging(total));
         if let Some(staging) = &staging {
             let mut at = 0;
-            for (buffer, offset, size) in &self.reads {
-                encoder.copy_buffer_to_buffer(buffer.raw()?, *offset, staging, at, *size);
-                at += size.next_multiple_of(8);
+            for ((buffer, offset, size), taken) in self.reads.iter().zip(&sizes) {
+                buffer.copy_from(&mut encoder, (*offset, *size), staging, at);
+                at += taken.1;
             }
         }
         let index = gpu.queue.submit([encoder.finish()]);
@@ -174,9 +179,9 @@ impl Submission<'_> {
                 .get_mapped_range()
                 .map_err(|e| lost(format!("a read-back could not be mapped: {e}")))?;
             let mut at = 0usize;
-            let cut = |size: &u64| {
+            let cut = |(size, taken): &(u64, u64)| {
                 let part = view[at..at + *size as usize].to_vec();
-                at += size.next_multiple_of(8) as usize;
+                at += *taken as usize;
                 part
             };
             self.sizes.iter().map(cut).collect()

@@ -122,7 +122,7 @@ impl Bench {
             reference::linear(&p, heads, &x, &w, &bias, &residual, &mut expected);
             let out = self.up(&vec![0f32; expected.len()])?;
             let buffers = [&self.up(&x)?, &weights, &self.up(&bias)?, &self.up(&residual)?, &out];
-            let groups = [self.matrix_columns(N4), rows.div_ceil(variant.tile_rows()) as u32, heads as u32];
+            let groups = [rows.div_ceil(variant.tile_rows()) as u32, self.matrix_columns(N4), heads as u32];
             let got = self.run(Kernel::Linear, variant, &p, &buffers, groups, expected.len())?;
             worst = worst.max(error(&expected, &got));
         }
@@ -189,7 +189,10 @@ impl Bench {
         let p = params::KvAppend { rows: rows as u32, width4, stride4, offset4 };
         let mut expected = vec![0; 80 * variant.cache.words(2 * KV)];
         reference::kv_append(&p, variant.cache, &source, &slots, &mut expected);
-        let out = self.up(&vec![0u32; expected.len()])?;
+        let out = match variant.image {
+            true => self.gpu.cache("selftest", expected.len() as u64, variant.cache.texel_words())?,
+            false => self.up(&vec![0u32; expected.len()])?,
+        };
         let buffers = [&self.up(&source)?, &self.up(&slots)?, &out];
         let groups = [self.columns(width4 as usize), rows as u32, 1];
         let got = self.run::<_, u32>(Kernel::KvAppend, variant, &p, &buffers, groups, expected.len())?;

@@ -170,7 +170,7 @@ impl Bench {
         let beyond = |value| EngineError::Internal(format!("{value} is beyond what f16 holds"));
         let units = pack::pack(form, values, shape).map_err(beyond)?;
         let values = pack::unpack(form, &units, shape);
-        let buffer = if variant.image { self.gpu.image("selftest", units) } else { self.up(&units)? };
+        let buffer = if variant.image { self.gpu.image_of("selftest", units) } else { self.up(&units)? };
         Ok((buffer, values))
     }
 
@@ -179,7 +179,14 @@ impl Bench {
         let form = variant.cache;
         let words: Vec<Vec<u32>> = rows.chunks_exact(width).map(|row| form.pack(row)).collect();
         let values = words.iter().flat_map(|row| form.unpack(row, width)).collect();
-        Ok((self.up(&words.concat())?, values))
+        let words = words.concat();
+        let buffer = match (variant.image, form) {
+            (false, _) => self.up(&words)?,
+            (true, Cache::F32) => self.gpu.image_of::<4>("selftest", bytemuck::pod_collect_to_vec(&words)),
+            (true, Cache::F16) => self.gpu.image_of::<2>("selftest", bytemuck::pod_collect_to_vec(&words)),
+            (true, Cache::Q8) => self.gpu.image_of::<1>("selftest", bytemuck::pod_collect_to_vec(&words)),
+        };
+        Ok((buffer, values))
     }
 
     /// Runs one launch and returns `count` elements of its last buffer.

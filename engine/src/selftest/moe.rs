@@ -92,7 +92,7 @@ impl Bench {
             let out = self.up(&vec![0f32; rows * N])?;
             let lists = (self.up(&pairs)?, self.up(&tiles)?);
             let buffers = [&self.up(&x)?, &weights, &lists.0, &lists.1, &self.up(&b1)?, &out];
-            let groups = [self.matrix_columns(N4), tiles.len() as u32, 1];
+            let groups = [tiles.len() as u32, self.matrix_columns(N4), 1];
             let got = self.run(Kernel::ExpertUp, variant, &p, &buffers, groups, rows * N)?;
             worst = worst.max(error(&expected, &got));
         }
@@ -118,7 +118,7 @@ impl Bench {
             let out = self.up(&vec![0f32; rows * H])?;
             let lists = (self.up(&pairs)?, self.up(&tiles)?);
             let buffers = [&self.up(&a)?, &weights, &lists.0, &lists.1, &self.up(&b2)?, &out];
-            let groups = [self.matrix_columns(H4), tiles.len() as u32, 1];
+            let groups = [tiles.len() as u32, self.matrix_columns(H4), 1];
             let got = self.run(Kernel::ExpertDown, variant, &p, &buffers, groups, rows * H)?;
             worst = worst.max(error(&expected, &got));
         }

@@ -25,6 +25,6 @@ pub fn expert_permute(
             tile += 1;
         }
     }
-    *launches = [p.up_groups, tile as u32, 1, p.down_groups, tile as u32, 1];
+    *launches = [tile as u32, p.up_groups, 1, tile as u32, p.down_groups, 1];
     tile
 }

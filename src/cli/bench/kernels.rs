@@ -2,9 +2,8 @@
 
 use super::super::failure::Failure;
 use super::super::flags::RankFlags;
-use super::super::output;
+use super::super::output::{self, TableFormat};
 use super::device;
-use clap::ValueEnum;
 use exflow::engine::{KernelRate, bench_kernels};
 use serde_json::json;
 use std::fmt::Write;
@@ -24,14 +23,7 @@ pub(crate) struct Args {
     rows: Vec<usize>,
     /// How the result is written
     #[arg(long, value_enum, default_value = "text")]
-    format: Format,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
-    Text,
-    Json,
-    Md,
+    format: TableFormat,
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
@@ -40,8 +32,8 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     }
     let (limits, measured) = bench_kernels(&args.ranks.options()?, &args.rows)?;
     match args.format {
-        Format::Json => output::json(&json!({ "device": limits, "kernels": measured })),
-        Format::Text | Format::Md => {
+        TableFormat::Json => output::json(&json!({ "device": limits, "kernels": measured })),
+        TableFormat::Text | TableFormat::Md => {
             output::text(&format!("{}\n{}", device::describe(&limits), table(&measured)))
         }
     }

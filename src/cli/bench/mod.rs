@@ -8,8 +8,8 @@ mod strategies;
 
 use super::failure::Failure;
 use super::flags::{self, Transport};
-use super::output;
-use clap::{Subcommand, ValueEnum};
+use super::output::{self, TableFormat};
+use clap::Subcommand;
 use exflow::engine::{Cluster, ClusterOptions, Request, Strategy};
 use exflow::placement::SolveOptions;
 use exflow::progress::Bars;
@@ -18,18 +18,6 @@ use exflow::study::{self, Corpus, Document, OwnText, Setting, Study, markdown_ta
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-
-/// Prompts where none are given; beginnings that any language model of English can go on from.
-const PROMPTS: [&str; 8] = [
-    "In the beginning",
-    "The king said unto",
-    "The function returns",
-    "It is a truth that",
-    "And when he had",
-    "A value of this type",
-    "There was a man",
-    "If the file is",
-];
 
 /// Parts that can be measured alone.
 #[derive(Debug, Subcommand)]
@@ -91,14 +79,7 @@ pub(crate) struct Args {
     report: Option<PathBuf>,
     /// How the result is written
     #[arg(long, value_enum, default_value = "text")]
-    format: Format,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
-    Text,
-    Json,
-    Md,
+    format: TableFormat,
 }
 
 impl Args {
@@ -153,9 +134,9 @@ fn three(args: &Args) -> Result<(), Failure> {
         output::note(&format!("report: file://{}", path.display()));
     }
     match args.format {
-        Format::Json => output::json(&brief(study.report)),
-        Format::Md => output::text(&(markdown_table(&study.report) + "\n" + &remarks(&study.report))),
-        Format::Text => output::text(&(text_table(&study.report) + "\n" + &remarks(&study.report))),
+        TableFormat::Json => output::json(&brief(study.report)),
+        TableFormat::Md => output::text(&(markdown_table(&study.report) + "\n" + &remarks(&study.report))),
+        TableFormat::Text => output::text(&(text_table(&study.report) + "\n" + &remarks(&study.report))),
     }
 }
 
@@ -167,8 +148,11 @@ fn measure(args: &Args, documents: &[Document]) -> Result<Study, Failure> {
     options.strategy = Strategy::Vanilla;
     options.adapter = args.adapter.clone();
     let mut cluster = Cluster::start(options.clone(), &bars)?;
-    let prompts =
-        if args.prompts.is_empty() { PROMPTS.map(String::from).to_vec() } else { args.prompts.clone() };
+    let prompts = if args.prompts.is_empty() {
+        study::BEGINNINGS.map(String::from).to_vec()
+    } else {
+        args.prompts.clone()
+    };
     let requests = requests(&cluster, &prompts, args.max_tokens)?;
     let own = OwnText { beginnings: prompts.clone(), sequences: args.own_text, tokens: 192, seed: args.seed };
     let corpus = Corpus::collect(&mut cluster, documents, &own, 256, &bars)?;

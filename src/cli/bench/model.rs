@@ -2,8 +2,7 @@
 
 use super::super::failure::Failure;
 use super::super::flags::RankFlags;
-use super::super::output;
-use clap::ValueEnum;
+use super::super::output::{self, TableFormat};
 use exflow::engine::{Cluster, Request};
 use exflow::progress::Bars;
 use serde::Serialize;
@@ -33,14 +32,7 @@ pub(crate) struct Args {
     repeats: u32,
     /// How the result is written
     #[arg(long, value_enum, default_value = "text")]
-    format: Format,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
-    Text,
-    Json,
-    Md,
+    format: TableFormat,
 }
 
 /// One test, as llama-bench names it.
@@ -63,8 +55,8 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         lines.push(test(args, &mut cluster, format!("tg{decode}"), (1, decode + 1))?);
     }
     match args.format {
-        Format::Json => output::json(&lines),
-        Format::Md => {
+        TableFormat::Json => output::json(&lines),
+        TableFormat::Md => {
             let mut text = "| test | batch | tokens/s | stddev |\n|---|---|---|---|\n".to_owned();
             for line in &lines {
                 let (rate, stddev) = (line.tokens_per_s, line.stddev);
@@ -72,7 +64,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
             }
             output::text(&text)
         }
-        Format::Text => {
+        TableFormat::Text => {
             let of = |l: &Line| format!("{}: {:.2} ± {:.2} tokens/s\n", l.test, l.tokens_per_s, l.stddev);
             output::text(&lines.iter().map(of).collect::<String>())
         }

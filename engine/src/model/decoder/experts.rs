@@ -85,9 +85,9 @@ impl Decoder {
             Variant { activation: ffn.spec.activation, weights: ffn.up.weight.form, ..batch.variant };
         let (up, down) = self.ffn_params(ffn, batch.first_tile);
         let tiles = batch.tiles as u32;
-        let groups = [self.matrix_columns(ffn.spec.i4()), tiles, 1];
+        let groups = [tiles, self.matrix_columns(ffn.spec.i4()), 1];
         r.launch(Kernel::ExpertUp, variant, &up, &self.up_buffers(ffn), groups);
-        let groups = [self.matrix_columns(self.spec.h4()), tiles, 1];
+        let groups = [tiles, self.matrix_columns(self.spec.h4()), 1];
         r.launch(Kernel::ExpertDown, variant, &down, &self.down_buffers(ffn), groups);
     }
 

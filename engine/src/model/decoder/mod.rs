@@ -9,7 +9,7 @@ pub(crate) use experts::{ExpertBatch, LocalFfn};
 pub(crate) use pieces::Piece;
 
 use crate::EngineError;
-use crate::gpu::{Buffer, Gpu, Recording, Usage};
+use crate::gpu::{Buffer, Gpu, Recording};
 use crate::model::ModelSpec;
 use crate::model::scratch::Scratch;
 use crate::weights::{Dense, LayerFfn, LayerWeights, Matrix, ModelWeights, Norm};
@@ -24,6 +24,7 @@ pub(crate) struct Decoder {
     pub(crate) scratch: Scratch,
     /// Per layer `[slots]` of keys and values.
     pub(crate) cache: Vec<Buffer>,
+    cache_slots: usize,
     /// How the cache holds them.
     pub(crate) cache_form: Cache,
 }
@@ -48,7 +49,7 @@ pub(crate) fn tile_for_each(rows: usize, weights: Weights) -> Variant {
         0..2 => RowTile::One,
         2 => RowTile::Two,
         3..6 => RowTile::Four,
-        32.. if weights == Weights::F32 => RowTile::Sixteen,
+        64.. if weights == Weights::F32 => RowTile::Sixteen,
         _ => RowTile::Eight,
     };
     Variant { tile, ..tile_for(rows, weights) }
@@ -62,21 +63,22 @@ impl Decoder {
         (cache_slots, cache_form): (usize, Cache),
     ) -> Result<Self, EngineError> {
         let scratch = Scratch::new(&gpu, &spec)?;
-        let mut decoder = Self { gpu, spec, weights, scratch, cache: Vec::new(), cache_form };
+        let mut decoder = Self { gpu, spec, weights, scratch, cache: Vec::new(), cache_slots: 0, cache_form };
         decoder.size_cache(cache_slots)?;
         Ok(decoder)
     }
 
     /// Makes the cache anew where it has not `slots` positions; what it held is lost.
     pub(crate) fn size_cache(&mut self, slots: usize) -> Result<(), EngineError> {
-        let bytes = (4 * slots * self.cache_form.words(4 * self.spec.attention.cache4())) as u64;
-        // Buffers are made in whole vec4s.
-        if self.cache.first().is_some_and(|buffer| buffer.bytes().abs_diff(bytes) < 16) {
+        if self.cache_slots == slots {
             return Ok(());
         }
         self.cache.clear();
-        let cache = (0..self.spec.layers).map(|_| self.gpu.buffer("KV cache", bytes, Usage::Storage));
+        let words = (slots * self.cache_form.words(4 * self.spec.attention.cache4())) as u64;
+        let texel = self.cache_form.texel_words();
+        let cache = (0..self.spec.layers).map(|_| self.gpu.cache("KV cache", words, texel));
         self.cache = cache.collect::<Result<_, _>>()?;
+        self.cache_slots = slots;
         Ok(())
     }
 
@@ -254,7 +256,7 @@ impl Decoder {
         };
         let absent = self.absent();
         let (bias, residual) = (product.bias.unwrap_or(absent), product.residual.unwrap_or(absent));
-        let groups = [self.matrix_columns(n4), rows.div_ceil(variant.tile_rows()) as u32, heads as u32];
+        let groups = [rows.div_ceil(variant.tile_rows()) as u32, self.matrix_columns(n4), heads as u32];
         r.launch(Kernel::Linear, variant, &p, &[x, &product.weight.buffer, bias, residual, y], groups);
     }
 
