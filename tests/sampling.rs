@@ -4,7 +4,7 @@ mod common;
 
 use common::tiny::Tiny;
 use common::{Setup, generate, request, root, tokens};
-use exflow::engine::{Cluster, ClusterOptions, Feed, FinishReason, NoProgress, Request, Sampling, Strategy};
+use exflow::engine::{Cluster, ClusterOptions, Feed, FinishReason, NoProgress, Request, Sampling, Schedule, Strategy};
 
 fn drawn(prompt: &[u32], seed: u64) -> Request {
     let sampling =
@@ -42,13 +42,20 @@ fn a_cache_that_is_too_small_for_all_changes_no_token() {
         .map(|(&n, seed)| Request { max_tokens: 30, ..drawn(&shape.prompt(n, seed), seed) })
         .collect();
     let ample = tokens(&generate(&mut Setup::one_rank(folder.path()).start(), &requests));
-    for (ranks, strategy) in [(1, Strategy::Coherent), (2, Strategy::Vanilla), (3, Strategy::Coherent)] {
+    for (ranks, strategy, schedule) in [
+        (1, Strategy::Coherent, Schedule::Rounds),
+        (2, Strategy::Vanilla, Schedule::Rounds),
+        (3, Strategy::Coherent, Schedule::Rounds),
+        (2, Strategy::Vanilla, Schedule::Flow),
+        (3, Strategy::Coherent, Schedule::Flow),
+    ] {
         let mut options = ClusterOptions::new(folder.path());
         // Five blocks: the first two requests start with one and two of them, and end with three each.
         (options.ranks, options.strategy, options.cache_positions) = (ranks, strategy, Some(80));
+        options.schedule = schedule;
         let mut cluster = Cluster::start(options, &NoProgress).expect("a cluster");
         for _ in 0..2 {
-            assert_eq!(tokens(&generate(&mut cluster, &requests)), ample, "{ranks} ranks, {strategy:?}");
+            assert_eq!(tokens(&generate(&mut cluster, &requests)), ample, "{ranks} ranks, {strategy:?}, {schedule}");
         }
     }
 }

@@ -92,6 +92,8 @@ struct RankState {
     picks: u64,
     /// When the link is done with keys and values.
     bulk_free: f64,
+    /// Seconds that messages which came take of the rank before it goes on.
+    owed: f64,
 }
 
 #[derive(Default)]
@@ -255,7 +257,8 @@ impl<'a> Play<'a> {
             (n, _) => times.hop.of(self.setting.strategy).at(n) + further,
         };
         let working = self.ranks.iter().filter(|state| state.busy).count() as f64;
-        let seconds = seconds * (working / self.measured.lanes(rank)).max(1.0);
+        let owed = std::mem::take(&mut self.ranks[rank].owed);
+        let seconds = (seconds + owed) * (working / self.measured.lanes(rank)).max(1.0);
         for item in picked.iter().filter(|item| item.token) {
             self.sums.hops += seconds;
             self.sums.queue += now - item.ready;
@@ -335,6 +338,7 @@ impl<'a> Play<'a> {
         let mut frames = 0.0;
         for to in 0..self.ranks.len() {
             let link = self.measured.link(rank, to);
+            let before = frames;
             let (rows, partials) = (&post.rows[to], &post.partials[to]);
             if to == rank {
                 partials.iter().for_each(|&sequence| self.at(self.now, Event::Partial { sequence, to }));
@@ -364,6 +368,7 @@ impl<'a> Play<'a> {
                 self.spread(rank, to, &post.kv[to]);
                 frames += link.message_s;
             }
+            self.ranks[to].owed += frames - before;
         }
         self.ranks[rank].busy = false;
         match frames > 0.0 {

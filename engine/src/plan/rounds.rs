@@ -105,6 +105,7 @@ impl Step<'_> {
         residence.iter().for_each(|rank| heads[*rank] += 1);
         self.work(|rank| self.measured.ranks[rank].sample.at(heads[rank]));
         self.exchange(0.0);
+        self.handle_contexts();
         // Keys and values travel beside all this; a step cannot be shorter than they take.
         let sending = |rank: usize| self.kv[rank] / self.measured.uplink(rank);
         let longest = (0..ranks).map(sending).fold(0.0, f64::max);
@@ -165,6 +166,18 @@ impl Step<'_> {
         self.sums.seconds += each.iter().copied().fold(shared, f64::max);
     }
 
+    /// Frames of keys and values take time of those who send and of those who receive them.
+    fn handle_contexts(&mut self) {
+        let ranks = self.measured.world_size();
+        let of_step = self.shape.layers.len().div_ceil(crate::runtime::BULK_LAYERS);
+        let handling = |rank: usize| match self.kv[rank] > 0.0 {
+            true => (0..ranks).map(|to| self.measured.link(rank, to).message_s).sum::<f64>() * of_step as f64,
+            false => 0.0,
+        };
+        let seconds: Vec<f64> = (0..ranks).map(|rank| 2.0 * handling(rank)).collect();
+        self.work(|rank| seconds[rank]);
+    }
+
     /// Keys and values to the rest of the layer's domain.
     fn spread(&mut self, layer: usize, residence: &[usize]) {
         if self.setting.strategy != Strategy::Coherent {
@@ -176,9 +189,10 @@ impl Step<'_> {
             domain.iter().filter(|to| to.index() != from).for_each(|to| to_others[from][to.index()] += 1);
         }
         for (from, rows) in to_others.iter().enumerate() {
+            let frame = FRAME_BYTES / crate::runtime::BULK_LAYERS as f64;
             let of = |rows: &usize| match rows {
                 0 => 0.0,
-                rows => FRAME_BYTES + *rows as f64 * self.shape.kv_bytes,
+                rows => frame + *rows as f64 * self.shape.kv_bytes,
             };
             let bytes: f64 = rows.iter().map(of).sum();
             self.kv[from] += bytes;

@@ -111,18 +111,6 @@ impl Stepper<'_> {
         Ok(0)
     }
 
-    /// Sends the rows' keys and values to the rest of the layer's domain, in the background.
-    pub(super) fn spread_contexts(
-        &mut self,
-        layer: usize,
-        rows: &[Row],
-        routed: &Routed,
-    ) -> Result<(), EngineError> {
-        let mut bulk = Bulk::new(self.comm.world_size());
-        self.gather_contexts(layer, rows, routed, &mut bulk)?;
-        bulk.send(self.comm)
-    }
-
     /// Puts the rows' keys and values with what is to be sent to the rest of the layer's domain.
     pub(crate) fn gather_contexts(
         &self,

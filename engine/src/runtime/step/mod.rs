@@ -69,6 +69,9 @@ impl Row {
     }
 }
 
+/// Layers whose keys and values travel in one frame, in decode steps.
+pub(crate) const BULK_LAYERS: usize = 4;
+
 /// What the device said of a layer's rows.
 pub(crate) struct Routed {
     pub(crate) chosen: Vec<u32>,
@@ -200,8 +203,14 @@ impl Stepper<'_> {
     /// Several ranks: one read-back and one or two exchanges a layer.
     fn run_together(&mut self, mut rows: Vec<Row>, batch: &Batch) -> Result<Outcome, EngineError> {
         let mut captured = Vec::new();
-        for layer in 0..self.spec().layers {
-            rows = self.layer(layer, rows, batch.decode, &mut captured)?;
+        let mut bulk = Bulk::new(self.comm.world_size());
+        let layers = self.spec().layers;
+        for layer in 0..layers {
+            rows = self.layer(layer, rows, batch.decode, &mut captured, &mut bulk)?;
+            // Keys and values of decoded tokens are needed a step later: those of several layers travel together.
+            if !batch.decode || (layer + 1) % BULK_LAYERS == 0 || layer + 1 == layers {
+                bulk.send(self.comm)?;
+            }
         }
         let mut outcome = self.sample(&rows)?;
         outcome.captured.append(&mut captured);
@@ -215,6 +224,7 @@ impl Stepper<'_> {
         rows: Vec<Row>,
         decode: bool,
         captured: &mut Vec<Captured>,
+        bulk: &mut Bulk,
     ) -> Result<Vec<Row>, EngineError> {
         let _span = tracing::debug_span!("layer", layer, rows = rows.len()).entered();
         // The context of a prompt is made in the step itself; a decoded token's may still be on its way.
@@ -223,7 +233,7 @@ impl Stepper<'_> {
         let strategy = if decode { self.strategy } else { Strategy::Vanilla };
         let routed = self.attend(layer, &rows, strategy)?;
         let Some(index) = self.spec().moe_index(layer) else {
-            self.spread_contexts(layer, &rows, &routed)?;
+            self.gather_contexts(layer, &rows, &routed, bulk)?;
             self.run_dense(layer, rows.len())?;
             return Ok(rows);
         };
@@ -235,7 +245,7 @@ impl Stepper<'_> {
         }
 
         let dispatched = self.dispatch(layer, &rows, &routed, decode)?;
-        self.spread_contexts(layer, &rows, &routed)?;
+        self.gather_contexts(layer, &rows, &routed, bulk)?;
         let mut work = Work::default();
         self.run_own(layer, &rows, &routed, &mut work)?;
         let arrived = self.arrive(dispatched, layer, rows.len())?;

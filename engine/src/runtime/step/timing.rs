@@ -249,21 +249,28 @@ impl Stepper<'_> {
         let frames: Vec<RowFrame> =
             rows.iter().zip(&own).map(|(row, choices)| self.frame(*row, choices.clone())).collect();
         let served = own.first().map_or(0, Vec::len);
-        let elsewhere = frames.first().map_or(self.me(), |frame| frame.next);
-        // Under vanilla all rows leave and as many come to be served; under coherent they find their experts here.
-        let at = if strategy == Strategy::Vanilla { elsewhere } else { self.me() };
-        let route = |choices: &Vec<Choice>| {
+        let (me, elsewhere) = (self.me(), frames.first().map_or(self.me(), |frame| frame.next));
+        // Under vanilla all rows leave, as many come to be served, and all come back; under coherent half of them stay, and
+        // as many come as leave.
+        let staying = if strategy == Strategy::Vanilla { 0 } else { count / 2 };
+        let route = |(row, choices): (usize, &Vec<Choice>)| {
+            let at = if row < staying { me } else { elsewhere };
             let serving = (0..top_k).map(|k| if k < choices.len() { at } else { elsewhere }).collect();
-            Route { serving, next: self.me() }
+            Route { serving, next: if strategy == Strategy::Vanilla { me } else { at } }
         };
-        routed.routes = own.iter().map(route).collect();
+        routed.routes = own.iter().enumerate().map(route).collect();
         for (t, choices) in own.iter().enumerate() {
             for choice in choices {
                 routed.chosen[t * top_k + usize::from(choice.k)] = u32::from(choice.expert);
             }
         }
         self.run_own(layer, &rows, &routed, &mut work)?;
-        let arrived = if strategy == Strategy::Vanilla { frames } else { Vec::new() };
+        let expects = (top_k - served) as u16;
+        let stays_here = |frame| RowFrame { next: me, expects, ..frame };
+        let arrived: Vec<RowFrame> = match strategy {
+            Strategy::Vanilla => frames,
+            Strategy::Coherent => frames.into_iter().skip(staying).map(stays_here).collect(),
+        };
         self.put_arrived(layer, &arrived, count)?;
         self.run_arrived(layer, &arrived, count, &mut work)?;
         let hidden = self.spec().hidden;
@@ -280,7 +287,8 @@ impl Stepper<'_> {
             values: vec![0.125; hidden],
         };
         let received = rows.iter().flat_map(|row| remote.clone().map(|k| partial(row, k))).collect();
-        self.settle(layer, &rows, &routed, &[], received, &mut work)?;
+        let coming = if strategy == Strategy::Vanilla { &[][..] } else { &arrived };
+        self.settle(layer, &rows, &routed, coming, received, &mut work)?;
         if strategy == Strategy::Coherent {
             self.arrive_contexts(layer, count);
         }
