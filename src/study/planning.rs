@@ -190,7 +190,8 @@ mod tests {
 
     fn planner() -> Planner {
         let link = LinkTime { latency_s: 0.002, bytes_per_s: 1e6, message_s: 0.0 };
-        let hop = |s: f64| ByStrategy { coherent: Curve(vec![(1, s), (16, s)]), ..ByStrategy::default() };
+        let flat = |s: f64| Curve(vec![(1, s), (16, s)]);
+        let hop = |s: f64| ByStrategy { coherent: flat(s), vanilla: flat(s) };
         let rank = |s: f64| RankTimes { hop: hop(s), crowded: 1.0, ..RankTimes::default() };
         let shape = Shape { layers: vec![Some(0), Some(1)], hidden_bytes: 1000.0, kv_bytes: 2000.0 };
         let mut routes = RoutingTrace::new(2, 1);
@@ -228,7 +229,8 @@ mod tests {
         let ranked = planner().rank(&candidates(&tables, &[Schedule::Rounds, Schedule::Flow]), 1);
         assert_eq!(ranked.len(), 8);
         assert!(ranked.windows(2).all(|w| w[0].1.tokens_per_s >= w[1].1.tokens_per_s));
-        // Tokens that never change their expert cross once a token, to the other one's rank.
+        // A token keeps its expert and its successor takes the other one: one crossing a token, or four latencies for
+        // every other token, or there and back between layers.
         assert_eq!(ranked[0].0.to_string(), "coherent, flow, round_robin");
     }
 }
