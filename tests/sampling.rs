@@ -4,7 +4,9 @@ mod common;
 
 use common::tiny::Tiny;
 use common::{Setup, generate, request, root, tokens};
-use exflow::engine::{Cluster, ClusterOptions, Feed, FinishReason, NoProgress, Request, Sampling, Schedule, Strategy};
+use exflow::engine::{
+    Cluster, ClusterOptions, Feed, FinishReason, NoProgress, Request, Sampling, Schedule, Strategy,
+};
 
 fn drawn(prompt: &[u32], seed: u64) -> Request {
     let sampling =
@@ -55,7 +57,11 @@ fn a_cache_that_is_too_small_for_all_changes_no_token() {
         options.schedule = schedule;
         let mut cluster = Cluster::start(options, &NoProgress).expect("a cluster");
         for _ in 0..2 {
-            assert_eq!(tokens(&generate(&mut cluster, &requests)), ample, "{ranks} ranks, {strategy:?}, {schedule}");
+            assert_eq!(
+                tokens(&generate(&mut cluster, &requests)),
+                ample,
+                "{ranks} ranks, {strategy:?}, {schedule}"
+            );
         }
     }
 }
