@@ -39,8 +39,8 @@ pub(crate) struct World {
 
 /// How rank 0's process makes worlds.
 pub(crate) enum Group {
-    /// All ranks are here.
-    Alone(TransportKind),
+    /// All ranks are here. The offer is what they found before anything was loaded.
+    Alone(TransportKind, Offer),
     /// Other processes have ranks too.
     Led(Box<Leader>),
 }
@@ -66,7 +66,7 @@ impl Group {
     pub(crate) fn new(options: &ClusterOptions, spec: &ModelSpec) -> Result<Self, EngineError> {
         let Some(group) = &options.group else {
             placing::check_ranks(options.ranks, spec)?;
-            return Ok(Self::Alone(options.transport));
+            return Ok(Self::Alone(options.transport, Offer::of(options)?));
         };
         if group.process != 0 {
             return Err(EngineError::usage(
@@ -90,7 +90,7 @@ impl Group {
         epoch: u32,
     ) -> Result<World, EngineError> {
         match self {
-            Self::Alone(kind) => alone(*kind, options, spec),
+            Self::Alone(kind, offer) => alone(*kind, offer, options, spec),
             Self::Led(leader) => leader.form(epoch),
         }
     }
@@ -117,14 +117,18 @@ impl Group {
     }
 }
 
-fn alone(kind: TransportKind, options: &ClusterOptions, spec: &ModelSpec) -> Result<World, EngineError> {
+fn alone(
+    kind: TransportKind,
+    offer: &Offer,
+    options: &ClusterOptions,
+    spec: &ModelSpec,
+) -> Result<World, EngineError> {
     fn boxed<C: Communicator + 'static>(comms: Vec<C>) -> Vec<Box<dyn Communicator>> {
         comms.into_iter().map(|c| Box::new(c) as Box<dyn Communicator>).collect()
     }
     let here = Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
     let roster = Roster::new([(options.ranks as u16, here)]);
-    let offer = Offer::of(options)?;
-    let plan = placing::decide(options, spec, &roster, &[offer], &mut None);
+    let plan = placing::decide(options, spec, &roster, std::slice::from_ref(offer), &mut None);
     let plan = plan.map_err(Decline::into_error)?;
     let comms = match kind {
         TransportKind::Local => boxed(exflow_transport::local::world(options.ranks)),
