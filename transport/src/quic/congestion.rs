@@ -84,15 +84,13 @@ impl Controller for BoundedWindow {
 }
 
 /// Time that a packet may spend in queues, all on the way together.
-const QUEUE: Duration = Duration::from_micros(1250);
+const QUEUE: Duration = Duration::from_millis(1);
 /// A long way may have longer queues: this fraction (one over it) of the shortest round trip.
 const QUEUE_SHARE: u32 = 4;
 /// The window when a connection begins: what a short queue takes from a few senders at once.
 const FIRST_BYTES: u64 = 64 * 1024;
 /// A round trip with room in the queues gives the window so much of itself (one over it).
 const GROWTH_PER_TRIP: u64 = 8;
-/// The same where the queues are all but empty: others have stopped sending, and the wire would idle meanwhile.
-const GROWTH_IF_EMPTY: u64 = 2;
 /// The shortest round trip is found anew after so long: a path may change.
 const FORGET: Duration = Duration::from_secs(30);
 /// Packets whose times are kept.
@@ -175,8 +173,7 @@ impl ShortQueue {
             let fits = (shortest + allowed).as_secs_f64() / trip.as_secs_f64();
             self.window = (self.window as f64 * (1.0 + fits) / 2.0) as u64;
         } else if self.limited {
-            let empty = queued < allowed / 4;
-            self.window += self.window / if empty { GROWTH_IF_EMPTY } else { GROWTH_PER_TRIP };
+            self.window += self.window / GROWTH_PER_TRIP;
         }
         self.window = self.window.clamp(self.floor, self.most);
     }
