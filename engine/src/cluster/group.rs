@@ -106,7 +106,7 @@ impl Group {
     /// The ranks of other processes that are suspect now.
     pub(crate) fn suspects(&self) -> Suspects {
         match self {
-            Self::Alone(_) => Suspects::default(),
+            Self::Alone(..) => Suspects::default(),
             Self::Led(leader) => leader.listener.suspects(),
         }
     }
