@@ -166,6 +166,7 @@ impl Gpu {
             };
             let (data, size) = (bytemuck::cast_slice(&units), texture.size());
             self.queue.write_texture(texture.as_image_copy(), data, row, size);
+            self.uploads(buffer.bytes());
         }
         buffer
     }
@@ -199,6 +200,7 @@ impl Gpu {
         let bytes: &[u8] = bytemuck::cast_slice(data);
         let buffer = self.buffer(label, bytes.len() as u64, Usage::Storage)?;
         self.write(&buffer, 0, data);
+        self.uploads(buffer.bytes());
         Ok(buffer)
     }
 

@@ -16,11 +16,15 @@ pub(crate) struct Gpu {
     pub(super) params: RefCell<Option<super::Buffer>>,
     pub(super) failure: Arc<std::sync::Mutex<Option<String>>>,
     next_buffer_id: AtomicU64,
+    uploading: AtomicU64,
     limits: wgpu::Limits,
     name: String,
     is_cpu: bool,
     hands_over: bool,
 }
+
+/// Bytes that may wait for their way to the device.
+const UPLOAD_WINDOW: u64 = 32 << 20;
 
 impl Gpu {
     /// Opens the adapter that `wanted` names (a part of its name or its index), or the best one; rank `rank`
@@ -60,6 +64,7 @@ impl Gpu {
             params: RefCell::default(),
             failure,
             next_buffer_id: AtomicU64::new(0),
+            uploading: AtomicU64::new(0),
             limits,
             device,
             queue,
@@ -108,6 +113,17 @@ impl Gpu {
 
     pub(super) fn next_buffer_id(&self) -> u64 {
         self.next_buffer_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Notes that `bytes` wait for their way to the device, and sends them off where those are many: until then they are
+    /// there twice.
+    pub(super) fn uploads(&self, bytes: u64) {
+        if self.uploading.fetch_add(bytes, Ordering::Relaxed) + bytes >= UPLOAD_WINDOW {
+            self.uploading.store(0, Ordering::Relaxed);
+            self.queue.submit([]);
+            // A device that is lost says so at the next read-back.
+            let _ = self.device.poll(wgpu::PollType::wait_indefinitely());
+        }
     }
 
     /// Fails if the device reported an error since it was opened.

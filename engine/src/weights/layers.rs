@@ -106,7 +106,9 @@ impl ModelWeights {
         };
         let layer = |layer| {
             let held = spec.moe_index(layer).map(|index| experts[index].as_slice());
-            loader.layer(layer, held)
+            let made = loader.layer(layer, held);
+            store.release();
+            made
         };
         let layers = (0..spec.layers).map(layer).collect::<Result<_, _>>()?;
         let final_norm = loader.norm(loader.names.final_norm)?;
