@@ -156,7 +156,11 @@ fn replayed_and_foreign_frames_are_named() {
         let frames = [puppet.frame(0, b"row"), puppet.frame(0, b"row")].concat();
         assert!(puppet.write(Rank(0), &frames, SOON));
     });
-    assert_eq!(twice, Violation::Duplicate { number: 0 });
+    // The second may come while the round is open, or once it is over.
+    assert!(
+        matches!(twice, Violation::Duplicate { number: 0 } | Violation::Replayed { number: 0 }),
+        "{twice}"
+    );
     let ahead = violation(|puppet| {
         let frame = puppet.frame(90, b"");
         assert!(puppet.write(Rank(0), &frame, SOON));
