@@ -1,11 +1,13 @@
 //! One device: the adapter that a rank runs on, with its queue and caches.
 
-use super::pipelines::Pipelines;
+use super::idle::{self, Idle};
+use super::pipelines::{PipelineCache, Pipelines};
 use super::report::Candidate;
 use crate::EngineError;
 use std::cell::RefCell;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 /// A wgpu device with what is cached for it. Belongs to one rank and its thread.
 pub(crate) struct Gpu {
@@ -14,11 +16,13 @@ pub(crate) struct Gpu {
     pub(super) pipelines: RefCell<Pipelines>,
     pub(super) staging: RefCell<Vec<wgpu::Buffer>>,
     pub(super) params: RefCell<Option<super::Buffer>>,
-    pub(super) failure: Arc<std::sync::Mutex<Option<String>>>,
+    pub(super) failure: Arc<Mutex<Option<String>>>,
     next_buffer_id: AtomicU64,
     uploading: AtomicU64,
     limits: wgpu::Limits,
     name: String,
+    /// The adapter's place among this machine's.
+    adapter: usize,
     is_cpu: bool,
     hands_over: bool,
 }
@@ -26,46 +30,29 @@ pub(crate) struct Gpu {
 /// Bytes that may wait for their way to the device.
 const UPLOAD_WINDOW: u64 = 32 << 20;
 
+/// How long an ending rank waits for what its device still computes.
+const LAST_WORK: Duration = Duration::from_secs(5);
+
 impl Gpu {
     /// Opens the adapter that `wanted` names (a part of its name or its index), or the best one; rank `rank`
     /// takes its turn among equally good ones.
     pub(crate) fn open(wanted: Option<&str>, rank: usize) -> Result<Self, EngineError> {
         let Candidate { adapter, report } = super::report::choose(wanted, rank)?;
-        let limits = adapter.limits();
-        let descriptor = wgpu::DeviceDescriptor {
-            label: Some("exflow rank"),
-            required_limits: limits.clone(),
-            required_features: adapter.features()
-                & (wgpu::Features::SUBGROUP
-                    | wgpu::Features::TIMESTAMP_QUERY
-                    | wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES),
-            ..Default::default()
-        };
-        let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).map_err(|e| {
-            EngineError::gpu(
-                format!("{}: no device could be made: {e}", report.name),
-                "close other programs that use the GPU, or choose another adapter (`exflow devices`)",
-            )
-        })?;
-        let failure = Arc::new(std::sync::Mutex::new(None));
-        let seen = failure.clone();
-        device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
-            if let Ok(mut first) = seen.lock() {
-                first.get_or_insert_with(|| error.to_string());
-            }
-        }));
+        let Idle { device, queue, pipelines, failure } =
+            idle::take(report.index, &report.name).map_or_else(|| make(&adapter, &report.name), Ok)?;
         Ok(Self {
             is_cpu: report.kind == "cpu",
             hands_over: device.features().contains(wgpu::Features::SUBGROUP)
                 && report.subgroup.is_some_and(|(smallest, _)| smallest >= 8),
             name: report.name,
-            pipelines: RefCell::default(),
+            adapter: report.index,
+            pipelines: RefCell::new(pipelines.into()),
             staging: RefCell::default(),
             params: RefCell::default(),
             failure,
             next_buffer_id: AtomicU64::new(0),
             uploading: AtomicU64::new(0),
-            limits,
+            limits: device.limits(),
             device,
             queue,
         })
@@ -137,4 +124,45 @@ impl Gpu {
             )),
         }
     }
+}
+
+impl Drop for Gpu {
+    /// Leaves the device for the next rank, unless something went wrong with it.
+    fn drop(&mut self) {
+        let idle = wgpu::PollType::Wait { submission_index: None, timeout: Some(LAST_WORK) };
+        let sound = self.device.poll(idle).is_ok() && self.check().is_ok();
+        if sound && !std::thread::panicking() {
+            let pipelines = std::mem::take(&mut self.pipelines.get_mut().pipelines);
+            let (device, queue) = (self.device.clone(), self.queue.clone());
+            let failure = self.failure.clone();
+            idle::put(self.adapter, &self.name, Idle { device, queue, pipelines, failure });
+        }
+    }
+}
+
+/// A new device of an adapter called `name`, with all that the adapter has.
+fn make(adapter: &wgpu::Adapter, name: &str) -> Result<Idle, EngineError> {
+    let descriptor = wgpu::DeviceDescriptor {
+        label: Some("exflow rank"),
+        required_limits: adapter.limits(),
+        required_features: adapter.features()
+            & (wgpu::Features::SUBGROUP
+                | wgpu::Features::TIMESTAMP_QUERY
+                | wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES),
+        ..Default::default()
+    };
+    let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).map_err(|e| {
+        EngineError::gpu(
+            format!("{name}: no device could be made: {e}"),
+            "close other programs that use the GPU, or choose another adapter (`exflow devices`)",
+        )
+    })?;
+    let failure = Arc::new(Mutex::new(None));
+    let seen = failure.clone();
+    device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
+        if let Ok(mut first) = seen.lock() {
+            first.get_or_insert_with(|| error.to_string());
+        }
+    }));
+    Ok(Idle { device, queue, pipelines: PipelineCache::default(), failure })
 }

@@ -2,6 +2,7 @@
 
 mod buffer;
 mod device;
+mod idle;
 mod memory;
 mod pipelines;
 mod probe;

@@ -7,17 +7,25 @@ use exflow_shaders::{Access, Binding, Kernel, Variant};
 use std::collections::HashMap;
 
 /// Both caches of one device.
-#[derive(Default)]
 pub(super) struct Pipelines {
-    pipelines: HashMap<(Kernel, Variant), Pipeline>,
+    pub(super) pipelines: PipelineCache,
     bind_groups: HashMap<(Kernel, Variant, Vec<u64>), wgpu::BindGroup>,
 }
+
+/// Pipelines, which outlive the buffers that they were made for.
+pub(super) type PipelineCache = HashMap<(Kernel, Variant), Pipeline>;
 
 #[derive(Clone)]
 pub(super) struct Pipeline {
     pub(super) raw: wgpu::ComputePipeline,
     layout: wgpu::BindGroupLayout,
     params_size: u64,
+}
+
+impl From<PipelineCache> for Pipelines {
+    fn from(pipelines: PipelineCache) -> Self {
+        Self { pipelines, bind_groups: HashMap::new() }
+    }
 }
 
 /// Bind groups are few, one per launch of a step; when buffers were replaced often enough to fill this, start anew.
