@@ -105,6 +105,8 @@ pub use placement::PlacementTable;
 
 pub mod fidelity;
 pub mod hub;
+#[cfg(any(test, feature = "hub"))]
+mod os;
 pub mod progress;
 pub mod report;
 #[cfg(feature = "server")]

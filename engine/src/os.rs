@@ -1,19 +1,15 @@
-//! What differs from one operating system to another.
+//! What differs from one operating system to another. `portable` is what a system gets of which nothing better is known;
+//! it is compiled and tested everywhere.
 
-/// Bytes of this host's memory, all and what programs may still take; `None` where this build cannot tell.
-#[cfg(target_os = "linux")]
+use memmap2::Mmap;
+
+/// Bytes of this host's memory, all and what programs may still take; `None` where the system does not tell: Linux does,
+/// in a file.
 pub(crate) fn host_memory() -> Option<(u64, u64)> {
     parse_meminfo(&std::fs::read_to_string("/proc/meminfo").ok()?)
 }
 
-/// Bytes of this host's memory, all and what programs may still take; `None` where this build cannot tell.
-#[cfg(not(target_os = "linux"))]
-pub(crate) fn host_memory() -> Option<(u64, u64)> {
-    None
-}
-
 /// `MemTotal` and `MemAvailable` of Linux's `/proc/meminfo`, which counts in KiB.
-#[cfg(any(test, target_os = "linux"))]
 fn parse_meminfo(text: &str) -> Option<(u64, u64)> {
     let of = |name: &str| {
         let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
@@ -22,9 +18,37 @@ fn parse_meminfo(text: &str) -> Option<(u64, u64)> {
     Some((of("MemTotal")?, of("MemAvailable")?))
 }
 
+/// Gives the pages of a read-only map of a file that were read back to the system, which keeps the file's content as long
+/// as it has room.
+pub(crate) fn release(map: &Mmap) {
+    #[cfg(unix)]
+    unix::release(map);
+    #[cfg(not(unix))]
+    portable::release(map);
+}
+
+#[cfg(unix)]
+mod unix {
+    use memmap2::{Mmap, UncheckedAdvice};
+
+    pub(super) fn release(map: &Mmap) {
+        // SAFETY: the map is of a file and only read: what is given back is read anew when it is asked for again. A system
+        // that refuses keeps the pages, which is no loss.
+        let _ = unsafe { map.unchecked_advise(UncheckedAdvice::DontNeed) };
+    }
+}
+
+#[cfg(any(test, not(unix)))]
+mod portable {
+    use memmap2::Mmap;
+
+    /// The system takes pages back by itself when it needs them.
+    pub(super) fn release(_map: &Mmap) {}
+}
+
 #[cfg(test)]
 mod tests {
-    use super::parse_meminfo;
+    use super::*;
 
     #[test]
     fn reads_meminfo() {
@@ -35,5 +59,18 @@ mod tests {
         {
             assert_eq!(parse_meminfo(wrong), None, "{wrong}");
         }
+    }
+
+    #[test]
+    fn what_was_given_back_can_be_read_again() {
+        let mut file = tempfile::tempfile().expect("a file");
+        std::io::Write::write_all(&mut file, &[7; 10_000]).expect("writes");
+        // SAFETY: nobody else has the file.
+        let map = unsafe { Mmap::map(&file) }.expect("a map");
+        for release in [release, portable::release] {
+            assert!(map.iter().all(|byte| *byte == 7));
+            release(&map);
+        }
+        assert!(map.iter().all(|byte| *byte == 7));
     }
 }

@@ -302,18 +302,11 @@ fn sha256(path: &Path) -> io::Result<String> {
 
 /// Puts a blob at its place in a snapshot: as a link, or as a copy where links cannot be made.
 fn link(blob: &Path, name: &str, place: &Path) -> io::Result<()> {
-    if place.is_file() {
+    if place.is_file()
+        || crate::os::link(&Path::new("../../blobs").join(name), place).is_ok()
+        || place.is_file()
+    {
         return Ok(());
     }
-    #[cfg(unix)]
-    {
-        let _ = fs::remove_file(place);
-        let linked = std::os::unix::fs::symlink(Path::new("../../blobs").join(name), place);
-        if linked.is_ok() || place.is_file() {
-            return Ok(());
-        }
-    }
-    #[cfg(not(unix))]
-    let _ = name;
     fs::copy(blob, place).map(|_| ())
 }

@@ -6,6 +6,7 @@
 
 use crate::TransportError;
 use crate::identity::{ClusterAuthority, Fingerprint, Identity, Trust};
+use crate::os;
 use exflow_placement::Rank;
 use rcgen::KeyPair;
 use rustls::pki_types::pem::PemObject;
@@ -148,11 +149,7 @@ fn write_public(path: &Path, text: &str) -> Result<(), TransportError> {
 fn write_private(path: &Path, text: &str) -> Result<(), TransportError> {
     let mut options = OpenOptions::new();
     options.write(true).create_new(true);
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::OpenOptionsExt;
-        options.mode(0o600);
-    }
+    os::owner_only(&mut options);
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(system(path, &error)),
         _ => {}
@@ -162,16 +159,9 @@ fn write_private(path: &Path, text: &str) -> Result<(), TransportError> {
 }
 
 fn warn_if_readable(path: &Path) {
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        let open = fs::metadata(path).is_ok_and(|meta| meta.permissions().mode() & 0o077 != 0);
-        if open {
-            tracing::warn!(path = %path.display(), "this key can be read by others: chmod 600");
-        }
+    if os::others_can_read(path) {
+        tracing::warn!(path = %path.display(), "this key can be read by others: chmod 600");
     }
-    #[cfg(not(unix))]
-    let _ = path;
 }
 
 fn wrong(path: &Path, what: String, remedy: &str) -> TransportError {
@@ -214,10 +204,8 @@ mod tests {
         let path = authority.issue_into(directory.path(), Rank(2), DEFAULT_VALIDITY).expect("issue");
         let identity = Identity::load(&path).expect("load");
         assert!(identity.trust.is_rank(&identity.certificate, Rank(2)));
-        #[cfg(unix)]
         for key in [path.join(KEY), directory.path().join(AUTHORITY_KEY)] {
-            use std::os::unix::fs::PermissionsExt;
-            assert_eq!(fs::metadata(key).expect("metadata").permissions().mode() & 0o777, 0o600);
+            assert!(!os::others_can_read(&key), "{}", key.display());
         }
     }
 

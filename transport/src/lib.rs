@@ -14,6 +14,7 @@ mod inbox;
 pub mod launch;
 pub mod link;
 pub mod local;
+mod os;
 pub mod proto;
 pub mod quic;
 mod stats;

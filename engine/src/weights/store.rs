@@ -115,13 +115,9 @@ impl Store {
         self.finite(name, range.start, values)
     }
 
-    /// Gives the pages that were read back to the system, which keeps the file's content as long as it has room.
+    /// Gives the pages that were read back to the system, which keeps the files' content as long as it has room.
     pub(crate) fn release(&self) {
-        #[cfg(unix)]
-        for shard in &self.shards {
-            // SAFETY: the map is of a file and only read: what is given back is read anew when it is asked for again.
-            let _ = unsafe { shard.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
-        }
+        self.shards.iter().for_each(|shard| crate::os::release(&shard.map));
     }
 
     /// `values`, which stand in tensor `name` from element `first` on, if all of them are numbers.
