@@ -14,7 +14,7 @@ mod unix {
     /// Makes `place` a link to `target`, which is relative to the folder of `place`; what was there goes.
     pub(crate) fn link(target: &Path, place: &Path) -> io::Result<()> {
         match std::fs::remove_file(place) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => std::os::unix::fs::symlink(target, place),
         }
     }
