@@ -1,6 +1,7 @@
 //! Socket and connection parameters. Each number here cures something that was measured.
 
-use super::congestion::{BoundedWindowConfig, ShortQueueConfig};
+use super::background::Background;
+use super::congestion::{BoundedConfig, ShortQueueConfig};
 use super::options::{Congestion, JUMBO_UDP_PAYLOAD, MIN_UDP_PAYLOAD, QuicOptions, is_private};
 use super::socket::CappedSocket;
 use super::tls::Tls;
@@ -34,6 +35,8 @@ const MAX_INCOMING: usize = 256;
 pub(crate) struct Bound {
     pub(crate) endpoint: Endpoint,
     pub(crate) address: SocketAddr,
+    /// The bulk of this process.
+    pub(crate) background: Background,
     /// For peers on private networks.
     private: Sides,
     /// For all others.
@@ -47,13 +50,14 @@ struct Sides {
 }
 
 impl Sides {
-    fn new(tls: &Tls, options: &QuicOptions, private: bool) -> Self {
+    fn new(tls: &Tls, options: &QuicOptions, background: &Background, private: bool) -> Self {
+        let transport = |incoming| Arc::new(transport(options, background, incoming, private));
         let mut server = quinn::ServerConfig::with_crypto(Arc::clone(&tls.server) as _);
-        server.transport_config(Arc::new(transport(options, FIRST_STREAMS, private)));
+        server.transport_config(transport(FIRST_STREAMS));
         server.migration(false);
         server.max_incoming(MAX_INCOMING);
         let mut client = quinn::ClientConfig::new(Arc::clone(&tls.client) as _);
-        client.transport_config(Arc::new(transport(options, 0, private)));
+        client.transport_config(transport(0));
         Self { client, server: Arc::new(server) }
     }
 }
@@ -97,12 +101,13 @@ pub(crate) fn bind(listen: SocketAddr, tls: &Tls, options: &QuicOptions) -> io::
     let address = socket.local_addr()?;
     let mut config = EndpointConfig::default();
     config.max_udp_payload_size(options.max_udp_payload).map_err(io::Error::other)?;
-    let [private, public] = [true, false].map(|private| Sides::new(tls, options, private));
+    let background = Background::new();
+    let [private, public] = [true, false].map(|private| Sides::new(tls, options, &background, private));
     let runtime = Arc::new(quinn::TokioRuntime);
     let socket = CappedSocket::wrap(socket, &*runtime, options.max_udp_payload, options.link)?;
     let server = quinn::ServerConfig::clone(&public.server);
     let endpoint = Endpoint::new_with_abstract_socket(config, Some(server), socket, runtime)?;
-    Ok(Bound { endpoint, address, private, public })
+    Ok(Bound { endpoint, address, background, private, public })
 }
 
 /// Bursts of all peers at once must fit: the system's default of about 200 KB does not hold one round. The
@@ -122,7 +127,12 @@ fn set_buffers(socket: &UdpSocket, bytes: usize) {
     }
 }
 
-fn transport(options: &QuicOptions, incoming_streams: u32, private: bool) -> TransportConfig {
+fn transport(
+    options: &QuicOptions,
+    background: &Background,
+    incoming_streams: u32,
+    private: bool,
+) -> TransportConfig {
     let mut config = TransportConfig::default();
     config
         .max_concurrent_bidi_streams(incoming_streams.into())
@@ -142,10 +152,11 @@ fn transport(options: &QuicOptions, incoming_streams: u32, private: bool) -> Tra
         .ack_frequency_config(Some(acks(options.max_udp_payload)));
     match options.congestion {
         Congestion::Bounded { window_bytes } => {
-            config.congestion_controller_factory(Arc::new(BoundedWindowConfig { window_bytes }));
+            config.congestion_controller_factory(Arc::new(BoundedConfig { window_bytes }));
         }
         Congestion::ShortQueue { most_bytes } if private => {
-            config.congestion_controller_factory(Arc::new(ShortQueueConfig { most_bytes }));
+            let background = background.clone();
+            config.congestion_controller_factory(Arc::new(ShortQueueConfig { most_bytes, background }));
         }
         Congestion::ShortQueue { .. } | Congestion::Cubic => {}
     }

@@ -73,6 +73,7 @@ impl Hub {
             max_frame_bytes,
             idle_timeout: options.idle_timeout,
             heart: Arc::clone(&heart),
+            background: core.bound.background.clone(),
         };
         let watch = Watch {
             options: Arc::clone(&core.options),
@@ -207,7 +208,7 @@ fn report(peer: Rank, connection: &Connection) -> LinkReport {
         udp_bytes_sent: stats.udp_tx.bytes,
         udp_bytes_received: stats.udp_rx.bytes,
         lost_packets: stats.path.lost_packets,
-        window_bytes: stats.path.cwnd,
+        window_bytes: super::congestion::window_of(connection.congestion_state()),
     }
 }
 

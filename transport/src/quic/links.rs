@@ -1,5 +1,6 @@
 //! The tasks of one connection: they move frames between its streams and the rank's inbox.
 
+use super::background::Background;
 use super::heart::Heart;
 use super::join::{Link, Pair, loss_cause};
 use super::wire::{self, CLOSE_PROTOCOL};
@@ -30,6 +31,7 @@ pub(crate) struct LinkContext {
     pub(crate) max_frame_bytes: u32,
     pub(crate) idle_timeout: Duration,
     pub(crate) heart: Arc<Heart>,
+    pub(crate) background: Background,
 }
 
 impl LinkContext {
@@ -67,7 +69,7 @@ pub(crate) fn start(
         let inbox = context.inbox(own);
         inbox.bulk_coming(peer, true);
         writers.spawn(write_rows(rows.0, rows_queue));
-        writers.spawn(write_bulk(bulk.0, bulk_queue, Arc::clone(inbox), peer));
+        writers.spawn(write_bulk(bulk.0, bulk_queue, Arc::clone(inbox), peer, context.background.clone()));
         tokio::spawn(reader(rows.1, Stream::Rows, own, peer).run());
         tokio::spawn(reader(bulk.1, Stream::Bulk, own, peer).run());
         senders.push(((own, peer), LinkSender { rows: rows_sender, bulk: bulk_sender }));
@@ -116,6 +118,7 @@ async fn write_bulk(
     mut queue: mpsc::UnboundedReceiver<Outgoing>,
     inbox: Arc<Inbox>,
     peer: Rank,
+    background: Background,
 ) {
     while let Some((header, mut payload)) = queue.recv().await {
         let bytes = payload.len();
@@ -124,6 +127,7 @@ async fn write_bulk(
         }
         while !payload.is_empty() {
             let piece = payload.split_to(payload.len().min(BULK_CHUNK));
+            let _there = background.piece();
             if send.write_chunk(piece).await.is_err() {
                 return;
             }

@@ -1,5 +1,6 @@
 //! Ranks that talk over QUIC, within one process or between hosts. Nothing outside this folder names quinn.
 
+mod background;
 mod communicator;
 mod congestion;
 mod door;
