@@ -119,6 +119,14 @@ impl QuicCommunicator {
         self.inbox.unsent_bulk(to)
     }
 
+    /// Has the driver's thread drive while this rank waits elsewhere. One that only looks leaves the driving as it is: between
+    /// two exchanges it would cost the next one two changes of thread.
+    fn wake_to_wait(&self, timeout: Duration) {
+        if !timeout.is_zero() {
+            self.hub.core.runtime.wake();
+        }
+    }
+
     fn header(&self, round: RoundId) -> FrameHeader {
         FrameHeader {
             class: round.class,
@@ -211,7 +219,7 @@ impl Communicator for QuicCommunicator {
     }
 
     fn recv_bulk(&mut self, timeout: Duration) -> Result<Option<(Rank, Bytes)>, TransportError> {
-        self.hub.core.runtime.wake();
+        self.wake_to_wait(timeout);
         self.inbox.recv_bulk(timeout)
     }
 
@@ -233,7 +241,7 @@ impl Communicator for QuicCommunicator {
     }
 
     fn recv_message(&mut self, timeout: Duration) -> Result<Option<Message>, TransportError> {
-        self.hub.core.runtime.wake();
+        self.wake_to_wait(timeout);
         self.inbox.recv_message(timeout)
     }
 

@@ -104,7 +104,7 @@ pub(crate) fn bind(listen: SocketAddr, tls: &Tls, options: &QuicOptions) -> io::
     let background = Background::new();
     let [private, public] = [true, false].map(|private| Sides::new(tls, options, &background, private));
     let runtime = Arc::new(quinn::TokioRuntime);
-    let socket = CappedSocket::wrap(socket, &*runtime, options.max_udp_payload, options.link)?;
+    let socket = CappedSocket::wrap(socket, options.max_udp_payload, options.link)?;
     let server = quinn::ServerConfig::clone(&public.server);
     let endpoint = Endpoint::new_with_abstract_socket(config, Some(server), socket, runtime)?;
     Ok(Bound { endpoint, address, background, private, public })

@@ -11,6 +11,10 @@ use tokio::sync::Notify;
 
 /// How long the thread leaves the driving to a rank that has just driven and will probably do so again.
 const GRACE: Duration = Duration::from_micros(500);
+/// The same where ranks have driven ever again: what is still to be acknowledged then waits this long at most.
+const PATIENCE: Duration = Duration::from_millis(2);
+/// Turns of all tasks before the thread ends.
+const LAST_TURNS: usize = 4;
 
 /// A single-threaded runtime and its thread; ends when the last owner lets go.
 #[derive(Debug)]
@@ -48,14 +52,19 @@ impl Turns {
     /// Waits until the thread is to drive; false when it is to end.
     fn wait(&self) -> bool {
         let mut state = self.lock();
+        let (mut patience, mut seen) = (GRACE / 2, None);
         loop {
             if state.stop {
                 return false;
             }
             let now = Instant::now();
             let left = match state.reserved {
-                // Callers do not tell when they leave: that would cost a change of thread per exchange.
-                _ if state.callers > 0 => GRACE,
+                // Callers do not tell when they leave: that would cost a change of thread per exchange. While they come
+                // again and again this thread looks less often, as each look takes a processor from somebody.
+                reserved if state.callers > 0 || (reserved > Some(now) && reserved != seen) => {
+                    (patience, seen) = ((patience * 2).min(PATIENCE), reserved);
+                    patience
+                }
                 Some(until) if until > now => until - now,
                 _ => break,
             };
@@ -73,9 +82,19 @@ impl RuntimeThread {
         let (driven, its_turns) = (Arc::clone(&runtime), Arc::clone(&turns));
         let thread = std::thread::Builder::new().name(name).spawn(move || {
             while its_turns.wait() {
-                driven.block_on(its_turns.release.notified());
+                driven.block_on(async {
+                    its_turns.release.notified().await;
+                    // What a rank has handed over leaves before nobody drives for a while.
+                    tokio::task::yield_now().await;
+                });
                 its_turns.lock().driving = false;
             }
+            // What was said last still leaves: peers hear that a connection is closed, and need not wait until it is silent.
+            driven.block_on(async {
+                for _ in 0..LAST_TURNS {
+                    tokio::task::yield_now().await;
+                }
+            });
         })?;
         Ok(Arc::new(Self { runtime, turns, thread: Some(thread) }))
     }
