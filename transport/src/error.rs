@@ -33,6 +33,14 @@ pub enum LossCause {
     /// It is at rank 0's door and asks for the next epoch of the world.
     #[error("it asks to join again")]
     Rejoins,
+    /// It is there and does not read what it is sent.
+    #[error("it does not read: {waiting_bytes} bytes of messages wait for it (limit {limit_bytes})")]
+    Unread {
+        /// Bytes that wait, with those that found no room.
+        waiting_bytes: usize,
+        /// The most that may wait.
+        limit_bytes: usize,
+    },
     /// The driver below failed.
     #[error("{what}")]
     Other {

@@ -5,6 +5,7 @@ use crate::{ByteClass, RoundId, TransportError, WireStats};
 use bytes::Bytes;
 use exflow_placement::Rank;
 use std::collections::VecDeque;
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
@@ -18,6 +19,8 @@ pub(crate) struct Inbox {
     rank: Rank,
     born: Instant,
     limits: InboxLimits,
+    /// By peer: bytes of messages that wait for the driver.
+    unsent_messages: Vec<AtomicUsize>,
     state: Mutex<State>,
     /// For the rank's thread: something that it may wait for has happened.
     arrived: Condvar,
@@ -34,6 +37,8 @@ pub(crate) struct InboxLimits {
     pub(crate) bulk_unread_bytes: usize,
     /// Unsent background bytes per peer before `send_bulk` waits.
     pub(crate) bulk_unsent_bytes: usize,
+    /// Unsent bytes of messages per peer before it is given up.
+    pub(crate) messages_unsent_bytes: usize,
     /// Bytes of header that each frame adds on the wire; zero without a wire.
     pub(crate) header_bytes: usize,
 }
@@ -72,6 +77,7 @@ impl Inbox {
             rank,
             born: Instant::now(),
             limits,
+            unsent_messages: (0..world).map(|_| AtomicUsize::new(0)).collect(),
             state: Mutex::new(state),
             arrived: Condvar::new(),
             arrived_here: Notify::new(),

@@ -47,8 +47,13 @@ pub fn world_with(n: usize, options: LocalOptions) -> Vec<LocalCommunicator> {
         early_bytes: usize::MAX,
         timeout: options.round_timeout,
     };
-    let limits =
-        InboxLimits { rounds, bulk_unread_bytes: usize::MAX, bulk_unsent_bytes: usize::MAX, header_bytes: 0 };
+    let limits = InboxLimits {
+        rounds,
+        bulk_unread_bytes: usize::MAX,
+        bulk_unsent_bytes: usize::MAX,
+        messages_unsent_bytes: usize::MAX,
+        header_bytes: 0,
+    };
     let inboxes: Arc<[Inbox]> = (0..n).map(|rank| Inbox::new(Rank::from(rank), n, limits)).collect();
     (0..n).map(|rank| LocalCommunicator { rank: Rank::from(rank), inboxes: Arc::clone(&inboxes) }).collect()
 }

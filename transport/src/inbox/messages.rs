@@ -2,11 +2,12 @@
 
 use super::{Inbox, State};
 use crate::proto::round::Violation;
-use crate::{ByteClass, Message, TransportError};
+use crate::{ByteClass, LossCause, Message, TransportError};
 use bytes::Bytes;
 use exflow_placement::Rank;
 use std::collections::VecDeque;
 use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// What has arrived of messages, and how far each peer has counted.
@@ -52,6 +53,28 @@ impl Inbox {
         let next = &mut state.messages.next[to.index()].0;
         *next += 1;
         Ok(*next - 1)
+    }
+
+    /// Counts a message for `to` that the driver is to send. A peer that lets so many wait is given up: to wait for it would
+    /// make sending depend on what others read, and to go on would let it fill this rank's memory.
+    pub(crate) fn queue_message(&self, to: Rank, bytes: usize) -> Result<(), TransportError> {
+        let Some(unsent) = self.unsent_messages.get(to.index()) else { return Ok(()) };
+        let limit_bytes = self.limits.messages_unsent_bytes;
+        let before = unsent.fetch_add(bytes, Ordering::Relaxed);
+        let waiting_bytes = before.saturating_add(bytes);
+        if before == 0 || waiting_bytes <= limit_bytes {
+            return Ok(());
+        }
+        unsent.fetch_sub(bytes, Ordering::Relaxed);
+        self.lose_peer(to, LossCause::Unread { waiting_bytes, limit_bytes });
+        self.failure().map_or(Ok(()), Err)
+    }
+
+    /// Notes that the driver has taken a message for `to`.
+    pub(crate) fn message_sent(&self, to: Rank, bytes: usize) {
+        if let Some(unsent) = self.unsent_messages.get(to.index()) {
+            unsent.fetch_sub(bytes, Ordering::Relaxed);
+        }
     }
 
     /// The next message, or else the next background payload; waits up to `timeout`. What has arrived is given out

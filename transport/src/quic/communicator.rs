@@ -233,7 +233,10 @@ impl Communicator for QuicCommunicator {
         let number = MESSAGE | self.inbox.send_message(to, class, payload.len())?;
         match &self.ways[to.index()] {
             Way::Here(inbox) => inbox.deliver_message(self.rank, class, layer, payload),
-            Way::Link(sender) => put(&sender.rows, self.header(RoundId { number, class, layer }), payload),
+            Way::Link(sender) => {
+                self.inbox.queue_message(to, payload.len())?;
+                put(&sender.rows, self.header(RoundId { number, class, layer }), payload);
+            }
             Way::None => {}
         }
         self.hub.core.runtime.wake();

@@ -7,7 +7,7 @@ use super::*;
 use crate::proto::frame::{FrameHeader, MESSAGE};
 use crate::proto::membership::WorldName;
 use crate::proto::pulse::Beat;
-use crate::{ByteClass, Communicator, RoundId, TransportError, Violation};
+use crate::{ByteClass, Communicator, LossCause, RoundId, TransportError, Violation};
 use bytes::Bytes;
 use std::sync::Mutex;
 use std::time::Duration;
@@ -251,6 +251,33 @@ fn a_peer_that_does_not_read_is_named_and_others_are_served() {
     let (from, bytes) = two.recv_bulk(SOON).expect("receive").expect("in time");
     assert_eq!((from, bytes.len()), (Rank(0), 1 << 18));
     drop(puppet);
+}
+
+#[test]
+fn messages_to_a_peer_that_does_not_read_wait_up_to_a_bound() {
+    let ([(mut zero, _), (two, _)], puppet) = world(&QuicOptions { messages_unsent_bytes: KEPT, ..quick() });
+    let message = Bytes::from(vec![4; 1 << 16]);
+    // What the streams of one link take, on both sides, and as much again that quinn has taken and not sent.
+    let most = KEPT + 4 * 3 * 2 * 1024 * 1200;
+    let mut taken = 0;
+    let error = loop {
+        match zero.send_message(Rank(1), ByteClass::Dispatch, 0, message.clone()) {
+            Ok(()) => taken += message.len(),
+            Err(error) => break error,
+        }
+        assert!(taken <= most, "{taken} bytes");
+    };
+    let unread = |error: &TransportError| match error {
+        TransportError::PeerLost { peer, cause: LossCause::Unread { limit_bytes, .. }, .. } => {
+            (*peer, *limit_bytes) == (Rank(1), KEPT)
+        }
+        _ => false,
+    };
+    assert!(unread(&error) && taken >= KEPT, "{error}, {taken} bytes");
+    // It is known from then on, and nothing waits for it.
+    let error = zero.send_message(Rank(2), ByteClass::Ids, 0, Bytes::new()).expect_err("rank 1 is given up");
+    assert!(unread(&error), "{error}");
+    drop((zero, two, puppet));
 }
 
 #[test]

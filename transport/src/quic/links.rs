@@ -68,7 +68,7 @@ pub(crate) fn start(
         let (bulk_sender, bulk_queue) = mpsc::unbounded_channel();
         let inbox = context.inbox(own);
         inbox.bulk_coming(peer, true);
-        writers.spawn(write_rows(rows.0, rows_queue));
+        writers.spawn(write_rows(rows.0, rows_queue, Arc::clone(inbox), peer));
         writers.spawn(write_bulk(bulk.0, bulk_queue, Arc::clone(inbox), peer, context.background.clone()));
         tokio::spawn(reader(rows.1, Stream::Rows, own, peer).run());
         tokio::spawn(reader(bulk.1, Stream::Bulk, own, peer).run());
@@ -103,11 +103,20 @@ async fn beat(mut send: SendStream, context: LinkContext, speaker: Rank, connect
     connection.closed().await;
 }
 
-async fn write_rows(mut send: SendStream, mut queue: mpsc::UnboundedReceiver<Outgoing>) {
+async fn write_rows(
+    mut send: SendStream,
+    mut queue: mpsc::UnboundedReceiver<Outgoing>,
+    inbox: Arc<Inbox>,
+    peer: Rank,
+) {
     while let Some((header, payload)) = queue.recv().await {
+        let bytes = payload.len();
         let mut parts = [Bytes::copy_from_slice(&header.encode()), payload];
         if send.write_all_chunks(&mut parts).await.is_err() {
             return; // The rows reader of the same connection reports why.
+        }
+        if header.number & MESSAGE != 0 {
+            inbox.message_sent(peer, bytes);
         }
     }
     drain(send).await;

@@ -83,6 +83,8 @@ pub struct QuicOptions {
     pub bulk_unread_bytes: usize,
     /// Background bytes waiting for a peer before `send_bulk` waits.
     pub bulk_unsent_bytes: usize,
+    /// Bytes of messages waiting for a peer before it is given up: they must not wait, and it does not read.
+    pub messages_unsent_bytes: usize,
     /// Congestion control.
     pub congestion: Congestion,
     /// Largest UDP payload to try, bytes; discovered per path from [`MIN_UDP_PAYLOAD`] up.
@@ -111,6 +113,7 @@ impl Default for QuicOptions {
             early_bytes: 64 << 20,
             bulk_unread_bytes: 256 << 20,
             bulk_unsent_bytes: 256 << 20,
+            messages_unsent_bytes: 256 << 20,
             congestion: Congestion::ShortQueue { most_bytes: 1 << 20 },
             max_udp_payload: JUMBO_UDP_PAYLOAD,
             socket_buffer_bytes: 4 << 20,
@@ -165,6 +168,7 @@ impl QuicOptions {
             },
             bulk_unread_bytes: self.bulk_unread_bytes,
             bulk_unsent_bytes: self.bulk_unsent_bytes,
+            messages_unsent_bytes: self.messages_unsent_bytes,
             header_bytes: HEADER_BYTES,
         }
     }
