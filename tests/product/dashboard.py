@@ -34,7 +34,7 @@ def visit(browser, width, scheme):
 
     # Typed and sent with the keyboard; the text appears piece by piece.
     page.click("#prompt")
-    page.fill("#max-tokens", "60")
+    page.fill("#max-tokens", "300")
     page.locator("#prompt").press_sequentially("In the beginning")
     page.locator("#prompt").press("Enter")
     expect(page.locator(".said.user")).to_have_text("In the beginning")

@@ -80,10 +80,14 @@ function say(text, state) {
 const pause = (ms) => new Promise((done) => setTimeout(done, ms));
 
 async function watch(model, maps) {
+  let made = 0;
   for (;;) {
     try {
       await events("/api/live", {}, (live) => {
-        say(live.running + live.waiting ? "at work" : "ready", "live");
+        // An answer may begin and end between two pictures.
+        const busy = live.running + live.waiting > 0 || (made > 0 && live.output_tokens > made);
+        made = live.output_tokens;
+        say(busy ? "at work" : "ready", "live");
         figures(live);
         plan(model, live);
         drawRanks(model, live);
