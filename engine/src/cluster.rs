@@ -18,7 +18,7 @@ use crate::options::{ClusterOptions, Feed, NoProgress, Progress};
 use crate::runtime::{Admission, BLOCK, Command, Event, RankStats};
 use crate::text::TextCodec;
 use crate::{EngineError, Generation, Request, TokenEvent};
-use exflow_placement::{PlacementTable, Rank, RoutingTrace};
+use exflow_placement::{Affinity, PlacementTable, Rank, RoutingTrace};
 use exflow_transport::quic::Suspects;
 use group::{Group, World};
 use host::{Host, News, Running};
@@ -256,6 +256,20 @@ impl Cluster {
         Ok(Some(event))
     }
 
+    /// Takes note of which expert followed which in what it ran: with the profile that it was started with, this says
+    /// where the experts of a lost rank go.
+    pub(crate) fn learn(&self, counted: &Affinity) {
+        if !self.group.goes_on() {
+            return;
+        }
+        let mut known = counted.clone();
+        if let Some(Err(error)) = self.options.affinity.as_deref().map(|profiled| known.merge(profiled, 1.0))
+        {
+            tracing::warn!(%error, "counts that do not go with the profile");
+        }
+        self.group.learn(known);
+    }
+
     /// What wakes [`event_within`](Self::event_within) from outside.
     pub(crate) fn waker(&self) -> Sender<Event> {
         self.events_in.clone()
@@ -307,14 +321,14 @@ impl Cluster {
         }
         self.tell(&format!("epoch {} is over: {cause}", self.epoch));
         let world = self.group.form(&self.options, &self.host.spec, self.epoch + 1)?;
-        self.host.load(&world.plan, Rank(0), &NoProgress)?;
+        let loaded = self.host.load(&world.plan, Rank(0), &NoProgress)?;
         // What was told and not yet taken is made again.
         let left: Vec<Event> = self.events.try_iter().collect();
         if left.iter().any(|event| matches!(event, Event::Wake)) {
             let _ = self.events_in.send(Event::Wake);
         }
         self.begin(world)?;
-        self.tell(&self.describe());
+        self.tell(&format!("{}; process 0: {loaded}", self.describe()));
         for admission in self.journal.replay() {
             self.command(Command::Submit(admission))?;
         }

@@ -1,7 +1,7 @@
 //! What a caller chooses.
 
 use crate::EngineError;
-use exflow_placement::{PlacementTable, Strategy};
+use exflow_placement::{Affinity, PlacementTable, Strategy};
 use exflow_shaders::Cache;
 use exflow_transport::link::LinkSpec;
 use serde::{Deserialize, Serialize};
@@ -176,6 +176,9 @@ pub struct ClusterOptions {
     pub link: Option<LinkSpec>,
     /// Where each expert goes.
     pub placement: PlacementSource,
+    /// How often experts follow one another, as profiled: where the ranks that are left put a lost rank's experts.
+    /// `None`: by load alone, or by what an [`Engine`](crate::Engine) has counted.
+    pub affinity: Option<Arc<Affinity>>,
     /// Part of an adapter's name, or its index in [`devices`](crate::devices); `None`: the best one.
     pub adapter: Option<String>,
     /// How matrices lie on the device.
@@ -276,6 +279,7 @@ impl ClusterOptions {
             schedule: Schedule::Rounds,
             link: None,
             placement: PlacementSource::RoundRobin,
+            affinity: None,
             adapter: None,
             dtype: Dtype::F32,
             quant: None,

@@ -126,3 +126,27 @@ fn profiles_that_do_not_fit() {
     refused("a trace that is cut", &place("--trace", &trace), &["t.npy"]);
     assert!(!Path::new(&out).exists(), "a refused run leaves no file");
 }
+
+#[test]
+fn an_affinity_for_a_loss_that_cannot_be_used() {
+    let folder = tiny().write();
+    let file = folder.file("other.npz");
+    exflow::placement::Affinity::zeros(5, 3).save_npz(&file).expect("write");
+    let (other, missing) = (file.to_str().expect("UTF-8"), folder.file("none.npz"));
+    let run = |more: &[&str]| generate(folder.path(), &[&["--prompt-ids", "1,2"], more].concat());
+    let certificates = folder.file("certificates");
+    let certificates = certificates.to_str().expect("UTF-8");
+    for args in [&["cert", "init", certificates][..], &["cert", "issue", certificates, "--rank", "0"]] {
+        assert!(exflow(args).status.success());
+    }
+    let group =
+        ["--rank", "0", "--world-size", "2", "--leader", "127.0.0.1:7447", "--identity", certificates];
+    let in_group = |file: &str| run(&[&group[..], &["--affinity", file]].concat());
+    refused("affinity of one process", &run(&["--affinity", other]), &["--affinity", "loses none"]);
+    refused("an affinity that is missing", &in_group(missing.to_str().expect("UTF-8")), &["none.npz"]);
+    refused(
+        "an affinity of another shape",
+        &in_group(other),
+        &["5 MoE layers with 3 experts", "exflow profile"],
+    );
+}

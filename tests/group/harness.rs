@@ -1,7 +1,9 @@
 //! Processes of one group on this machine, which end with their test.
 
-use crate::common::prepare;
-use exflow::engine::{Cluster, ClusterOptions, GroupOptions, NoProgress, Observer, Rank, TransportKind};
+use crate::common::{prepare, tokens};
+use exflow::engine::{
+    Cluster, ClusterOptions, GroupOptions, NoProgress, Observer, Rank, Request, TransportKind,
+};
 use exflow::transport::identity::{ClusterAuthority, DEFAULT_VALIDITY};
 use std::net::UdpSocket;
 use std::path::{Path, PathBuf};
@@ -93,6 +95,22 @@ impl Group {
 
     pub(crate) fn said(&self) -> String {
         self.said.lock().expect("words").join("\n")
+    }
+
+    /// Runs the requests, to the same tokens each time, until no rank is absent.
+    pub(crate) fn until_all_are_back(
+        &self,
+        cluster: &mut Cluster,
+        requests: &[Request],
+        expected: &[Vec<u32>],
+    ) {
+        let began = Instant::now();
+        while !cluster.absent().is_empty() {
+            assert!(began.elapsed() < Duration::from_secs(60), "{}", self.said());
+            let run =
+                cluster.generate(requests, &mut |_| {}).unwrap_or_else(|e| panic!("{e}\n{}", self.said()));
+            assert_eq!(tokens(&run), expected, "with or without those who are absent");
+        }
     }
 
     /// The command of a process; `more` may say a flag once more than the usual ones.

@@ -12,10 +12,11 @@ mod relay;
 use common::tiny::{Folder, Tiny};
 use common::{request, root, tokens};
 use exflow::engine::{Cluster, ClusterOptions, Feed, NoProgress, PlacementSource, Rank, Schedule, Strategy};
-use exflow::placement::PlacementTable;
+use exflow::placement::{Affinity, PlacementTable};
 use harness::{Group, Worker, err};
 use std::net::UdpSocket;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 fn tiny() -> Folder {
@@ -57,11 +58,7 @@ fn processes_make_one_world_and_a_killed_one_changes_no_token() {
 
     // It comes back, and is let in.
     workers.push(group.worker(2, &[]));
-    let began = Instant::now();
-    while !cluster.absent().is_empty() {
-        assert!(began.elapsed() < Duration::from_secs(60), "{}", group.said());
-        assert_eq!(tokens(&cluster.generate(&requests, &mut |_| {}).expect("with or without it")), expected);
-    }
+    group.until_all_are_back(&mut cluster, &requests, &expected);
     assert!(cluster.epoch() >= 2);
     assert_eq!(tokens(&cluster.generate(&requests, &mut |_| {}).expect("all again")), expected);
     drop(cluster);
@@ -69,6 +66,36 @@ fn processes_make_one_world_and_a_killed_one_changes_no_token() {
         let output = worker.end();
         assert!(output.status.success(), "a worker ends with rank 0: {}", err(&output));
     }
+}
+
+/// Expert e always follows expert e: each of the lost rank's chains goes to one rank, which reads that and no more.
+#[test]
+fn a_lost_ranks_experts_stay_with_those_that_they_follow() {
+    let folder = tiny();
+    let (requests, expected) = undisturbed(folder.path(), 16);
+    let group = Group::new(3, folder.path());
+    let mut affinity = Affinity::zeros(3, 8);
+    affinity.transitions.chunks_exact_mut(64).for_each(|pair| (0..8).for_each(|e| pair[9 * e] = 1.0));
+    let options = ClusterOptions { affinity: Some(Arc::new(affinity)), ..group.options() };
+    let (_one, mut two) = (group.worker(1, &[]), Some(group.worker(2, &[])));
+    let mut cluster = group.start(options).join().expect("thread");
+    let mut events = 0;
+    let run = cluster.generate(&requests, &mut |_| {
+        events += 1;
+        if events == 20 {
+            drop(two.take());
+        }
+    });
+    assert_eq!(tokens(&run.unwrap_or_else(|e| panic!("{e}\n{}", group.said()))), expected);
+    for row in &cluster.placement().assignment {
+        assert_eq!(row, &cluster.placement().assignment[0], "chains are whole");
+        assert!((0..2).all(|r| row.iter().filter(|holder| **holder == Rank(r)).count() == 4), "{row:?}");
+    }
+    assert!(group.said().contains("process 0: 3 experts read, 9 kept"), "{}", group.said());
+    // Everything goes back to where it was: of what rank 0 holds then it has all.
+    let _two = group.worker(2, &[]);
+    group.until_all_are_back(&mut cluster, &requests, &expected);
+    assert!(group.said().contains("process 0: 0 experts read, 9 kept"), "{}", group.said());
 }
 
 /// Two processes of two ranks each, in both schedules; then one of them is killed and the other holds all experts.
@@ -317,11 +344,7 @@ fn a_process_that_is_stopped_for_5_s_is_done_without_and_comes_back() {
     assert_eq!(cluster.absent(), [Rank(2)], "{}", group.said());
     std::thread::sleep(Duration::from_secs(4));
     workers[1].signal("-CONT");
-    let began = Instant::now();
-    while !cluster.absent().is_empty() {
-        assert!(began.elapsed() < Duration::from_secs(60), "{}", group.said());
-        assert_eq!(tokens(&cluster.generate(&requests, &mut |_| {}).expect("it comes back")), expected);
-    }
+    group.until_all_are_back(&mut cluster, &requests, &expected);
 }
 
 #[test]
@@ -343,11 +366,7 @@ fn a_restart_on_the_same_port_is_let_in_at_the_next_epoch() {
         }
     });
     assert_eq!(tokens(&run.unwrap_or_else(|e| panic!("{e}\n{}", group.said()))), expected);
-    let began = Instant::now();
-    while !cluster.absent().is_empty() {
-        assert!(began.elapsed() < Duration::from_secs(60), "{}", group.said());
-        assert_eq!(tokens(&cluster.generate(&requests, &mut |_| {}).expect("it comes back")), expected);
-    }
+    group.until_all_are_back(&mut cluster, &requests, &expected);
 }
 
 #[test]

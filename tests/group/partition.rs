@@ -6,7 +6,7 @@ use crate::{tiny, tokens, undisturbed};
 use exflow::engine::{Cluster, Rank};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Three processes, the last of which reaches rank 0 by a way that can be broken.
 fn run(group: &Group) -> (Cluster, Vec<Worker>, Arc<Path>) {
@@ -46,11 +46,7 @@ fn a_partition_changes_no_token_and_who_was_cut_off_comes_back() {
         // Healed, its next process is let in.
         path.cut(false);
         workers.push(group.worker(2, &["--leader", &group.leader]));
-        let began = Instant::now();
-        while !cluster.absent().is_empty() {
-            assert!(began.elapsed() < Duration::from_secs(60), "{}", group.said());
-            assert_eq!(tokens(&cluster.generate(&requests, &mut |_| {}).expect("it comes back")), expected);
-        }
+        group.until_all_are_back(&mut cluster, &requests, &expected);
     }
 }
 

@@ -6,7 +6,7 @@ use super::sizing::Offer;
 use crate::EngineError;
 use crate::model::ModelSpec;
 use crate::options::{ClusterOptions, GroupOptions, PlacementSource, TransportKind};
-use exflow_placement::Rank;
+use exflow_placement::{Affinity, Rank};
 use exflow_transport::identity::Identity;
 use exflow_transport::proto::membership::{Digest, Party, Roster};
 use exflow_transport::quic::{self, JoinEvent, JoinOptions, Life, Listener, QuicOptions, Ruling, Suspects};
@@ -64,6 +64,7 @@ struct Decision {
 
 impl Group {
     pub(crate) fn new(options: &ClusterOptions, spec: &ModelSpec) -> Result<Self, EngineError> {
+        placing::check_affinity(options, spec)?;
         let Some(group) = &options.group else {
             placing::check_ranks(options.ranks, spec)?;
             return Ok(Self::Alone(options.transport, Offer::of(options)?));
@@ -100,6 +101,15 @@ impl Group {
         if let Self::Led(leader) = self {
             let mut decision = leader.decision();
             (decision.options, decision.base) = (Some(options.clone()), None);
+        }
+    }
+
+    /// Has experts of ranks that are lost placed by these counts.
+    pub(crate) fn learn(&self, affinity: Affinity) {
+        if let Self::Led(leader) = self
+            && let Some(options) = leader.decision().options.as_mut()
+        {
+            options.affinity = Some(Arc::new(affinity));
         }
     }
 

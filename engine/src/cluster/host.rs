@@ -22,6 +22,21 @@ pub(crate) struct Host {
     hosted: Vec<Option<Hosted>>,
 }
 
+/// Experts of this process's ranks, over all layers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Loaded {
+    /// Read from disk.
+    read: usize,
+    /// On their devices already.
+    kept: usize,
+}
+
+impl std::fmt::Display for Loaded {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} experts read, {} kept", self.read, self.kept)
+    }
+}
+
 /// One rank between two epochs.
 struct Hosted {
     decoder: Decoder,
@@ -50,13 +65,13 @@ impl Host {
     }
 
     /// Brings every rank's weights onto its device, the ranks side by side: all of them at first, later the experts
-    /// of the layers where the plan gives it others. `first`: this process's first rank.
+    /// that the plan gives it and that it has not. `first`: this process's first rank.
     pub(crate) fn load(
         &mut self,
         plan: &Plan,
         first: Rank,
         progress: &dyn Progress,
-    ) -> Result<(), EngineError> {
+    ) -> Result<Loaded, EngineError> {
         plan.apply(&mut self.options);
         let Self { options, spec, store, hosted } = self;
         let loader = Loader { options, spec, store, plan, progress };
@@ -71,7 +86,12 @@ impl Host {
                 })
                 .collect();
             let lost = |_| Err(EngineError::Internal("a loading thread panicked".into()));
-            loading.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(lost))
+            let mut all = Loaded::default();
+            for thread in loading {
+                let loaded = thread.join().unwrap_or_else(lost)?;
+                (all.read, all.kept) = (all.read + loaded.read, all.kept + loaded.kept);
+            }
+            Ok(all)
         })
     }
 
@@ -179,17 +199,22 @@ struct Loader<'a> {
 }
 
 impl Loader<'_> {
-    fn bring(&self, rank: Rank, local: usize, hosted: &mut Option<Hosted>) -> Result<(), EngineError> {
+    fn bring(&self, rank: Rank, local: usize, hosted: &mut Option<Hosted>) -> Result<Loaded, EngineError> {
         let failed = |source| match source {
             e @ (EngineError::Tensor { .. } | EngineError::File { .. } | EngineError::Usage { .. }) => e,
             other => other.at(rank),
         };
         let experts = experts_of(&self.plan.table, rank);
-        match hosted {
+        let all = experts.iter().map(Vec::len).sum();
+        let read = match hosted {
             Some(there) => self.replace(rank, there, experts),
-            None => self.whole(rank, local, experts).map(|new| *hosted = Some(new)),
-        }
-        .map_err(failed)
+            None => self.whole(rank, local, experts).map(|new| {
+                *hosted = Some(new);
+                all
+            }),
+        };
+        let read = read.map_err(failed)?;
+        Ok(Loaded { read, kept: all - read })
     }
 
     fn whole(&self, rank: Rank, local: usize, held: Vec<Vec<ExpertId>>) -> Result<Hosted, EngineError> {
@@ -203,15 +228,15 @@ impl Loader<'_> {
         Ok(Hosted { decoder, held })
     }
 
-    /// Other experts than before, read anew for each layer whose experts differ, beside a cache of the plan's size.
+    /// Other experts than before, of which those are read that were not there, beside a cache of the plan's size.
+    /// Returns how many were read.
     fn replace(
         &self,
         rank: Rank,
         there: &mut Hosted,
         experts: Vec<Vec<ExpertId>>,
-    ) -> Result<(), EngineError> {
-        let changed = experts.iter().zip(&there.held).filter(|(new, old)| new != old);
-        let count: usize = changed.map(|(new, _)| new.len()).sum();
+    ) -> Result<usize, EngineError> {
+        let count = fresh(&experts, &there.held);
         let total = self.spec.elements(count) - self.spec.elements(0);
         let mut read = self.counter(format!("load rank {rank} anew"), total);
         let Hosted { decoder, held } = there;
@@ -219,7 +244,7 @@ impl Loader<'_> {
         let (weights, held_as) = (&mut decoder.weights, (self.options.dtype, self.options.quant));
         weights.replace_experts((self.spec, self.store, &decoder.gpu), held, &experts, held_as, &mut read)?;
         *held = experts;
-        Ok(())
+        Ok(count)
     }
 
     fn counter(&self, stage: String, total: u64) -> impl FnMut(u64) {
@@ -229,6 +254,11 @@ impl Loader<'_> {
             self.progress.update(&stage, done, total, "elements");
         }
     }
+}
+
+/// How many experts `now` has over all layers that `before` has not.
+fn fresh(now: &[Vec<ExpertId>], before: &[Vec<ExpertId>]) -> usize {
+    now.iter().zip(before).flat_map(|(now, before)| now.iter().filter(|e| !before.contains(e))).count()
 }
 
 /// The experts of each MoE layer that a rank holds.

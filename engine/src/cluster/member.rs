@@ -40,7 +40,10 @@ pub fn work(options: ClusterOptions, progress: &dyn Progress) -> Result<(), Engi
         };
         let (epoch, first, plan) = (comm.world().epoch, comm.rank(), Plan::decode(comm.settings())?);
         group.observer.tell(&format!("rank {first} is in epoch {epoch}, {} ranks", plan.table.ranks));
-        host.load(&plan, first, progress)?;
+        let loaded = host.load(&plan, first, progress)?;
+        if epoch > 0 {
+            group.observer.tell(&format!("process {}: {loaded}", group.process));
+        }
         let comms = comms.into_iter().map(|c| Box::new(c) as Box<dyn Communicator>).collect();
         let running = host.start(comms, &plan, &News::Away, None)?;
         match running.finish(&mut host) {

@@ -54,7 +54,7 @@ pub(crate) fn decide(
     let absent = roster.absent();
     let table = match absent.is_empty() {
         true => whole,
-        false => whole.without(&absent, &room).map_err(|shortage| {
+        false => whole.without(&absent, &room, options.affinity.as_deref()).map_err(|shortage| {
             let bytes = shortage.experts.len() as u64 * sizes.expert;
             let gone: Vec<_> = absent.iter().map(Rank::to_string).collect();
             Decline::TooFew(EngineError::Capacity {
@@ -90,6 +90,22 @@ pub(crate) fn check_ranks(ranks: usize, spec: &ModelSpec) -> Result<(), EngineEr
     }
     Ok(())
 }
+
+pub(crate) fn check_affinity(options: &ClusterOptions, spec: &ModelSpec) -> Result<(), EngineError> {
+    let Some(affinity) = options.affinity.as_deref() else { return Ok(()) };
+    affinity.check().map_err(|e| EngineError::usage(e.to_string(), PROFILE))?;
+    let (of, model) = ((affinity.layers, affinity.experts), (spec.moe_layers(), spec.experts));
+    if of == model {
+        return Ok(());
+    }
+    let what = format!(
+        "affinity of {} MoE layers with {} experts for a model of {} with {}",
+        of.0, of.1, model.0, model.1
+    );
+    Err(EngineError::usage(what, PROFILE))
+}
+
+const PROFILE: &str = "make it for this model with `exflow profile --affinity`";
 
 /// The table that was asked for, of `ranks` ranks.
 fn resolve(options: &ClusterOptions, spec: &ModelSpec, ranks: usize) -> Result<PlacementTable, EngineError> {

@@ -19,17 +19,20 @@ pub(crate) enum Usage {
 /// A buffer on one device, or a texture that stands for one.
 #[derive(Debug, Clone)]
 pub(crate) struct Buffer {
-    memory: Memory,
+    pub(super) memory: Memory,
     bytes: u64,
     pub(super) id: u64,
 }
 
 #[derive(Debug, Clone)]
-enum Memory {
+pub(super) enum Memory {
     Buffer(wgpu::Buffer),
     /// Rows of [`IMAGE_WIDTH`] texels.
     Image(wgpu::Texture, wgpu::TextureView),
 }
+
+/// A unit of a matrix.
+pub(super) const UNIT_BYTES: u64 = 16;
 
 /// llvmpipe makes no larger textures.
 const MAX_IMAGE_BYTES: u64 = 1 << 30;
@@ -87,6 +90,14 @@ impl Buffer {
         }
     }
 
+    /// Units from unit `unit` to the end of its row; `None` where there are no rows.
+    pub(super) fn rest_of_row(&self, unit: usize) -> Option<usize> {
+        match &self.memory {
+            Memory::Buffer(_) => None,
+            Memory::Image(texture, _) => Some(texture.width() as usize - unit % texture.width() as usize),
+        }
+    }
+
     /// The buffer itself, for launches that it sizes.
     pub(super) fn raw(&self) -> Result<&wgpu::Buffer, EngineError> {
         match &self.memory {
@@ -133,9 +144,18 @@ impl Gpu {
 
     /// A matrix of units as kernels read it best: CPUs load texels much faster than 16 bytes of a buffer.
     pub(crate) fn matrix(&self, label: &str, units: Vec<[u32; 4]>) -> Result<Buffer, EngineError> {
-        match self.prefers_image(16 * units.len() as u64, 4) {
+        match self.prefers_image(UNIT_BYTES * units.len() as u64, 4) {
             true => Ok(self.image_of(label, units)),
             false => self.buffer_of(label, &units),
+        }
+    }
+
+    /// Memory for a matrix of so many units, for copies to fill.
+    pub(super) fn empty_matrix(&self, label: &str, units: usize) -> Result<Buffer, EngineError> {
+        let bytes = UNIT_BYTES * units as u64;
+        match self.prefers_image(bytes, 4) {
+            true => Ok(self.image(label, units.clamp(1, IMAGE_WIDTH), units, 4)),
+            false => self.buffer(label, bytes, Usage::Storage),
         }
     }
 

@@ -2,6 +2,7 @@
 
 mod buffer;
 mod device;
+mod gather;
 mod idle;
 mod memory;
 mod pipelines;
@@ -12,6 +13,7 @@ mod stamps;
 
 pub(crate) use buffer::{Buffer, Usage};
 pub(crate) use device::Gpu;
+pub(crate) use gather::Part;
 pub use memory::DeviceMemory;
 pub use probe::{Probe, probe};
 pub(crate) use recording::Recording;

@@ -170,7 +170,9 @@ impl Owner {
         }
         count(&mut state.live.requests);
         let state = &mut *state;
-        self.routes.close(sequence, self.open.is_empty(), &mut state.affinity);
+        if self.routes.close(sequence, self.open.is_empty(), &mut state.affinity) {
+            self.cluster.learn(&state.affinity);
+        }
     }
 
     fn token(

@@ -64,8 +64,8 @@ impl Routes {
         }
     }
 
-    /// A request is over: its routes are counted, now or together with later ones.
-    pub(super) fn close(&mut self, sequence: u32, last: bool, affinity: &mut Affinity) {
+    /// A request is over: its routes are counted, now or together with later ones. Returns whether there are new counts.
+    pub(super) fn close(&mut self, sequence: u32, last: bool, affinity: &mut Affinity) -> bool {
         if let Some(open) = self.open.remove(&sequence) {
             let mut expected = None;
             for (position, mut hops) in open.hops {
@@ -83,7 +83,8 @@ impl Routes {
             }
             self.trace.mark_break();
         }
-        if self.trace.tokens() >= COUNT_AT || (last && self.trace.tokens() > 0) {
+        let counts = self.trace.tokens() >= COUNT_AT || (last && self.trace.tokens() > 0);
+        if counts {
             let empty = RoutingTrace::new(self.layers, self.trace.k());
             let trace = std::mem::replace(&mut self.trace, empty);
             let counted = Affinity::from_trace(&trace, self.experts);
@@ -91,5 +92,6 @@ impl Routes {
                 tracing::warn!(%error, "routes that cannot be counted");
             }
         }
+        counts
     }
 }

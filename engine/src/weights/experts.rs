@@ -1,11 +1,11 @@
 //! Experts, shared experts and dense FFNs: one form on the device for all that stand on disk.
 
 use super::formats;
-use super::layers::{Dense, Loader};
+use super::layers::{Dense, Loader, Matrix};
 use super::names::ExpertForm;
 use super::rows::Rows;
 use crate::EngineError;
-use crate::gpu::Buffer;
+use crate::gpu::{Buffer, Part};
 use crate::model::FfnSpec;
 use exflow_placement::ExpertId;
 
@@ -33,14 +33,78 @@ struct Expert {
 
 impl Loader<'_> {
     pub(super) fn experts(&mut self, layer: usize, held: &[ExpertId]) -> Result<Experts, EngineError> {
+        let label = self.names.of_layer(layer, self.names.moe);
+        let experts = held.iter().map(|e| self.expert(layer, e.index()));
+        let experts = experts.collect::<Result<Vec<_>, _>>()?;
+        Ok(Experts { local: self.numbers(held), ffn: self.assemble(&label, self.spec.expert, experts)? })
+    }
+
+    /// Local number of each logical expert, where these are held.
+    fn numbers(&self, held: &[ExpertId]) -> Vec<Option<u32>> {
         let mut local = vec![None; self.spec.experts];
         for (index, expert) in held.iter().enumerate() {
             local[expert.index()] = Some(index as u32);
         }
+        local
+    }
+
+    /// The experts `now`, where `there` are the experts `before`: those of both are copied on the device.
+    pub(super) fn other_experts(
+        &mut self,
+        layer: usize,
+        there: &Experts,
+        before: &[ExpertId],
+        now: &[ExpertId],
+    ) -> Result<Experts, EngineError> {
+        let fresh: Vec<ExpertId> = now.iter().filter(|expert| !before.contains(expert)).copied().collect();
+        let read = self.experts(layer, &fresh)?;
+        if fresh.len() == now.len() {
+            return Ok(read);
+        }
         let label = self.names.of_layer(layer, self.names.moe);
-        let experts = held.iter().map(|e| self.expert(layer, e.index()));
-        let experts = experts.collect::<Result<Vec<_>, _>>()?;
-        Ok(Experts { local, ffn: self.assemble(&label, self.spec.expert, experts)? })
+        let local = |experts: &Experts, expert: ExpertId| experts.local[expert.index()].map(|at| at as usize);
+        let source = |&expert: &ExpertId| match local(&read, expert) {
+            Some(at) => Some((&read.ffn, fresh.len(), at)),
+            None => local(there, expert).map(|at| (&there.ffn, before.len(), at)),
+        };
+        let sources: Vec<_> = now.iter().filter_map(source).collect();
+        let gather = |of: fn(&Ffn) -> &Dense| self.gather(&label, &sources, of);
+        let ffn = Ffn { spec: self.spec.expert, up: gather(|ffn| &ffn.up)?, down: gather(|ffn| &ffn.down)? };
+        Ok(Experts { local: self.numbers(now), ffn })
+    }
+
+    /// The matrices of experts one behind the other; each is one, by its number, of so many that are together.
+    fn gather(
+        &self,
+        label: &str,
+        sources: &[(&Ffn, usize, usize)],
+        of: fn(&Ffn) -> &Dense,
+    ) -> Result<Dense, EngineError> {
+        let cut = |buffer, units: usize, count, at| Part {
+            of: buffer,
+            first: units / count * at,
+            units: units / count,
+        };
+        let weights = sources.iter().map(|&(ffn, count, at)| {
+            let weight = &of(ffn).weight;
+            cut(&weight.buffer, weight.units, count, at)
+        });
+        let weights: Vec<Part<'_>> = weights.collect();
+        let biases = sources.iter().filter_map(|&(ffn, count, at)| {
+            let bias = of(ffn).bias.as_ref()?;
+            Some(cut(bias, (bias.bytes() / 16) as usize, count, at))
+        });
+        let biases: Vec<Part<'_>> = biases.collect();
+        let like = sources.first().map(|(ffn, ..)| of(ffn).weight.clone());
+        let like =
+            like.ok_or_else(|| EngineError::Internal(format!("{label}: no experts to put together")))?;
+        let units = weights.iter().map(|part| part.units).sum();
+        let weight = Matrix { buffer: self.gpu.gather(label, &weights, true)?, units, ..like };
+        let bias = match biases.is_empty() {
+            true => None,
+            false => Some(self.gpu.gather(label, &biases, false)?),
+        };
+        Ok(Dense { weight, bias })
     }
 
     /// A dense layer's FFN or a shared expert, under `part`.

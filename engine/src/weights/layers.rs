@@ -29,6 +29,8 @@ pub(crate) struct Matrix {
     pub(crate) height4: usize,
     /// vec4s of columns.
     pub(crate) width4: usize,
+    /// Units of 16 bytes of all of them.
+    pub(super) units: usize,
 }
 
 /// A matrix `[N, K]`, with a bias `[N]` where it has one.
@@ -132,7 +134,8 @@ impl ModelWeights {
 }
 
 impl ModelWeights {
-    /// Reads the experts of each MoE layer anew where `experts[layer]` are others than `held[layer]`.
+    /// Gives each MoE layer the experts `experts[layer]` in place of `held[layer]`: only those that were not there are
+    /// read.
     pub(crate) fn replace_experts(
         &mut self,
         (spec, store, gpu): (&ModelSpec, &Store, &Gpu),
@@ -150,7 +153,7 @@ impl ModelWeights {
                 continue;
             };
             if held[index] != experts[index] {
-                *there = loader.experts(layer, &experts[index])?;
+                *there = loader.other_experts(layer, there, &held[index], &experts[index])?;
             }
         }
         Ok(())
@@ -271,8 +274,8 @@ impl Loader<'_> {
             let what = format!("{name}: weight {value} is beyond what f16 holds");
             EngineError::usage(what, "use --dtype f32, without --quant")
         })?;
-        let (height4, width4) = (height / 4, rows.columns / 4);
-        Ok(Matrix { buffer: self.gpu.matrix(name, units)?, form, height4, width4 })
+        let (height4, width4, count) = (height / 4, rows.columns / 4, units.len());
+        Ok(Matrix { buffer: self.gpu.matrix(name, units)?, form, height4, width4, units: count })
     }
 
     pub(super) fn upload(&self, name: &str, values: &[f32]) -> Result<Buffer, EngineError> {

@@ -3,10 +3,11 @@
 use super::duration;
 use crate::cli::failure::Failure;
 use crate::cli::output;
-use exflow::engine::{ClusterOptions, GroupOptions, Observer, TransportKind};
+use exflow::engine::{Affinity, ClusterOptions, GroupOptions, Observer, TransportKind};
 use exflow::transport::launch::{self, Launch};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Which process this is, where the others are, and what it brings.
@@ -37,6 +38,10 @@ pub(crate) struct GroupFlags {
     /// Memory that each rank may take, in place of what the driver says is free: weights first, the KV cache the rest
     #[arg(long, value_name = "10GiB", value_parser = bytes)]
     memory: Option<u64>,
+    /// Counts of `exflow profile`, given to process 0: experts of a rank that is lost go where those are that they
+    /// follow [default: spread evenly; `exflow serve` counts by itself]
+    #[arg(long, value_name = "A.npz")]
+    affinity: Option<PathBuf>,
     /// How long the other processes are waited for
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]
     join_timeout: Duration,
@@ -55,6 +60,14 @@ impl GroupFlags {
         } else {
             options.ranks = options.ranks.max(options.devices.len());
         }
+        if self.affinity.is_some() && group.is_none() {
+            return Err(Failure::Input(
+                "--affinity says where a lost rank's experts go, and one process loses none; give --rank, --world-size and \
+                 --leader, or leave it out"
+                    .into(),
+            ));
+        }
+        options.affinity = self.affinity.as_deref().map(read_affinity).transpose()?.map(Arc::new);
         options.group = group;
         Ok(())
     }
@@ -97,6 +110,10 @@ impl GroupFlags {
             ..GroupOptions::new(process, processes, leader, identity)
         }))
     }
+}
+
+fn read_affinity(path: &Path) -> Result<Affinity, Failure> {
+    Affinity::load_npz(path).map_err(|error| Failure::Input(error.to_string()))
 }
 
 fn input(error: exflow::transport::TransportError) -> Failure {
