@@ -6,6 +6,7 @@ use crate::runtime::{RankStats, class_bytes, row_exchanges};
 use exflow_placement::Rank;
 use exflow_transport::{ByteClass, WireStats};
 use serde::Serialize;
+use std::time::Duration;
 
 /// Bytes (or bytes per token) by what they carry.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
@@ -191,7 +192,8 @@ fn compute_ms(reports: &[RankStats], flow: bool) -> f64 {
         return 1e3 * ratio(busy, hops as f64);
     }
     let of = |r: &RankStats| {
-        let wait = r.decode_wire.wait(ByteClass::Dispatch) + r.decode_wire.wait(ByteClass::Combine);
+        let waits = [ByteClass::Dispatch, ByteClass::Combine, ByteClass::Ids];
+        let wait: Duration = waits.into_iter().map(|class| r.decode_wire.wait(class)).sum();
         ratio((r.decode_seconds - wait.as_secs_f64()).max(0.0), r.decode_steps as f64)
     };
     1e3 * reports.iter().map(of).fold(0.0, f64::max)

@@ -192,7 +192,7 @@ mod tests {
         let link = LinkTime { latency_s: 0.002, bytes_per_s: 1e6, message_s: 0.0 };
         let flat = |s: f64| Curve(vec![(1, s), (16, s)]);
         let hop = |s: f64| ByStrategy { coherent: flat(s), vanilla: flat(s) };
-        let rank = |s: f64| RankTimes { hop: hop(s), crowded: 1.0, ..RankTimes::default() };
+        let rank = |s: f64| RankTimes { hop: hop(s), attend: hop(s), crowded: 1.0, ..RankTimes::default() };
         let shape = Shape { layers: vec![Some(0), Some(1)], hidden_bytes: 1000.0, kv_bytes: 2000.0 };
         let mut routes = RoutingTrace::new(2, 1);
         (0..40).for_each(|i| routes.push_token(&[i % 2, i % 2]));

@@ -104,7 +104,6 @@ impl Step<'_> {
         let mut heads = vec![0; ranks];
         residence.iter().for_each(|rank| heads[*rank] += 1);
         self.work(|rank| self.measured.ranks[rank].sample.at(heads[rank]));
-        self.exchange(0.0);
         self.handle_contexts();
         // Keys and values travel beside all this; a step cannot be shorter than they take.
         let sending = |rank: usize| self.kv[rank] / self.measured.uplink(rank);

@@ -17,6 +17,8 @@ pub(crate) struct Arrived {
 pub(crate) struct Coherence {
     marks: HashMap<(u32, u16), Watermark>,
     waiting: BTreeMap<u16, Vec<Arrived>>,
+    /// In rounds: what came before the order that makes room for it.
+    early: Vec<(u16, Arrived)>,
 }
 
 /// Positions `0..complete` are there; `ahead` holds those beyond a gap.
@@ -44,6 +46,16 @@ impl Coherence {
         self.waiting.entry(layer).or_default().push(arrived);
     }
 
+    /// Keeps what there is no room for yet.
+    pub(crate) fn keep(&mut self, layer: u16, arrived: Arrived) {
+        self.early.push((layer, arrived));
+    }
+
+    /// What was kept, to be looked at again.
+    pub(crate) fn take_early(&mut self) -> Vec<(u16, Arrived)> {
+        std::mem::take(&mut self.early)
+    }
+
     /// Takes note of a position that this rank made itself.
     pub(crate) fn note(&mut self, layer: u16, sequence: u32, position: u32) {
         self.marks.entry((sequence, layer)).or_default().add(position);
@@ -63,6 +75,7 @@ impl Coherence {
     pub(crate) fn forget(&mut self, sequence: u32) {
         self.marks.retain(|(id, _), _| *id != sequence);
         self.waiting.values_mut().for_each(|list| list.retain(|arrived| arrived.sequence != sequence));
+        self.early.retain(|(_, arrived)| arrived.sequence != sequence);
     }
 }
 

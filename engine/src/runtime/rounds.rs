@@ -1,15 +1,21 @@
-//! The loop in rounds: agree on what runs, step, gather what was sampled, again. Every exchange is one that all
-//! ranks take part in.
+//! The loop in rounds: agree on what runs, step, tell what was sampled, again. Every exchange is one that all ranks
+//! take part in.
+//!
+//! What ranks tell each other after a step is heard during the next one: it began before the next step's first exchange
+//! and so is there when that is over, and no latency of its own is waited for. A rank knows what it sampled itself, which
+//! is all that its rows of the next step are made from. Orders are carried out between two steps, one step later than
+//! they are given, unless there is nothing to step for: by all ranks at the same place.
 
 use super::outlet::News;
 use super::sequence::Sampled;
-use super::step::{Batch, Outcome, Row};
+use super::step::{BULK_LAYERS, Batch, Bulk, Outcome, Row};
 use super::worker::{Directive, Event, Worker};
 use crate::EngineError;
 use bytes::Bytes;
 use exflow_placement::Rank;
 use exflow_transport::{ByteClass, RoundId, TransportError};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 /// What every rank tells every other one at the end of a step.
@@ -23,38 +29,60 @@ struct Gathered {
     more: bool,
 }
 
+/// What the loop holds beside the rank's own state.
+#[derive(Default)]
+struct Rounds {
+    /// Sequences whose last token was sampled here, with that token and its position.
+    residents: BTreeMap<u32, (u32, u32)>,
+    /// What was told and has still to be heard.
+    unheard: Option<RoundId>,
+    /// Orders that were heard and have still to be carried out.
+    held: Vec<(Rank, Directive)>,
+}
+
 /// How long the first gathering waits for ranks that still load; one that dies is noticed at once.
 const LOADING: Duration = Duration::from_secs(3600);
 
 impl Worker {
     pub(super) fn run_rounds(&mut self) -> Result<(), EngineError> {
         self.meet()?;
+        let mut rounds = Rounds::default();
         while !self.stopping {
-            let outcome = self.step()?;
+            // One rank hears itself at once; several need a step to hear each other in.
+            let steps = self.sequences.chunks().next().is_some() || self.sequences.decodable() > 0;
+            if !steps || self.comm.world_size() == 1 {
+                self.hear(&mut rounds)?;
+                self.carry_out_held(&mut rounds)?;
+                if self.stopping {
+                    break;
+                }
+            }
+            let outcome = self.step(&mut rounds)?;
+            self.carry_out_held(&mut rounds)?;
+            if self.stopping {
+                break;
+            }
             let directives = self.decide();
             for captured in outcome.captured {
                 self.tell(Event::Captured(captured));
             }
-            self.gather(Gathered { sampled: outcome.sampled, directives, ..Gathered::default() })?;
+            rounds.unheard =
+                Some(self.say(Gathered { sampled: outcome.sampled, directives, ..Gathered::default() })?);
         }
         Ok(())
     }
 
     /// Chunks of prompts where rank 0 ordered such, else one token of every sequence, else nothing.
-    fn step(&mut self) -> Result<Outcome, EngineError> {
-        let me = self.comm.rank();
+    fn step(&mut self, rounds: &mut Rounds) -> Result<Outcome, EngineError> {
         let batch = match self.sequences.chunks().next() {
-            Some(_) => self.prompt_batch(me),
-            None => self.decode_batch(me),
+            Some(_) => self.prompt_batch(),
+            None => self.decode_batch(rounds),
         };
         if batch.total == 0 {
             return Ok(Outcome::default());
         }
         let (started, before) = (Instant::now(), self.comm.stats());
-        let outcome = match batch.tokens.is_empty() && self.options.table.ranks == 1 {
-            true => Outcome::default(),
-            false => self.stepper().run(&batch)?,
-        };
+        let Some(outcome) = self.run_batch(rounds, &batch)? else { return Ok(Outcome::default()) };
         let wire = self.comm.stats().since(&before);
         self.stats.add_step(batch.decode, &wire);
         match batch.decode {
@@ -65,11 +93,53 @@ impl Worker {
             }
             false => self.stats.prefill_steps += 1,
         }
-        self.sequences.chunks_done();
+        self.sequences.stepped(batch.decode);
+        for sampled in &outcome.sampled {
+            if let Some(next) = self.sequences.successor(sampled.sequence, sampled.token) {
+                rounds.residents.insert(sampled.sequence, next);
+            }
+        }
         Ok(outcome)
     }
 
-    fn prompt_batch(&self, me: Rank) -> Batch {
+    /// One step over all layers, in which what was told after the last one is heard; none where that is that there is
+    /// nothing to step for.
+    fn run_batch(&mut self, rounds: &mut Rounds, batch: &Batch) -> Result<Option<Outcome>, EngineError> {
+        let (rank, rows) = (self.comm.rank().index(), batch.tokens.len());
+        let _span = tracing::debug_span!("step", rank, rows, decode = batch.decode).entered();
+        let mut rows = self.stepper().begin(batch)?;
+        if self.comm.world_size() == 1 {
+            return if rows.is_empty() {
+                Ok(Some(Outcome::default()))
+            } else {
+                self.stepper().run_alone(rows).map(Some)
+            };
+        }
+        let mut captured = Vec::new();
+        let mut bulk = Bulk::new(self.comm.world_size());
+        let layers = self.decoder.spec.layers;
+        for layer in 0..layers {
+            rows = self.stepper().layer(layer, rows, batch.decode, &mut captured, &mut bulk)?;
+            // Keys and values of decoded tokens are needed a step later: those of several layers travel together.
+            if !batch.decode || (layer + 1) % BULK_LAYERS == 0 || layer + 1 == layers {
+                bulk.send(self.comm.as_mut())?;
+            }
+            if self.decoder.spec.moe_index(layer).is_some() {
+                self.hear(rounds)?;
+                if self.sequences.is_over(batch.decode) {
+                    return Ok(None);
+                }
+            }
+        }
+        // What is sampled now depends on what was sampled before.
+        self.hear(rounds)?;
+        let mut outcome = self.stepper().sample(&rows)?;
+        outcome.captured.append(&mut captured);
+        Ok(Some(outcome))
+    }
+
+    fn prompt_batch(&self) -> Batch {
+        let me = self.comm.rank();
         let mut batch = Batch { decode: false, tokens: Vec::new(), total: 0 };
         for sequence in self.sequences.chunks() {
             let chunk = sequence.chunk();
@@ -82,28 +152,23 @@ impl Worker {
         batch
     }
 
-    fn decode_batch(&self, me: Rank) -> Batch {
-        let mut batch = Batch { decode: true, tokens: Vec::new(), total: 0 };
-        for (&id, sequence) in &self.sequences.running {
-            let Some((token, position)) = sequence.next_token() else { continue };
-            batch.total += 1;
-            if sequence.residence == me {
-                batch.tokens.push((Row::new(id, position), token));
-            }
-        }
-        batch
+    fn decode_batch(&self, rounds: &mut Rounds) -> Batch {
+        let row = |(id, (token, position)): (u32, (u32, u32))| (Row::new(id, position), token);
+        let tokens = std::mem::take(&mut rounds.residents).into_iter().map(row).collect();
+        Batch { decode: true, tokens, total: self.sequences.decodable() }
     }
 
     /// Waits until all have their weights.
     pub(super) fn meet(&mut self) -> Result<(), EngineError> {
-        self.gather(Gathered::default())?;
+        let mut rounds = Rounds { unheard: Some(self.say(Gathered::default())?), ..Rounds::default() };
+        self.hear(&mut rounds)?;
         let adapter = self.decoder.gpu.name().to_owned();
         self.tell(Event::Ready(self.comm.rank(), adapter));
         Ok(())
     }
 
-    /// Everybody's sampled ids, then rank 0's directives, carried out by everybody in the same order.
-    fn gather(&mut self, mine: Gathered) -> Result<(), EngineError> {
+    /// Tells all others what was sampled here and what rank 0 orders.
+    fn say(&mut self, mine: Gathered) -> Result<RoundId, EngineError> {
         let (news, more) = self.outlet.take();
         let mut mine = Gathered { more, ..mine };
         let mut send = vec![encode(&mine)?; self.comm.world_size()];
@@ -111,9 +176,17 @@ impl Worker {
             mine.news = news;
             send[0] = encode(&mine)?;
         }
-        let all = self.exchange_ids(send)?;
+        let round = RoundId { number: self.round, class: ByteClass::Ids, layer: u16::MAX };
+        self.round += 1;
+        self.comm.start_exchange(round, send)?;
+        Ok(round)
+    }
+
+    /// Takes note of what all have sampled, in the same order on every rank, and keeps what was ordered.
+    fn hear(&mut self, rounds: &mut Rounds) -> Result<(), EngineError> {
+        let Some(round) = rounds.unheard.take() else { return Ok(()) };
+        let all = self.finish_ids(round)?;
         self.behind = false;
-        let mut directives = Vec::new();
         for (from, bytes) in all.iter().enumerate() {
             let from = Rank::from(from);
             if self.comm.absent().contains(&from) {
@@ -123,16 +196,21 @@ impl Worker {
                 .map_err(|e| EngineError::Internal(format!("rank {from} sent what cannot be read: {e}")))?;
             self.behind |= gathered.more;
             gathered.news.into_iter().for_each(|news| self.tell(news.event(from)));
-            gathered.sampled.into_iter().for_each(|sampled| self.count(sampled, from));
-            directives.extend(gathered.directives.into_iter().map(|directive| (from, directive)));
+            gathered.sampled.into_iter().for_each(|sampled| self.count(sampled));
+            rounds.held.extend(gathered.directives.into_iter().map(|directive| (from, directive)));
         }
-        directives.into_iter().try_for_each(|(from, directive)| self.carry_out(from, directive))
+        Ok(())
     }
 
-    fn exchange_ids(&mut self, send: Vec<Bytes>) -> Result<Vec<Bytes>, EngineError> {
-        let round = RoundId { number: self.round, class: ByteClass::Ids, layer: u16::MAX };
-        self.round += 1;
-        self.comm.start_exchange(round, send)?;
+    fn carry_out_held(&mut self, rounds: &mut Rounds) -> Result<(), EngineError> {
+        for (from, directive) in std::mem::take(&mut rounds.held) {
+            self.carry_out(from, directive)?;
+        }
+        rounds.residents.retain(|id, _| self.sequences.running.contains_key(id));
+        Ok(())
+    }
+
+    fn finish_ids(&mut self, round: RoundId) -> Result<Vec<Bytes>, EngineError> {
         let began = Instant::now();
         loop {
             match self.comm.finish_exchange(round) {

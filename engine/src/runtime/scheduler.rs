@@ -19,6 +19,9 @@ pub(crate) const CHUNK: usize = 1024;
 const CHUNK_BESIDE_DECODE: usize = 256;
 /// Logits that one step may keep where all of them are captured.
 const CAPTURED_LOGITS: usize = 16 << 20;
+/// Positions beyond what is known of a sequence that it may need before the next orders are carried out: those of the
+/// token that the last step sampled, and of the one that it samples meanwhile.
+const LAG: usize = 2;
 /// Positions that a sequence is granted ahead where there is room: the next step must not wait for an order.
 const AHEAD: usize = BLOCK / 2;
 
@@ -75,8 +78,8 @@ impl Scheduler {
         }
     }
 
-    /// The orders that come next. `sequences` may lag behind by one step: every sequence that decodes may be about
-    /// to gain a token, or to end.
+    /// The orders that come next. `sequences` may lag behind by one step, and these orders may be carried out a step
+    /// later: every sequence that decodes may gain two tokens before, or end.
     pub(crate) fn plan(&mut self, sequences: &Sequences) -> Vec<Order> {
         let mut draft =
             Draft { sequences, free: sequences.free(), gone: BTreeSet::new(), orders: Vec::new() };
@@ -107,7 +110,8 @@ impl Scheduler {
         }
         while let Some(next) = self.waiting.first_entry() {
             let start = next.get();
-            let needed = (start.prompt.len() + start.forced.len()).div_ceil(BLOCK);
+            let at_start = blocks_at_start(start, draft.sequences.context);
+            let needed = (start.prompt.len() + start.forced.len()).div_ceil(BLOCK).max(at_start);
             let spare = if running == 0 { 0 } else { running + 1 };
             if running >= MAX_RUNNING || needed + spare > draft.free {
                 break;
@@ -118,9 +122,9 @@ impl Scheduler {
             start.home = self.homes.iter().copied().min_by_key(|home| context[home]).unwrap_or(Rank(0));
             *context.entry(start.home).or_default() += start.prompt.len();
             running += 1;
-            draft.free -= blocks_at_start(&start);
+            draft.free -= at_start;
             // What its replay will take is spoken for, though it is granted later.
-            draft.free = draft.free.saturating_sub(needed - blocks_at_start(&start));
+            draft.free = draft.free.saturating_sub(needed - at_start);
             draft.orders.push(Order::Admit(start));
         }
     }
@@ -187,7 +191,7 @@ impl<'a> Draft<'a> {
                 let positions = positions.min(last).min(self.sequences.context);
                 positions.saturating_sub(sequence.capacity()).div_ceil(BLOCK)
             };
-            let (needed, wanted) = (missing(next + 1), missing(next + 1 + AHEAD));
+            let (needed, wanted) = (missing(next + LAG), missing(next + LAG + AHEAD));
             for &(_, youngest) in by_age[at..].iter().rev() {
                 if self.free >= needed {
                     break;

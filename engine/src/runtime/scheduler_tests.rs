@@ -4,7 +4,7 @@
 use super::*;
 use crate::runtime::sequence::{Counted, FinishReason};
 use proptest::prelude::*;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 const EOS: u32 = 0;
 const VOCAB: u32 = 50;
@@ -48,13 +48,18 @@ fn alone(request: u32, wanted: &Wanted) -> (Vec<u32>, FinishReason) {
     }
 }
 
-/// Ranks in step, as the loop in rounds runs them.
+/// Ranks in step, as the loop in rounds runs them: what a step samples is heard of during the next one, and what is
+/// ordered after a step is carried out after the next one, unless there is nothing to step for.
 struct World {
     scheduler: Scheduler,
     ranks: Vec<Sequences>,
     /// (request, position, token) by slot; the same on all ranks.
     cache: HashMap<u32, (u32, u32, u32)>,
     told: HashMap<u32, Vec<Counted>>,
+    /// Sequences that decode next: token and position, known to the rank that sampled it.
+    residents: BTreeMap<u32, (u32, u32)>,
+    unheard: Vec<(u32, u32)>,
+    held: Vec<Order>,
     /// Steps since a sequence that could decode last did.
     waited: usize,
     preemptions: usize,
@@ -69,6 +74,9 @@ impl World {
             ranks: vec![Sequences::new(blocks, CONTEXT, vec![EOS]); ranks],
             cache: HashMap::new(),
             told: HashMap::new(),
+            residents: BTreeMap::new(),
+            unheard: Vec::new(),
+            held: Vec::new(),
             waited: 0,
             preemptions: 0,
             kinds: Vec::new(),
@@ -98,14 +106,19 @@ impl World {
         }
     }
 
-    /// One step, and the plan that is made while it runs.
+    /// One step, and the plan that is made after it.
     fn step(&mut self) {
+        if self.ranks[0].chunks().next().is_none() && self.ranks[0].decodable() == 0 {
+            self.hear();
+            self.carry_out();
+        }
         let now = self.ranks[0].clone();
         let chunks: Vec<&Sequence> = now.chunks().collect();
-        let mut sampled = Vec::new();
-        let decodable = now.running.values().any(|s| s.next_token().is_some());
+        let decodable = !self.residents.is_empty();
+        assert!(self.residents.len() <= now.decodable(), "room is made for fewer rows than there are");
         self.waited = if decodable && !chunks.is_empty() { self.waited + 1 } else { 0 };
         assert!(self.waited <= 1, "a prompt stalls those that decode");
+        let mut sampled = Vec::new();
         let mut tokens = 0;
         for sequence in &chunks {
             tokens += sequence.chunk().len();
@@ -115,33 +128,42 @@ impl World {
             }
         }
         assert!(tokens <= if decodable { CHUNK_BESIDE_DECODE } else { CHUNK });
-        if chunks.is_empty() {
-            for sequence in now.running.values() {
-                let Some((_, position)) = sequence.next_token() else { continue };
-                self.attend(sequence, position);
+        let decodes = chunks.is_empty();
+        self.hear();
+        if decodes {
+            for (id, (token, position)) in std::mem::take(&mut self.residents) {
+                let sequence = self.ranks[0].running[&id].clone();
+                assert_eq!(sequence.next_token(), Some((token, position)), "what is fed is what was sampled");
+                self.attend(&sequence, position);
                 let text = [&sequence.start.prompt[..], &sequence.output].concat();
-                sampled.push((sequence.start.id, next(sequence.start.request, &text)));
+                sampled.push((id, next(sequence.start.request, &text)));
             }
         }
-        if !chunks.is_empty() || decodable {
-            self.kinds.push(!chunks.is_empty());
+        if !decodes || decodable {
+            self.kinds.push(!decodes);
         }
-        let orders = self.scheduler.plan(&self.ranks[0]);
-        self.carry_out(&sampled, &orders);
+        for &(id, token) in &sampled {
+            self.residents.extend(self.ranks[0].successor(id, token).map(|next| (id, next)));
+        }
+        self.ranks.iter_mut().for_each(|rank| rank.stepped(decodes));
+        self.carry_out();
+        (self.unheard, self.held) = (sampled, self.scheduler.plan(&self.ranks[0]));
     }
 
-    fn carry_out(&mut self, sampled: &[(u32, u32)], orders: &[Order]) {
-        let oldest = self.ranks[0].running.values().map(|s| s.start.request).min();
-        for rank in 0..self.ranks.len() {
-            self.ranks[rank].chunks_done();
-            for &(id, token) in sampled {
-                let home = Rank::from(id as usize % self.ranks.len());
-                let counted = self.ranks[rank].sampled(id, token, home);
-                if let (0, Some(counted)) = (rank, counted.filter(|c| c.new)) {
-                    self.told.entry(counted.request).or_default().push(counted);
-                }
+    fn hear(&mut self) {
+        for (id, token) in std::mem::take(&mut self.unheard) {
+            let counted: Vec<_> = self.ranks.iter_mut().map(|rank| rank.sampled(id, token)).collect();
+            if let Some(counted) = counted[0].filter(|c| c.new) {
+                self.told.entry(counted.request).or_default().push(counted);
             }
-            for order in orders {
+        }
+    }
+
+    fn carry_out(&mut self) {
+        let oldest = self.ranks[0].running.values().map(|s| s.start.request).min();
+        let orders = std::mem::take(&mut self.held);
+        for rank in 0..self.ranks.len() {
+            for order in &orders {
                 let gone = self.ranks[rank].apply(order.clone()).expect("rank 0 has ruled it out");
                 self.ranks[rank].check();
                 if let (0, Order::Preempt(_), Some(gone)) = (rank, order, gone) {
@@ -153,10 +175,12 @@ impl World {
             }
         }
         assert!(self.ranks.windows(2).all(|two| two[0] == two[1]), "ranks disagree");
+        let running = &self.ranks[0].running;
+        self.residents.retain(|id, _| running.contains_key(id));
     }
 
     fn is_done(&self) -> bool {
-        self.scheduler.is_idle() && self.ranks[0].running.is_empty()
+        self.scheduler.is_idle() && self.held.is_empty() && self.ranks[0].running.is_empty()
     }
 }
 

@@ -83,13 +83,21 @@ pub(crate) struct Counted {
     pub(crate) new: bool,
 }
 
+/// What a token comes to.
+struct Next {
+    /// A forced one in place of the sampled one.
+    token: u32,
+    finish: Option<FinishReason>,
+    stale: bool,
+}
+
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Sequence {
     pub(crate) start: Admission,
-    /// Sampled so far; the last one is the token of the next decode step.
+    /// Sampled so far, as far as it was heard of; the last one is the token of the next decode step.
     pub(crate) output: Vec<u32>,
-    /// Where that token starts.
-    pub(crate) residence: Rank,
+    /// In rounds: whether the last step sampled one more, of which only the rank that did knows yet.
+    pub(crate) unheard: bool,
     /// Positions of the prompt that are in the cache.
     pub(crate) prefilled: u32,
     /// Positions of the prompt that rank 0 ordered to be there.
@@ -130,6 +138,29 @@ impl Sequence {
         Some((token, self.tokens() as u32 - 1))
     }
 
+    /// Whether the next step may decode it, by what all ranks know: the token that was not heard of yet may still turn
+    /// out to end the text.
+    fn may_decode(&self, sequences: &Sequences) -> bool {
+        match self.unheard {
+            false => self.next_token().is_some(),
+            true => {
+                let (finished, full) = (self.finished.is_some(), self.is_full(1, sequences.context));
+                !finished && !full && !self.is_outgrown(1, sequences.remade_beyond)
+            }
+        }
+    }
+
+    /// Whether `more` tokens fill what was asked for, or the model's context.
+    fn is_full(&self, more: usize, context: usize) -> bool {
+        self.output.len() + more >= self.start.max_tokens as usize || self.tokens() + more > context
+    }
+
+    /// Whether `more` tokens make the text longer than what its keys were made for.
+    fn is_outgrown(&self, more: usize, remade_beyond: Option<usize>) -> bool {
+        remade_beyond
+            .is_some_and(|limit| self.tokens() + more > limit && (self.start.known as usize) <= limit)
+    }
+
     /// The positions of the prompt that are to be prefilled next.
     pub(crate) fn chunk(&self) -> Range<u32> {
         self.prefilled..self.ordered
@@ -162,12 +193,25 @@ pub(crate) struct Sequences {
     eos: Vec<u32>,
     /// Tokens beyond which all keys of a text are made anew.
     remade_beyond: Option<usize>,
+    /// Ids from here on have not been admitted yet.
+    unseen: u32,
+}
+
+/// Where keys and values go that a peer made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Standing {
+    /// Into the cache.
+    Granted,
+    /// They came before this rank carried out the order that makes room for them.
+    Early,
+    /// Their sequence ended.
+    Ended,
 }
 
 impl Sequences {
     pub(crate) fn new(blocks: usize, context: usize, eos: Vec<u32>) -> Self {
         let free = (0..blocks as u32).rev().collect();
-        Self { running: BTreeMap::new(), free, all: blocks, context, eos, remade_beyond: None }
+        Self { running: BTreeMap::new(), free, all: blocks, context, eos, remade_beyond: None, unseen: 0 }
     }
 
     /// Has texts that grow beyond so many tokens replayed, so that all of their keys are made for the longer text.
@@ -192,10 +236,11 @@ impl Sequences {
     pub(crate) fn apply(&mut self, order: Order) -> Result<Option<Sequence>, EngineError> {
         match order {
             Order::Admit(start) => {
-                let blocks = self.take(start.id, blocks_at_start(&start))?;
+                let blocks = self.take(start.id, blocks_at_start(&start, self.context))?;
+                self.unseen = self.unseen.max(start.id + 1);
                 let sequence = Sequence {
-                    residence: start.home,
                     output: Vec::new(),
+                    unheard: false,
                     prefilled: 0,
                     ordered: 0,
                     finished: None,
@@ -241,35 +286,72 @@ impl Sequences {
 
     /// Takes note of a sampled token; `None` where its sequence does not run any more. A token that ends the text is
     /// not put out.
-    pub(crate) fn sampled(&mut self, id: u32, token: u32, residence: Rank) -> Option<Counted> {
-        let sequence = self.running.get_mut(&id).filter(|s| s.finished.is_none())?;
+    pub(crate) fn sampled(&mut self, id: u32, token: u32) -> Option<Counted> {
+        let next = self.outcome(id, token)?;
+        let sequence = self.running.get_mut(&id)?;
         let index = sequence.output.len();
-        let token = sequence.start.forced.get(index).copied().unwrap_or(token);
-        sequence.residence = residence;
-        let ended = !sequence.start.ignore_eos && self.eos.contains(&token);
-        if !ended {
-            sequence.output.push(token);
+        if next.finish != Some(FinishReason::Stop) {
+            sequence.output.push(next.token);
         }
-        let full =
-            sequence.output.len() >= sequence.start.max_tokens as usize || sequence.tokens() > self.context;
-        sequence.finished = match ended {
-            true => Some(FinishReason::Stop),
-            false => full.then_some(FinishReason::Length),
-        };
-        let outgrown = |limit| sequence.tokens() > limit && (sequence.start.known as usize) <= limit;
-        sequence.stale = sequence.finished.is_none() && self.remade_beyond.is_some_and(outgrown);
+        (sequence.finished, sequence.stale, sequence.unheard) = (next.finish, next.stale, false);
         let (request, told) = (sequence.start.request, sequence.start.told as usize);
-        Some(Counted { request, token, finish: sequence.finished, new: index >= told })
+        Some(Counted { request, token: next.token, finish: next.finish, new: index >= told })
+    }
+
+    /// What a token that is sampled now comes to; `None` where its sequence does not run any more.
+    fn outcome(&self, id: u32, token: u32) -> Option<Next> {
+        let sequence = self.running.get(&id).filter(|s| s.finished.is_none())?;
+        let token = sequence.start.forced.get(sequence.output.len()).copied().unwrap_or(token);
+        let finish = match !sequence.start.ignore_eos && self.eos.contains(&token) {
+            true => Some(FinishReason::Stop),
+            false => sequence.is_full(1, self.context).then_some(FinishReason::Length),
+        };
+        let stale = finish.is_none() && sequence.is_outgrown(1, self.remade_beyond);
+        Some(Next { token, finish, stale })
+    }
+
+    /// The row that follows a token that this rank has just sampled, before anybody is told of it: the row's token and
+    /// position. `None` where none follows.
+    pub(crate) fn successor(&self, id: u32, token: u32) -> Option<(u32, u32)> {
+        let next = self.outcome(id, token).filter(|next| next.finish.is_none() && !next.stale)?;
+        Some((next.token, self.running.get(&id)?.tokens() as u32))
+    }
+
+    /// How many sequences the next step may decode, by what all ranks know: as many or fewer will be there.
+    pub(crate) fn decodable(&self) -> usize {
+        self.running.values().filter(|s| s.may_decode(self)).count()
+    }
+
+    /// Whether there is anything to step for, once all that was sampled is heard of.
+    pub(crate) fn is_over(&self, decode: bool) -> bool {
+        decode && self.running.values().all(|s| s.next_token().is_none())
+    }
+
+    /// Takes note of a step that all ranks ran with what was sampled before it heard of: what it sampled itself is not.
+    pub(crate) fn stepped(&mut self, decode: bool) {
+        for sequence in self.running.values_mut() {
+            let ends_prompt =
+                !sequence.chunk().is_empty() && sequence.ordered as usize == sequence.start.prompt.len();
+            sequence.unheard = if decode { sequence.next_token().is_some() } else { ends_prompt };
+            if !decode {
+                sequence.prefilled = sequence.ordered;
+            }
+        }
+    }
+
+    /// Where keys and values of a position go.
+    pub(crate) fn standing(&self, id: u32, position: u32) -> Standing {
+        match self.running.get(&id) {
+            Some(sequence) if sequence.slot(position).is_some() => Standing::Granted,
+            Some(_) => Standing::Early,
+            None if id >= self.unseen => Standing::Early,
+            None => Standing::Ended,
+        }
     }
 
     /// The sequences with a part of their prompt to prefill, in order of admission.
     pub(crate) fn chunks(&self) -> impl Iterator<Item = &Sequence> {
         self.running.values().filter(|s| !s.chunk().is_empty())
-    }
-
-    /// Takes note that all ordered chunks are in the cache.
-    pub(crate) fn chunks_done(&mut self) {
-        self.running.values_mut().for_each(|s| s.prefilled = s.ordered);
     }
 
     /// The most rows that a step may ask the head for, on all ranks together: one of each sequence, or each
@@ -280,7 +362,7 @@ impl Sequences {
             false => usize::from(s.ordered as usize == s.start.prompt.len()),
         };
         match decode {
-            true => self.running.values().filter(|s| s.next_token().is_some()).count(),
+            true => self.decodable(),
             false => self.chunks().map(of_prompt).sum(),
         }
     }
@@ -299,9 +381,11 @@ impl Sequences {
     }
 }
 
-/// Blocks that an admission comes with: those of its prompt.
-pub(super) fn blocks_at_start(start: &Admission) -> usize {
-    start.prompt.len().div_ceil(BLOCK)
+/// Blocks that an admission comes with: those of its prompt and of its first token, which is fed before any order that
+/// was made after the prompt is carried out.
+pub(super) fn blocks_at_start(start: &Admission, context: usize) -> usize {
+    let fed = start.prompt.len() + usize::from(start.max_tokens > 1);
+    fed.min(context.max(start.prompt.len())).div_ceil(BLOCK)
 }
 
 #[cfg(test)]
@@ -325,11 +409,11 @@ mod tests {
         assert_eq!(sequences.blocks(), (2, 4));
         sequences.apply(Order::Grant { sequence: 1, blocks: 1 }).expect("room");
         assert!(sequences.apply(admission(2, 20, 10)).is_err(), "one is left");
-        let counted = sequences.sampled(1, 5, Rank(0)).expect("it runs");
+        let counted = sequences.sampled(1, 5).expect("it runs");
         assert_eq!((counted.token, counted.finish, counted.new), (5, None, true));
-        let counted = sequences.sampled(1, 9, Rank(0)).expect("it runs");
+        let counted = sequences.sampled(1, 9).expect("it runs");
         assert_eq!((counted.token, counted.finish), (9, Some(FinishReason::Stop)));
-        assert_eq!(sequences.sampled(1, 5, Rank(0)), None, "it ended");
+        assert_eq!(sequences.sampled(1, 5), None, "it ended");
         assert_eq!(sequences.free(), 1);
         sequences.apply(Order::End(1)).expect("no blocks are needed");
         assert_eq!(sequences.free(), 4);
@@ -340,7 +424,7 @@ mod tests {
     fn a_context_that_is_full_ends_a_sequence() {
         let mut sequences = Sequences::new(4, 32, vec![]);
         sequences.apply(admission(1, 32, 100)).expect("room");
-        let counted = sequences.sampled(1, 5, Rank(0)).expect("it runs");
+        let counted = sequences.sampled(1, 5).expect("it runs");
         assert_eq!(counted.finish, Some(FinishReason::Length));
     }
 
@@ -349,14 +433,14 @@ mod tests {
         let mut sequences = Sequences::new(4, 64, vec![]);
         sequences.apply(admission(1, 3, 10)).expect("room");
         for token in [5, 6] {
-            sequences.sampled(1, token, Rank(0)).expect("it runs");
+            sequences.sampled(1, token).expect("it runs");
         }
         let gone = sequences.apply(Order::Preempt(1)).expect("nothing is needed").expect("it ran");
         let again = Admission { id: 2, ..gone.again() };
         assert_eq!((&again.forced[..], again.told, again.request), (&[5, 6][..], 2, 1));
         sequences.apply(Order::Admit(again)).expect("room");
         // Its own tokens again, whatever is sampled this time; then new ones.
-        let tokens: Vec<_> = [7, 7, 8].map(|t| sequences.sampled(2, t, Rank(0)).expect("it runs")).to_vec();
+        let tokens: Vec<_> = [7, 7, 8].map(|t| sequences.sampled(2, t).expect("it runs")).to_vec();
         assert_eq!(
             tokens.iter().map(|c| (c.token, c.new)).collect::<Vec<_>>(),
             [(5, false), (6, false), (8, true)]

@@ -197,8 +197,8 @@ impl Worker {
         directives
     }
 
-    pub(super) fn count(&mut self, sampled: Sampled, residence: Rank) {
-        let counted = self.sequences.sampled(sampled.sequence, sampled.token, residence);
+    pub(super) fn count(&mut self, sampled: Sampled) {
+        let counted = self.sequences.sampled(sampled.sequence, sampled.token);
         let Some(counted) = counted.filter(|c| c.new && self.comm.rank() == Rank(0)) else { return };
         self.tell(Event::Token {
             request: counted.request,

@@ -177,13 +177,12 @@ impl Worker {
         units: Vec<Unit>,
         sampled: Vec<Sampled>,
     ) -> Result<(), EngineError> {
-        let me = self.comm.rank();
         for sampled in sampled {
             let id = sampled.sequence;
             let Some(running) = self.sequences.running.get(&id) else { continue };
             let note = Note::Sampled(sampled.clone(), running.output.len() as u32);
             self.note_to_all(&note)?;
-            self.count(sampled, me);
+            self.count(sampled);
             flow.changed = true;
             let next = self.sequences.running.get(&id).and_then(|s| s.next_token());
             if let Some((token, position)) = next {

@@ -221,7 +221,7 @@ impl Worker {
                     flow.board.other(sequence, Waiting::Note(from, note));
                     return Ok(());
                 }
-                flow.notes.sampled(from, sampled.clone(), index);
+                flow.notes.sampled(sampled.clone(), index);
                 self.count_in_order(flow, sequence);
             }
             Note::Holds(sequence) => flow.notes.holds(sequence, from),
@@ -247,10 +247,10 @@ impl Worker {
     /// Takes note of the sampled ids of a sequence as far as none is missing.
     fn count_in_order(&mut self, flow: &mut Flow, sequence: u32) {
         while let Some(running) = self.sequences.running.get(&sequence) {
-            let Some((from, sampled)) = flow.notes.next(sequence, running.output.len() as u32) else {
+            let Some(sampled) = flow.notes.next(sequence, running.output.len() as u32) else {
                 return;
             };
-            self.count(sampled, from);
+            self.count(sampled);
             flow.changed = true;
         }
     }

@@ -26,7 +26,7 @@ pub(crate) enum Note {
 #[derive(Debug)]
 pub(crate) struct Notes {
     me: Rank,
-    sampled: HashMap<u32, BTreeMap<u32, (Rank, Sampled)>>,
+    sampled: HashMap<u32, BTreeMap<u32, Sampled>>,
     /// Home: the ranks that a prompt has still to reach.
     lacking: HashMap<u32, BTreeSet<Rank>>,
     /// Elsewhere: the sequences whose home has not been told that their prompt is here.
@@ -76,12 +76,12 @@ impl Notes {
     }
 
     /// Keeps a sampled id until its predecessors are there.
-    pub(crate) fn sampled(&mut self, from: Rank, sampled: Sampled, index: u32) {
-        self.sampled.entry(sampled.sequence).or_default().insert(index, (from, sampled));
+    pub(crate) fn sampled(&mut self, sampled: Sampled, index: u32) {
+        self.sampled.entry(sampled.sequence).or_default().insert(index, sampled);
     }
 
     /// The sampled id number `index` of a sequence, if it is there.
-    pub(crate) fn next(&mut self, sequence: u32, index: u32) -> Option<(Rank, Sampled)> {
+    pub(crate) fn next(&mut self, sequence: u32, index: u32) -> Option<Sampled> {
         self.sampled.get_mut(&sequence)?.remove(&index)
     }
 }

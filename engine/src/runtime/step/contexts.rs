@@ -2,6 +2,7 @@
 
 use super::super::coherence::{Arrived, blocks_for};
 use super::super::frames::{KvRow, Reader, Writer};
+use super::super::sequence::Standing;
 use super::{Routed, Row, Stepper};
 use crate::EngineError;
 use crate::model::scratch::KV_CHUNK;
@@ -20,6 +21,9 @@ impl Stepper<'_> {
     pub(super) fn await_contexts(&mut self, layer: usize, rows: &[Row]) -> Result<(), EngineError> {
         let deadline = Instant::now() + CONTEXT_TIMEOUT;
         let mut wait = Duration::ZERO;
+        for (layer, arrived) in self.coherence.take_early() {
+            self.place(layer, arrived);
+        }
         loop {
             while let Some((from, bytes)) = self.comm.recv_bulk(wait)? {
                 self.take_in(from, &bytes)?;
@@ -38,7 +42,7 @@ impl Stepper<'_> {
         }
     }
 
-    /// Takes in keys and values that a peer made; those of sequences that ended are dropped.
+    /// Takes in keys and values that a peer made.
     pub(super) fn take_in(&mut self, from: Rank, bytes: &Bytes) -> Result<(), EngineError> {
         let rows =
             Reader::new(bytes, from).kv(4 * self.spec().attention.cache4(), self.decoder.cache_form)?;
@@ -46,13 +50,22 @@ impl Stepper<'_> {
             if usize::from(layer) >= self.spec().layers {
                 return Err(EngineError::Internal(format!("rank {from} sent keys of layer {layer}")));
             }
-            let Some(running) = self.sequences.running.get(&sequence) else { continue };
-            if running.slot(position).is_none() {
+            if position as usize >= self.spec().max_positions {
                 return Err(EngineError::Internal(format!("rank {from} sent keys of position {position}")));
             }
-            self.coherence.receive(layer, Arrived { sequence, position, values });
+            self.place(layer, Arrived { sequence, position, values });
         }
         Ok(())
+    }
+
+    /// A peer may be a step ahead, with orders carried out that this rank has still to carry out; what it made by them is
+    /// kept until then. What is of sequences that ended is dropped.
+    fn place(&mut self, layer: u16, arrived: Arrived) {
+        match self.sequences.standing(arrived.sequence, arrived.position) {
+            Standing::Granted => self.coherence.receive(layer, arrived),
+            Standing::Early => self.coherence.keep(layer, arrived),
+            Standing::Ended => {}
+        }
     }
 
     /// Writes slots, queries, turns and block table of the rows; returns the length of a row of the block table.

@@ -38,7 +38,7 @@ pub(crate) struct Batch {
     pub(crate) decode: bool,
     /// This rank's tokens with their ids.
     pub(crate) tokens: Vec<(Row, u32)>,
-    /// Tokens of all ranks together.
+    /// Tokens of all ranks together, at most: as many as all ranks know of.
     pub(crate) total: usize,
 }
 
@@ -106,23 +106,16 @@ impl Stepper<'_> {
         })
     }
 
-    /// Runs one step over all layers and samples.
-    pub(crate) fn run(&mut self, batch: &Batch) -> Result<Outcome, EngineError> {
-        let rows = batch.tokens.len();
-        let _span =
-            tracing::debug_span!("step", rank = self.me().index(), rows, decode = batch.decode).entered();
+    /// Makes room for a step and uploads what its tokens are; returns the rows that are here.
+    pub(crate) fn begin(&mut self, batch: &Batch) -> Result<Vec<Row>, EngineError> {
         self.decoder.reserve(batch.total, self.sequences.heads(batch.decode).min(batch.total))?;
-        let rows: Vec<Row> = batch.tokens.iter().map(|(row, _)| *row).collect();
         let ids: Vec<[u32; 2]> = batch.tokens.iter().map(|(row, id)| [*id, row.position]).collect();
         self.decoder.gpu.write(&self.decoder.scratch.tokens, 0, &ids);
-        match self.comm.world_size() {
-            1 => self.run_alone(rows),
-            _ => self.run_together(rows, batch),
-        }
+        Ok(batch.tokens.iter().map(|(row, _)| *row).collect())
     }
 
     /// One rank: the whole step is one submission; only the sampled ids (and what is captured) are read back.
-    fn run_alone(&mut self, rows: Vec<Row>) -> Result<Outcome, EngineError> {
+    pub(crate) fn run_alone(&mut self, rows: Vec<Row>) -> Result<Outcome, EngineError> {
         let (layers, moe, top_k) = (self.spec().layers, self.spec().moe_layers(), self.spec().top_k);
         let blocks = self.write_contexts(&rows)?;
         let count = rows.len();
@@ -200,25 +193,9 @@ impl Stepper<'_> {
         (upload(spec.shared.is_some(), pairs), upload(spec.dense.is_some(), pairs + count))
     }
 
-    /// Several ranks: one read-back and one or two exchanges a layer.
-    fn run_together(&mut self, mut rows: Vec<Row>, batch: &Batch) -> Result<Outcome, EngineError> {
-        let mut captured = Vec::new();
-        let mut bulk = Bulk::new(self.comm.world_size());
-        let layers = self.spec().layers;
-        for layer in 0..layers {
-            rows = self.layer(layer, rows, batch.decode, &mut captured, &mut bulk)?;
-            // Keys and values of decoded tokens are needed a step later: those of several layers travel together.
-            if !batch.decode || (layer + 1) % BULK_LAYERS == 0 || layer + 1 == layers {
-                bulk.send(self.comm)?;
-            }
-        }
-        let mut outcome = self.sample(&rows)?;
-        outcome.captured.append(&mut captured);
-        Ok(outcome)
-    }
-
-    /// One layer: attention and router, dispatch, experts, combine. Returns the rows that are here afterwards.
-    fn layer(
+    /// One layer of several ranks, with one read-back and one or two exchanges: attention and router, dispatch, experts,
+    /// combine. Returns the rows that are here afterwards.
+    pub(crate) fn layer(
         &mut self,
         layer: usize,
         rows: Vec<Row>,

@@ -8,7 +8,7 @@ use crate::sampling::Logprobs;
 
 impl Stepper<'_> {
     /// Head and greedy choice for the rows that end a prompt or are decoded.
-    pub(super) fn sample(&mut self, rows: &[Row]) -> Result<Outcome, EngineError> {
+    pub(crate) fn sample(&mut self, rows: &[Row]) -> Result<Outcome, EngineError> {
         let heads = self.head_rows(rows)?;
         if heads.is_empty() {
             return Ok(Outcome::default());
