@@ -7,7 +7,7 @@ use crate::Cache;
 pub enum Kernel {
     /// Token and position embeddings.
     Embed,
-    /// LayerNorm or RMSNorm of whole rows.
+    /// LayerNorm or RMSNorm of whole rows, after residual and partials of a token were added where they are to be.
     Norm,
     /// Matrix product with optional bias, scale and residual.
     Linear,
@@ -31,8 +31,6 @@ pub enum Kernel {
     SharedGate,
     /// Second matrix of the chosen experts, weighted by the router.
     ExpertDown,
-    /// Residual plus the partials of a token.
-    Combine,
     /// Greedy choice of the next token.
     Argmax,
     /// What the adapter's arithmetic allows; no part of a step.
@@ -53,8 +51,8 @@ pub struct Variant {
     pub values: Values,
     /// How the cache holds keys and values (`kv_append` and `attention` only; others ignore it).
     pub cache: Cache,
-    /// Lanes hand each other what they loaded, in subgroups of eight or more (`attention` and matrix kernels; others
-    /// ignore it).
+    /// Lanes hand each other what they loaded or summed, in subgroups of eight or more (`norm`, `attention` and matrix
+    /// kernels; others ignore it).
     pub subgroup: bool,
     /// The matrix, or the cache, is a texture (matrix kernels, `embed`, `kv_append`, `attention`; others ignore it).
     pub image: bool,
@@ -207,7 +205,7 @@ impl Variant {
                 Kernel::KvAppend | Kernel::Attention => self.cache,
                 _ => Cache::F32,
             },
-            subgroup: self.subgroup && (kernel == Kernel::Attention || kernel.has_weights()),
+            subgroup: self.subgroup && kernel.hands_over(),
             image: self.image && kernel.takes_textures(),
         }
     }
@@ -222,7 +220,7 @@ impl Variant {
 
 impl Kernel {
     /// Every kernel, in the order in which a decode step runs them; the probe last.
-    pub const ALL: [Kernel; 16] = [
+    pub const ALL: [Kernel; 15] = [
         Kernel::Embed,
         Kernel::Norm,
         Kernel::Linear,
@@ -236,7 +234,6 @@ impl Kernel {
         Kernel::ExpertUp,
         Kernel::SharedGate,
         Kernel::ExpertDown,
-        Kernel::Combine,
         Kernel::Argmax,
         Kernel::Probe,
     ];
@@ -257,7 +254,6 @@ impl Kernel {
             Kernel::ExpertUp => "expert_up",
             Kernel::SharedGate => "shared_gate",
             Kernel::ExpertDown => "expert_down",
-            Kernel::Combine => "combine",
             Kernel::Argmax => "argmax",
             Kernel::Probe => "probe",
         }
@@ -273,6 +269,11 @@ impl Kernel {
         self.has_weights() || matches!(self, Kernel::Embed | Kernel::KvAppend | Kernel::Attention)
     }
 
+    /// Whether lanes may hand each other what they have.
+    pub fn hands_over(self) -> bool {
+        self.has_weights() || matches!(self, Kernel::Norm | Kernel::Attention)
+    }
+
     /// Whether the kernel reads a matrix that may lie in another type than f32.
     pub fn has_weights(self) -> bool {
         self.is_tiled() && self != Kernel::ExpertPermute
@@ -280,7 +281,7 @@ impl Kernel {
 
     /// Whether variants with tiles, subgroups or textures form the same sums as the plain one, bit for bit.
     pub fn sums_alike(self) -> bool {
-        self.takes_textures()
+        self.takes_textures() || self.hands_over()
     }
 
     /// The variants of this kernel that are worth telling apart; those that differ in `tile`, `subgroup` and `image`
@@ -330,6 +331,7 @@ impl Kernel {
             _ if self.has_weights() => bases.into_iter().flat_map(alike).collect(),
             _ if self.is_tiled() => bases.into_iter().flat_map(tiles).collect(),
             Kernel::Embed => vec![plain, Variant { image: true, ..plain }],
+            Kernel::Norm => vec![plain, Variant { subgroup: true, ..plain }],
             _ => bases,
         }
     }
@@ -347,7 +349,6 @@ impl Kernel {
                 | Kernel::Clip
                 | Kernel::Rope
                 | Kernel::SharedGate
-                | Kernel::Combine
                 | Kernel::Probe
         )
     }
@@ -367,7 +368,6 @@ impl Kernel {
             Kernel::ExpertUp => include_str!("../wgsl/expert_up.wgsl"),
             Kernel::SharedGate => include_str!("../wgsl/shared_gate.wgsl"),
             Kernel::ExpertDown => include_str!("../wgsl/expert_down.wgsl"),
-            Kernel::Combine => include_str!("../wgsl/combine.wgsl"),
             Kernel::Argmax => include_str!("../wgsl/argmax.wgsl"),
             Kernel::Probe => include_str!("../wgsl/probe.wgsl"),
         }
@@ -375,12 +375,13 @@ impl Kernel {
 }
 
 /// Texts that kernels import, by name under `shared/`.
-pub(crate) const SHARED: [(&str, &str); 7] = [
+pub(crate) const SHARED: [(&str, &str); 8] = [
     ("weight", include_str!("../wgsl/shared/weight.wgsl")),
     ("matrix", include_str!("../wgsl/shared/matrix.wgsl")),
     ("cached", include_str!("../wgsl/shared/cached.wgsl")),
     ("product", include_str!("../wgsl/shared/product.wgsl")),
     ("tile", include_str!("../wgsl/shared/tile.wgsl")),
     ("activation", include_str!("../wgsl/shared/activation.wgsl")),
+    ("row", include_str!("../wgsl/shared/row.wgsl")),
     ("pair", include_str!("../wgsl/shared/pair.wgsl")),
 ];

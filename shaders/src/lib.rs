@@ -30,5 +30,5 @@ pub const MAX_GROUPS: usize = 64;
 /// The most experts a layer may have (`router.wgsl`, `expert_permute.wgsl`).
 pub const MAX_EXPERTS: usize = 1024;
 
-/// Marks an absent partial in `combine.wgsl`.
+/// Marks an absent partial in `norm.wgsl`.
 pub const NO_SLOT: u32 = u32::MAX;

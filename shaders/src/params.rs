@@ -24,7 +24,7 @@ params! {
     /// Parameters of `embed.wgsl`.
     Embed { rows: u32, width4: u32, vocab4: u32, has_positions: u32, scale: f32 }
     /// Parameters of `norm.wgsl`.
-    Norm { rows: u32, width: u32, width4: u32, first_row: u32, centred: u32, eps: f32 }
+    Norm { width: u32, width4: u32, first_row: u32, combines: u32, top_k: u32, centred: u32, eps: f32 }
     /// Parameters of `linear.wgsl`.
     Linear {
         rows: u32, k4: u32, n4: u32, w_units: u32, w_stride: u32, x_stride4: u32, x_head4: u32, y_stride4: u32, y_offset4: u32, y_head4: u32,
@@ -58,8 +58,6 @@ params! {
     ExpertDown {
         i4: u32, h4: u32, w_units: u32, w_stride: u32, first_tile: u32, has_bias: u32, scale: f32,
     }
-    /// Parameters of `combine.wgsl`.
-    Combine { rows: u32, h4: u32, top_k: u32 }
     /// Parameters of `argmax.wgsl`.
     Argmax { vocab: u32, stride: u32 }
     /// Parameters of `probe.wgsl`.

@@ -13,7 +13,7 @@ pub struct DeviceRates {
     pub adapter: String,
     /// `LP_NUM_THREADS` as lavapipe saw it, where it is set.
     pub lp_num_threads: Option<String>,
-    /// Bytes read and written per second by a kernel that copies rows of 16-byte values.
+    /// Bytes read and written per second by a kernel that passes over rows of 16-byte values.
     pub copy_bytes_per_s: f64,
     /// f32 operations per second, two for a fused multiply-add, on registers.
     pub f32_flops: f64,
@@ -31,7 +31,7 @@ pub fn bench_device(adapter: Option<&str>) -> Result<DeviceRates, EngineError> {
     rates(&Gpu::open(adapter, 0)?)
 }
 
-/// Vec4s that the copy moves: 32 MiB, beyond most caches.
+/// Vec4s that are read and written: 32 MiB, beyond most caches.
 const COPY4: usize = 2 << 20;
 const COPY_ROWS: usize = 1 << 11;
 /// Lanes of the arithmetic, and what each of them does: 16 chains of vec4s, so many rounds.
@@ -42,14 +42,10 @@ const PER_ROUND: f64 = 16.0 * 4.0;
 pub(super) fn rates(gpu: &Gpu) -> Result<DeviceRates, EngineError> {
     let columns = |width4: usize| (width4 as u32).div_ceil(gpu.workgroup());
     let h4 = COPY4 / COPY_ROWS;
-    let rows: Vec<u32> = (0..COPY_ROWS as u32).collect();
-    let source = gpu.buffer_of("rows", &rows)?;
-    let from = gpu.buffer("copied from", 16 * COPY4 as u64, Usage::Storage)?;
-    let to = gpu.buffer("copied to", 16 * COPY4 as u64, Usage::Storage)?;
-    let p = params::Combine { rows: COPY_ROWS as u32, h4: h4 as u32, top_k: 0 };
-    let copy = seconds(gpu, &to, &|r| {
-        let buffers = [&from, &source, &source, &source, &to];
-        r.launch(Kernel::Combine, Variant::default(), &p, &buffers, [columns(h4), COPY_ROWS as u32, 1]);
+    let passed = gpu.buffer("passed over", 16 * COPY4 as u64, Usage::Storage)?;
+    let p = params::Clip { width4: h4 as u32, limit: 1.0 };
+    let copy = seconds(gpu, &passed, &|r| {
+        r.launch(Kernel::Clip, Variant::default(), &p, &[&passed], [columns(h4), COPY_ROWS as u32, 1]);
     })?;
 
     let out = gpu.buffer("lanes", 16 * LANES as u64, Usage::Storage)?;

@@ -1,4 +1,4 @@
-//! A recording of launches and read-backs, executed as one submission.
+//! A recording of launches and read-backs. A long one goes to the device in parts, so that it begins while the rest is encoded.
 
 use super::pipelines::Pipeline;
 use super::stamps::Stamps;
@@ -6,6 +6,7 @@ use super::{Buffer, Gpu, Usage};
 use crate::EngineError;
 use bytemuck::Pod;
 use exflow_shaders::{Kernel, Variant};
+use std::ops::Range;
 
 enum Size {
     Groups([u32; 3]),
@@ -24,6 +25,12 @@ struct BindGroupOf {
     variant: Variant,
     buffers: Vec<Buffer>,
 }
+
+/// Launches of a part that goes to the device by itself: of the first one, each further one has twice as many.
+const FIRST_PART: usize = 8;
+/// A recording of so many launches is not cut: a submission is not free either, and ranks that share a machine have
+/// better use for its cores.
+const WHOLE: usize = 32;
 
 /// Launches in order; each sees what the ones before it wrote.
 pub(crate) struct Recording<'g> {
@@ -113,26 +120,18 @@ impl<'g> Recording<'g> {
         let gpu = self.gpu;
         let params = gpu.params_buffer(self.params.len() as u64)?;
         gpu.write(&params, 0, &self.params);
-        let mut encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        let encoder = || gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         let stamps = gpu.stamps(self.launches.iter().map(|launch| launch.bind_group.kernel));
+        let mut first = 0;
+        for part in parts(self.launches.len()) {
+            let mut encoder = encoder();
+            self.encode(&mut encoder, first..first + part, &params, stamps.as_ref())?;
+            gpu.queue.submit([encoder.finish()]);
+            first += part;
+        }
+        let mut encoder = encoder();
+        self.encode(&mut encoder, first..self.launches.len(), &params, stamps.as_ref())?;
         if !self.launches.is_empty() {
-            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-            stamps.iter().for_each(|stamps| stamps.write(&mut pass, 0));
-            for (index, launch) in self.launches.iter().enumerate() {
-                let of = &launch.bind_group;
-                let buffers: Vec<&Buffer> = of.buffers.iter().collect();
-                let group = gpu.bind_group(of.kernel, of.variant, &launch.pipeline, &params, &buffers)?;
-                pass.set_pipeline(&launch.pipeline.raw);
-                pass.set_bind_group(0, &group, &[launch.params_offset as u32]);
-                match &launch.size {
-                    Size::Groups([x, y, z]) => pass.dispatch_workgroups(*x, *y, *z),
-                    Size::Indirect(buffer, offset) => {
-                        pass.dispatch_workgroups_indirect(buffer.raw()?, *offset)
-                    }
-                }
-                stamps.iter().for_each(|stamps| stamps.write(&mut pass, index + 1));
-            }
-            drop(pass);
             stamps.iter().for_each(|stamps| stamps.resolve(&mut encoder));
         }
         let sizes: Vec<(u64, u64)> = self
@@ -152,6 +151,47 @@ impl<'g> Recording<'g> {
         let index = gpu.queue.submit([encoder.finish()]);
         Ok(Submission { gpu, staging, stamps, sizes, index })
     }
+
+    /// Puts launches into an encoder.
+    fn encode(
+        &self,
+        encoder: &mut wgpu::CommandEncoder,
+        range: Range<usize>,
+        params: &Buffer,
+        stamps: Option<&Stamps>,
+    ) -> Result<(), EngineError> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+        if range.start == 0 {
+            stamps.iter().for_each(|stamps| stamps.write(&mut pass, 0));
+        }
+        for (index, launch) in range.clone().zip(&self.launches[range]) {
+            let of = &launch.bind_group;
+            let buffers: Vec<&Buffer> = of.buffers.iter().collect();
+            let group = self.gpu.bind_group(of.kernel, of.variant, &launch.pipeline, params, &buffers)?;
+            pass.set_pipeline(&launch.pipeline.raw);
+            pass.set_bind_group(0, &group, &[launch.params_offset as u32]);
+            match &launch.size {
+                Size::Groups([x, y, z]) => pass.dispatch_workgroups(*x, *y, *z),
+                Size::Indirect(buffer, offset) => pass.dispatch_workgroups_indirect(buffer.raw()?, *offset),
+            }
+            stamps.iter().for_each(|stamps| stamps.write(&mut pass, index + 1));
+        }
+        Ok(())
+    }
+}
+
+/// How many launches go to the device before the last part, part by part.
+fn parts(launches: usize) -> impl Iterator<Item = usize> {
+    let mut left = launches;
+    let sizes = (0..usize::BITS - 1 - FIRST_PART.ilog2()).map(|n| FIRST_PART << n);
+    sizes.take_while(move |&size| {
+        let cut = launches > WHOLE && left > 2 * size;
+        left -= if cut { size } else { 0 };
+        cut
+    })
 }
 
 impl Submission<'_> {
@@ -218,5 +258,23 @@ impl Gpu {
                 mapped_at_creation: false,
             })
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{FIRST_PART, WHOLE, parts};
+
+    #[test]
+    fn a_long_recording_is_cut_into_growing_parts_that_leave_a_last_one() {
+        for launches in 0..2000 {
+            let before: Vec<usize> = parts(launches).collect();
+            let sum: usize = before.iter().sum();
+            assert_eq!(before.is_empty(), launches <= WHOLE, "{launches}");
+            assert!(sum < launches.max(1), "{launches}: {before:?}");
+            assert!(before.first().is_none_or(|&first| first == FIRST_PART));
+            assert!(before.windows(2).all(|two| two[1] == 2 * two[0]), "{launches}: {before:?}");
+        }
+        assert_eq!(parts(93).collect::<Vec<_>>(), [8, 16, 32]);
     }
 }

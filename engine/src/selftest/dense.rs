@@ -3,7 +3,7 @@
 use super::{Bench, D4, H, H4, KV, N, N4, Values, WIDTH, error};
 use crate::EngineError;
 use exflow_shaders::params::{self, Query};
-use exflow_shaders::{KV_BLOCK, Kernel, Variant, reference};
+use exflow_shaders::{KV_BLOCK, Kernel, NO_SLOT, Variant, reference};
 
 impl Bench {
     pub(super) fn embed(&self, variant: Variant, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
@@ -25,25 +25,53 @@ impl Bench {
         Ok(worst)
     }
 
-    pub(super) fn norm(&self, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
-        let first = 2;
-        let mut x = v.floats((rows + first) * H);
+    pub(super) fn norm(&self, variant: Variant, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
+        let (first, top_k) = (2, 2);
+        let (source, mut slots) =
+            (v.below(rows + first, rows + first), v.below(2 * rows, top_k * (rows + first)));
+        slots[first * top_k] = NO_SLOT;
+        let mut partials = v.floats(2 * rows * H);
         let (mut weight, mut bias) = (v.floats(H), v.floats(H));
+        let (mut before, mut x) = (v.floats((rows + first) * H), v.floats((rows + first) * H));
         for column in WIDTH..H {
             (weight[column], bias[column]) = (0.0, 0.0);
-            (0..rows + first).for_each(|row| x[row * H + column] = 0.0);
+            for values in [&mut x, &mut before, &mut partials] {
+                values.iter_mut().skip(column).step_by(H).for_each(|value| *value = 0.0);
+            }
         }
-        let (width, width4, first_row) = (WIDTH as u32, H4 as u32, first as u32);
         let mut worst = 0f64;
-        for centred in [0, 1] {
-            let p = params::Norm { rows: rows as u32, width, width4, first_row, centred, eps: 1e-5 };
-            let mut expected = vec![0.0; x.len()];
-            reference::norm(&p, &x, &weight, &bias, &mut expected);
-            let out = self.up(&vec![0f32; x.len()])?;
-            let buffers = [&self.up(&x)?, &self.up(&weight)?, &self.up(&bias)?, &out];
-            let got =
-                self.run(Kernel::Norm, Variant::default(), &p, &buffers, [rows as u32, 1, 1], x.len())?;
-            worst = worst.max(error(&expected, &got));
+        // Rows that are there; rows that are gathered; rows that are made of a residual and partials.
+        for (centred, combines, top_k) in [(0, 0, 0), (1, 0, 0), (1, 1, 0), (0, 1, top_k), (1, 1, top_k)] {
+            let p = params::Norm {
+                width: WIDTH as u32,
+                width4: H4 as u32,
+                first_row: first as u32,
+                combines,
+                top_k: top_k as u32,
+                centred,
+                eps: 1e-5,
+            };
+            let (mut made, mut expected) = (x.clone(), vec![0.0; x.len()]);
+            reference::norm(
+                &p,
+                rows,
+                &before,
+                &source,
+                &slots,
+                &partials,
+                &weight,
+                &bias,
+                &mut made,
+                &mut expected,
+            );
+            let (residual, out) = (self.up(&x)?, self.up(&vec![0f32; x.len()])?);
+            let lists = [&self.up(&before)?, &self.up(&source)?, &self.up(&slots)?, &self.up(&partials)?];
+            let norm = [&self.up(&weight)?, &self.up(&bias)?, &residual, &out];
+            let buffers = [&lists[..], &norm].concat();
+            let got = self.run(Kernel::Norm, variant, &p, &buffers, [rows as u32, 1, 1], x.len())?;
+            // What it only adds it adds in one order: the same bits.
+            let made: Vec<u32> = bytemuck::pod_collect_to_vec(&made);
+            worst = worst.max(error(&expected, &got)).max(self.differs(&residual, &made)?);
         }
         Ok(worst)
     }

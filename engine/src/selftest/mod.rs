@@ -107,7 +107,7 @@ impl Bench {
         let mut values = Values(kernel as u64 * 1000 + rows as u64);
         let max_error = match kernel {
             Kernel::Embed => self.embed(variant, rows, &mut values)?,
-            Kernel::Norm => self.norm(rows, &mut values)?,
+            Kernel::Norm => self.norm(variant, rows, &mut values)?,
             Kernel::PartNorm => self.part_norm(rows, &mut values)?,
             Kernel::Clip => self.clip(rows, &mut values)?,
             Kernel::Rope => self.rope(rows, &mut values)?,
@@ -119,7 +119,6 @@ impl Bench {
             Kernel::ExpertPermute => self.expert_permute(variant, rows, &mut values)?,
             Kernel::ExpertUp => self.expert_up(variant, rows, &mut values)?,
             Kernel::ExpertDown => self.expert_down(variant, rows, &mut values)?,
-            Kernel::Combine => self.combine(rows, &mut values)?,
             Kernel::Argmax => self.argmax(rows, &mut values)?,
             Kernel::Probe => self.probe(variant, rows)?,
         };

@@ -1,10 +1,10 @@
-//! Kernels of a MoE layer: router, lists of pairs, experts, combine.
+//! Kernels of a MoE layer: router, lists of pairs, experts.
 
 use super::{Bench, EXPERTS, H, H4, N, N4, Values, error, tiles_zero};
 use crate::EngineError;
 use crate::gpu::{Buffer, Recording};
 use exflow_shaders::params::{self, Pair, Tile, score};
-use exflow_shaders::{Kernel, NO_SLOT, Variant, reference};
+use exflow_shaders::{Kernel, Variant, reference};
 
 impl Bench {
     pub(super) fn router(&self, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
@@ -178,19 +178,6 @@ impl Bench {
             }
         }
         (pairs, tiles)
-    }
-
-    pub(super) fn combine(&self, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
-        let (x, partials) = (v.floats(rows * H), v.floats(2 * rows * H));
-        let (source, mut slots) = (v.below(rows, rows), v.below(2 * rows, 2 * rows));
-        slots[0] = NO_SLOT;
-        let p = params::Combine { rows: rows as u32, h4: H4 as u32, top_k: 2 };
-        let mut expected = vec![0.0; rows * H];
-        reference::combine(&p, &x, &source, &slots, &partials, &mut expected);
-        let out = self.up(&vec![0f32; rows * H])?;
-        let buffers = [&self.up(&x)?, &self.up(&source)?, &self.up(&slots)?, &self.up(&partials)?, &out];
-        let groups = [self.columns(H4), rows as u32, 1];
-        Ok(error(&expected, &self.run(Kernel::Combine, Variant::default(), &p, &buffers, groups, rows * H)?))
     }
 }
 

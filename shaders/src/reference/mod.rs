@@ -4,7 +4,6 @@
 mod argmax;
 mod attention;
 mod clip;
-mod combine;
 mod embed;
 mod expert_down;
 mod expert_permute;
@@ -21,7 +20,6 @@ mod shared_gate;
 pub use argmax::argmax;
 pub use attention::attention;
 pub use clip::clip;
-pub use combine::combine;
 pub use embed::embed;
 pub use expert_down::expert_down;
 pub use expert_permute::expert_permute;

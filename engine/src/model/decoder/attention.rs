@@ -10,12 +10,11 @@ use exflow_shaders::{Kernel, Values, Variant, params};
 const NO_WINDOW: u32 = u32::MAX;
 
 impl Decoder {
-    /// Attention of rows `0..rows` over their contexts, added to the residual stream. `blocks` is the length of a
+    /// Attention of rows `0..rows`, whose norm is there, over their contexts, added to the residual stream. `blocks` is the length of a
     /// row of the block table.
     pub(crate) fn attend(&self, r: &mut Recording<'_>, layer: usize, rows: usize, blocks: usize) {
         let (s, w, spec) = (&self.scratch, self.layer(layer), &self.spec);
         let attention = &spec.attention;
-        self.norm(r, &w.norm_1, s.x(), 0, rows);
         match (&attention.latent, &w.attention.latent, &s.latent) {
             (Some(latent), Some(weights), Some(buffers)) => {
                 self.project_latent(r, latent, &w.attention, weights, buffers, rows);
@@ -190,12 +189,8 @@ impl Decoder {
             has_sinks: u32::from(sinks.is_some()),
             scale: attention.scale,
         };
-        let variant = Variant {
-            values: Values::of(attention.value_dim),
-            subgroup: self.gpu.is_cpu(),
-            cache: self.cache_form,
-            ..Variant::default()
-        };
+        let variant =
+            Variant { values: Values::of(attention.value_dim), cache: self.cache_form, ..self.lanes() };
         let sinks = sinks.as_ref().unwrap_or(self.absent());
         let buffers = [&s.qkv, &self.cache[layer], &s.queries, &s.block_table, sinks, &s.attended];
         r.launch(Kernel::Attention, variant, &p, &buffers, [attention.heads as u32, rows as u32, 1]);

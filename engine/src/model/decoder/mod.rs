@@ -111,7 +111,7 @@ impl Decoder {
         &self.weights.final_norm.weight
     }
 
-    /// `x = wte[token] * scale (+ wpe[position])`, rows `0..rows`.
+    /// `x = wte[token] * scale (+ wpe[position])`, rows `0..rows`, and the norm before the first layer's attention.
     pub(crate) fn embed(&self, r: &mut Recording<'_>, rows: usize) {
         let (s, w) = (&self.scratch, &self.weights);
         let p = params::Embed {
@@ -125,11 +125,12 @@ impl Decoder {
         let positions = w.position_embedding.as_ref().unwrap_or(self.absent());
         let buffers = [&s.tokens, &w.token_embedding.buffer, positions, s.x()];
         r.launch(Kernel::Embed, Variant::default(), &p, &buffers, groups);
+        self.norm(r, self.next_norm(None), (0, rows));
     }
 
     /// The norm before the FFN, of rows `first..first + rows`: those that are here, or those that arrived.
     pub(crate) fn norm_ffn(&self, r: &mut Recording<'_>, layer: usize, first: usize, rows: usize) {
-        self.norm(r, &self.layer(layer).norm_2, self.scratch.x(), first, rows);
+        self.norm(r, &self.layer(layer).norm_2, (first, rows));
     }
 
     /// The router's choice for rows `0..rows`, whose norm is there.
@@ -167,44 +168,87 @@ impl Decoder {
         r.launch(Kernel::Router, Variant::default(), &p, &buffers, [rows as u32, 1, 1]);
     }
 
-    /// The residual stream after a MoE layer: each row's residual plus its partials, in router order.
-    pub(crate) fn combine(&self, r: &mut Recording<'_>, rows: usize) {
+    /// The residual stream after a layer: each row's residual plus its partials, in router order; and the norm
+    /// that comes next.
+    pub(crate) fn combine(&self, r: &mut Recording<'_>, layer: usize, rows: usize) {
         let s = &self.scratch;
-        self.gather(r, &s.source, (&s.slots, self.spec.partials()), rows);
-        s.swap();
+        let slots = match self.spec.moe_index(layer) {
+            Some(_) => (&s.slots, self.spec.partials()),
+            None => (&s.dense_slots, 1),
+        };
+        self.combine_from(r, &s.source, slots, self.next_norm(Some(layer)), rows);
     }
 
-    /// The residual stream after a dense layer.
-    pub(crate) fn combine_dense(&self, r: &mut Recording<'_>, rows: usize) {
-        let s = &self.scratch;
-        self.gather(r, &s.source, (&s.dense_slots, 1), rows);
-        s.swap();
-    }
-
-    /// Final norm, head and greedy choice of the `rows` rows that `head_rows` names.
-    pub(crate) fn head(&self, r: &mut Recording<'_>, rows: usize) {
+    /// Head and greedy choice of the `rows` rows that `head_rows` names, of `all` rows that left the last layer.
+    pub(crate) fn head(&self, r: &mut Recording<'_>, rows: usize, all: usize) {
         let (s, spec) = (&self.scratch, &self.spec);
-        self.gather(r, &s.head_rows, (&s.slots, 0), rows);
-        s.swap();
-        self.norm(r, &self.weights.final_norm, s.x(), 0, rows);
+        // Where all are asked for, they are normed already.
+        if rows < all {
+            self.combine_from(r, &s.head_rows, (&s.slots, 0), &self.weights.final_norm, rows);
+        }
         let product = Product { scale: spec.logit_scale, ..Product::of(&self.weights.head) };
         self.linear(r, product, (&s.normed, spec.h4()), (&s.logits, spec.v4()), rows);
         let p = params::Argmax { vocab: spec.vocab_size as u32, stride: 4 * spec.v4() as u32 };
         r.launch(Kernel::Argmax, Variant::default(), &p, &[&s.logits, &s.sampled], [rows as u32, 1, 1]);
     }
 
-    fn norm(&self, r: &mut Recording<'_>, norm: &Norm, x: &Buffer, first: usize, rows: usize) {
-        let p = params::Norm {
-            rows: rows as u32,
+    /// The norm behind a layer, or behind the embedding: before the next attention, or before the head.
+    fn next_norm(&self, layer: Option<usize>) -> &Norm {
+        let next = self.weights.layers.get(layer.map_or(0, |layer| layer + 1));
+        next.map_or(&self.weights.final_norm, |next| &next.norm_1)
+    }
+
+    /// The norm of rows of the residual stream, (the first, how many).
+    fn norm(&self, r: &mut Recording<'_>, norm: &Norm, (first, rows): (usize, usize)) {
+        let p = params::Norm { first_row: first as u32, ..self.norm_params() };
+        let absent = self.absent();
+        self.launch_norm(r, &p, [absent; 4], norm, self.scratch.x(), rows);
+    }
+
+    /// `rows` rows of the residual stream from the rows that `source` names and partials, with their norm.
+    fn combine_from(
+        &self,
+        r: &mut Recording<'_>,
+        source: &Buffer,
+        (slots, partials): (&Buffer, usize),
+        norm: &Norm,
+        rows: usize,
+    ) {
+        let s = &self.scratch;
+        let p = params::Norm { combines: 1, top_k: partials as u32, ..self.norm_params() };
+        self.launch_norm(r, &p, [s.x(), source, slots, &s.partials], norm, s.x_next(), rows);
+        s.swap();
+    }
+
+    fn norm_params(&self) -> params::Norm {
+        params::Norm {
             width: self.spec.hidden as u32,
             width4: self.spec.h4() as u32,
-            first_row: first as u32,
+            first_row: 0,
+            combines: 0,
+            top_k: 0,
             centred: u32::from(self.spec.norm.centred),
             eps: self.spec.norm.eps,
-        };
+        }
+    }
+
+    fn launch_norm(
+        &self,
+        r: &mut Recording<'_>,
+        p: &params::Norm,
+        [before, source, slots, partials]: [&Buffer; 4],
+        norm: &Norm,
+        x: &Buffer,
+        rows: usize,
+    ) {
         let bias = norm.bias.as_ref().unwrap_or(self.absent());
-        let buffers = [x, &norm.weight, bias, &self.scratch.normed];
-        r.launch(Kernel::Norm, Variant::default(), &p, &buffers, [rows as u32, 1, 1]);
+        let buffers = [before, source, slots, partials, &norm.weight, bias, x, &self.scratch.normed];
+        r.launch(Kernel::Norm, self.lanes(), p, &buffers, [rows as u32, 1, 1]);
+    }
+
+    /// The variant of kernels with a workgroup for each row: eight lanes on a CPU, whose vector they are.
+    fn lanes(&self) -> Variant {
+        Variant { subgroup: self.gpu.is_cpu(), ..Variant::default() }
     }
 
     /// The product of whole rows.
@@ -258,20 +302,6 @@ impl Decoder {
         let (bias, residual) = (product.bias.unwrap_or(absent), product.residual.unwrap_or(absent));
         let groups = [rows.div_ceil(variant.tile_rows()) as u32, self.matrix_columns(n4), heads as u32];
         r.launch(Kernel::Linear, variant, &p, &[x, &product.weight.buffer, bias, residual, y], groups);
-    }
-
-    fn gather(
-        &self,
-        r: &mut Recording<'_>,
-        source: &Buffer,
-        (slots, partials): (&Buffer, usize),
-        rows: usize,
-    ) {
-        let s = &self.scratch;
-        let h4 = self.spec.h4();
-        let p = params::Combine { rows: rows as u32, h4: h4 as u32, top_k: partials as u32 };
-        let buffers = [s.x(), source, slots, &s.partials, s.x_next()];
-        r.launch(Kernel::Combine, Variant::default(), &p, &buffers, [self.columns(h4), rows as u32, 1]);
     }
 }
 

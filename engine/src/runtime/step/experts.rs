@@ -119,7 +119,7 @@ impl Stepper<'_> {
         let mut r = self.decoder.record();
         if let Some(batch) = list.batch {
             self.decoder.ffn(&mut r, layer, LocalFfn::Every, batch);
-            self.decoder.combine_dense(&mut r, rows);
+            self.decoder.combine(&mut r, layer, rows);
             r.submit()?;
         }
         Ok(())
@@ -194,7 +194,7 @@ impl Stepper<'_> {
         if let Some(batch) = shared.batch {
             self.decoder.ffn(&mut r, layer, LocalFfn::Every, batch);
         }
-        self.decoder.combine(&mut r, here.len());
+        self.decoder.combine(&mut r, layer, here.len());
         r.submit()?;
         Ok(here.into_iter().map(|(row, _, _)| row).collect())
     }

@@ -67,10 +67,7 @@ impl Stepper<'_> {
                 let (experts, every) = &lists;
                 experts.batch.into_iter().for_each(|b| decoder.ffn(&mut r, layer, LocalFfn::Experts, b));
                 every.batch.into_iter().for_each(|b| decoder.ffn(&mut r, layer, LocalFfn::Every, b));
-                match decoder.spec.moe_index(layer) {
-                    Some(_) => decoder.combine(&mut r, count),
-                    None => decoder.combine_dense(&mut r, count),
-                }
+                decoder.combine(&mut r, layer, count);
             }
         }
         let moe = if count > 0 && stage < layers { decoder.spec.moe_index(stage) } else { None };
@@ -90,7 +87,7 @@ impl Stepper<'_> {
             }
         }
         if !heads.is_empty() {
-            decoder.head(&mut r, heads.len());
+            decoder.head(&mut r, heads.len(), count);
             r.read::<u32>(&decoder.scratch.sampled, 0, heads.len());
         }
         if logits {

@@ -133,17 +133,16 @@ impl Stepper<'_> {
                 decoder.route(&mut r, layer, count);
                 decoder.all_experts(&mut r, layer, count);
                 shared.into_iter().for_each(|batch| decoder.ffn(&mut r, layer, LocalFfn::Every, batch));
-                decoder.combine(&mut r, count);
             } else {
                 dense.into_iter().for_each(|batch| decoder.ffn(&mut r, layer, LocalFfn::Every, batch));
-                decoder.combine_dense(&mut r, count);
             }
+            decoder.combine(&mut r, layer, count);
         }
         // A chunk within a prompt asks the head for nothing.
         let asked = !heads.is_empty();
         let logits = asked && self.reads_logits(&rows)?;
         if asked {
-            decoder.head(&mut r, heads.len());
+            decoder.head(&mut r, heads.len(), count);
             r.read::<u32>(&decoder.scratch.sampled, 0, heads.len());
         }
         if logits {

@@ -16,7 +16,7 @@ impl Stepper<'_> {
         let wants_logits = self.reads_logits(rows)?;
         let decoder = &*self.decoder;
         let mut r = decoder.record();
-        decoder.head(&mut r, heads.len());
+        decoder.head(&mut r, heads.len(), rows.len());
         r.read::<u32>(&decoder.scratch.sampled, 0, heads.len());
         if wants_logits {
             r.read::<f32>(&decoder.scratch.logits, 0, heads.len() * 4 * decoder.spec.v4());
