@@ -41,7 +41,7 @@ fn run(root: &Path, model: &Path) -> Result<PathBuf, StudyError> {
     options.ranks = RANKS;
     options.transport = TransportKind::Quic;
     options.strategy = Strategy::Vanilla;
-    let mut cluster = Cluster::start(options.clone(), &bars)?;
+    let mut cluster = Cluster::start(options, &bars)?;
     let facts = ModelFacts::of(cluster.spec(), model);
     println!("{}: {} MoE layers × {} experts on {RANKS} ranks", facts.name, facts.moe_layers, facts.experts);
 
@@ -54,13 +54,12 @@ fn run(root: &Path, model: &Path) -> Result<PathBuf, StudyError> {
     let mut placed = study::place(&profiled, facts.experts, RANKS, &solve, &bars)?;
     placed.table.model_digest = Some(facts.digest.clone());
     let requests = requests(&cluster)?;
-    drop(cluster);
 
     // 3. The same prompts under three settings, streamed; `compare` fails where they do not say the same.
     let mut stream = TextStream::new(std::io::stdout(), PROMPTS.len());
     let mut shown = String::new();
     let settings = Setting::three(&placed.table);
-    let compared = study::compare(&options, settings, &requests, REPEATS, &bars, &mut |setting, event| {
+    let compared = study::compare(&mut cluster, settings, &requests, REPEATS, &mut |setting, event| {
         if shown != setting.label() {
             shown = setting.label();
             println!("\n── {shown}");

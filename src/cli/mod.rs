@@ -56,7 +56,7 @@ enum Verb {
     Profile(profile::Args),
     Place(place::Args),
     Plan(plan::Args),
-    Bench(bench::Args),
+    Bench(Box<bench::Args>),
     Simulate(simulate::Args),
     Report(report::Args),
     Selftest(selftest::Args),

@@ -1,12 +1,9 @@
 //! Runs of several settings side by side, interleaved, that must all say the same.
 
 use super::StudyError;
-use exflow_engine::{
-    Cluster, ClusterOptions, Generation, PlacementSource, PlacementTable, Progress, Request, RunStats,
-    Strategy, TokenEvent,
-};
+use exflow_engine::{Cluster, Generation, PlacementTable, Request, RunStats, Strategy, TokenEvent};
 
-/// Tokens of the run that warms each cluster up; it is not measured.
+/// Tokens of the run that follows each change of the setting; it is not measured.
 const WARM_UP: usize = 4;
 
 /// A strategy with a placement.
@@ -17,22 +14,21 @@ pub struct Setting {
     /// Name of the placement.
     pub name: String,
     /// Where experts live.
-    pub placement: PlacementSource,
+    pub table: PlacementTable,
 }
 
 impl Setting {
     /// The baseline, coherence alone, and coherence with the solved table, in this order.
     pub fn three(table: &PlacementTable) -> Vec<Self> {
-        let round_robin =
-            |strategy| Self { strategy, name: "round_robin".into(), placement: PlacementSource::RoundRobin };
+        let round_robin = |strategy| Self {
+            strategy,
+            name: "round_robin".into(),
+            table: PlacementTable::round_robin(table.layers, table.experts, table.ranks),
+        };
         vec![
             round_robin(Strategy::Vanilla),
             round_robin(Strategy::Coherent),
-            Self {
-                strategy: Strategy::Coherent,
-                name: "affinity".into(),
-                placement: PlacementSource::Table(table.clone()),
-            },
+            Self { strategy: Strategy::Coherent, name: "affinity".into(), table: table.clone() },
         ]
     }
 
@@ -62,29 +58,30 @@ pub struct Comparison {
     pub adapters: Vec<String>,
 }
 
-/// Starts a cluster per setting, then runs all of them in turn, `repeats` times. `sink` sees the tokens of each
-/// setting's first run.
+/// Has the cluster, in one process or in several, run every setting in turn, `repeats` times. `sink` sees the tokens of
+/// each setting's first run.
 ///
 /// # Errors
-/// [`StudyError::Differ`] where any run says something else than the first one.
+/// [`StudyError::Differ`] where any run says something else than the first one; those of [`Cluster::change`].
 pub fn compare(
-    options: &ClusterOptions,
+    cluster: &mut Cluster,
     settings: Vec<Setting>,
     requests: &[Request],
     repeats: usize,
-    progress: &dyn Progress,
     sink: &mut dyn FnMut(&Setting, &TokenEvent),
 ) -> Result<Comparison, StudyError> {
-    let mut clusters = settings
-        .iter()
-        .map(|setting| start(options, setting, requests, progress))
-        .collect::<Result<Vec<_>, _>>()?;
-    let adapters = clusters.first().map(Cluster::adapters).unwrap_or_default();
+    let adapters = cluster.adapters();
+    let schedule = cluster.options().schedule;
+    let warm_up: Vec<Request> =
+        requests.iter().map(|r| Request { max_tokens: r.max_tokens.min(WARM_UP), ..r.clone() }).collect();
     let mut measured: Vec<Measured> =
         settings.into_iter().map(|setting| Measured { setting, runs: Vec::new() }).collect();
     let mut said: Option<Generation> = None;
     for repeat in 0..repeats.max(1) {
-        for (cluster, measured) in clusters.iter_mut().zip(&mut measured) {
+        for measured in &mut measured {
+            let Setting { strategy, table, .. } = &measured.setting;
+            cluster.change(*strategy, schedule, Some(table.clone()))?;
+            cluster.generate(&warm_up, &mut |_| {})?;
             let mut show = |event: &TokenEvent| {
                 if repeat == 0 {
                     sink(&measured.setting, event);
@@ -100,22 +97,6 @@ pub fn compare(
     }
     let said = said.ok_or(StudyError::LittleText { passages: 0, least: 1 })?;
     Ok(Comparison { measured, said, adapters })
-}
-
-fn start(
-    options: &ClusterOptions,
-    setting: &Setting,
-    requests: &[Request],
-    progress: &dyn Progress,
-) -> Result<Cluster, StudyError> {
-    let mut options = options.clone();
-    options.strategy = setting.strategy;
-    options.placement = setting.placement.clone();
-    let mut cluster = Cluster::start(options, progress)?;
-    let warm_up: Vec<Request> =
-        requests.iter().map(|r| Request { max_tokens: r.max_tokens.min(WARM_UP), ..r.clone() }).collect();
-    cluster.generate(&warm_up, &mut |_| {})?;
-    Ok(cluster)
 }
 
 /// Whether two runs produced the same tokens.

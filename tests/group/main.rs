@@ -197,6 +197,26 @@ fn a_world_that_was_measured_and_changed_says_the_same() {
     }
 }
 
+/// `exflow bench` over processes: rank 0 has the others change with it and prints the table.
+#[test]
+fn a_group_compares_strategies_over_its_own_links() {
+    let folder = tiny();
+    let group = Group::new(2, folder.path());
+    let worker =
+        Worker(Some(group.command("bench", 1, &["--listen", "127.0.0.1:0"]).spawn().expect("rank 1")));
+    let more = "-n 4 -r 2 --own-text 8 --time-limit 1s --format json -p one two";
+    let leader = group.command("bench", 0, &more.split(' ').collect::<Vec<_>>()).spawn().expect("rank 0");
+    let (leader, worker) = (Worker(Some(leader)).end(), worker.end());
+    assert!(leader.status.success() && worker.status.success(), "{}\n{}", err(&leader), err(&worker));
+    let table: serde_json::Value = serde_json::from_slice(&leader.stdout).expect("JSON");
+    assert_eq!((&table["same_tokens"], &table["repeats"]), (&true.into(), &2.into()));
+    let rows = table["settings"].as_array().expect("settings");
+    let exchanges: Vec<_> = rows.iter().map(|row| row["exchanges_per_layer"].as_f64()).collect();
+    assert_eq!(exchanges, [Some(2.0), Some(1.0), Some(1.0)], "{table}");
+    assert!(rows.iter().all(|row| row["bytes"]["dispatch"].as_f64() > Some(0.0)), "{table}");
+    assert_eq!(table["adapters"].as_array().map(Vec::len), Some(2));
+}
+
 #[test]
 fn those_who_do_not_fit_hear_why_and_the_others_join() {
     let folder = tiny();

@@ -164,6 +164,7 @@ impl Worker {
         self.hear(&mut rounds)?;
         let adapter = self.decoder.gpu.name().to_owned();
         self.tell(Event::Ready(self.comm.rank(), adapter));
+        self.behind = true;
         Ok(())
     }
 

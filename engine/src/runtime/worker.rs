@@ -92,7 +92,7 @@ pub(crate) struct Worker {
     pub(super) stopping: bool,
     /// Whether another epoch follows at once.
     pub(super) again: bool,
-    /// Some rank has more news for the driver than one gathering takes.
+    /// Ranks have news for the driver that only the next gathering brings: rank 0 does not rest before it.
     pub(super) behind: bool,
 }
 
@@ -222,8 +222,14 @@ impl Worker {
                     }
                 }
             }
-            Directive::Report => self.report(),
-            Directive::Measure => self.measure()?,
+            Directive::Report => {
+                self.report();
+                self.behind = true;
+            }
+            Directive::Measure => {
+                self.measure()?;
+                self.behind = true;
+            }
             Directive::Stop { again } => (self.stopping, self.again) = (true, again),
         }
         Ok(())

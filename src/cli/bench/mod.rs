@@ -15,6 +15,7 @@ use exflow::placement::SolveOptions;
 use exflow::progress::Bars;
 use exflow::report::{ModelFacts, ReportData, rate_text};
 use exflow::study::{self, Corpus, Document, OwnText, Setting, Study, markdown_table, text_table};
+use exflow::transport::link::LinkSpec;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -44,12 +45,15 @@ pub(crate) struct Args {
     /// Model folder: config.json, *.safetensors, tokenizer.json; or a name on the Hub
     #[arg(short, long, value_name = "DIR|ORG/NAME", required = true)]
     model: Option<PathBuf>,
-    /// Ranks that the experts are spread over
-    #[arg(long, value_name = "R", default_value_t = 4, value_parser = flags::ranks)]
+    /// Ranks of this process, where it is the only one
+    #[arg(long, value_name = "R", default_value_t = 4, value_parser = flags::ranks, conflicts_with_all = ["rank", "world_size", "leader"])]
     ep_size: usize,
     /// What joins the ranks of this process
     #[arg(long, value_enum, default_value = "quic")]
     transport: Transport,
+    /// Shapes what each rank sends: lan, wifi, wan, or latency=5ms,rate=100mbit,…
+    #[arg(long, value_name = "LINK", value_parser = flags::link)]
+    link: Option<LinkSpec>,
     /// Tokens to add to each prompt; the end-of-text token does not end it
     #[arg(short = 'n', long, value_name = "N", default_value_t = 64)]
     max_tokens: usize,
@@ -80,6 +84,8 @@ pub(crate) struct Args {
     /// How the result is written
     #[arg(long, value_enum, default_value = "text")]
     format: TableFormat,
+    #[command(flatten)]
+    group: flags::group::GroupFlags,
 }
 
 impl Args {
@@ -91,6 +97,7 @@ impl Args {
             Some(Part::Kernels(args)) => args.ranks.hosted(),
             Some(Part::Model(args)) => args.ranks.hosted(),
             Some(Part::Strategies(args)) => args.device_ranks(),
+            None if self.group.is_told() => flags::hosted(self.model(), 1),
             None => self.ep_size,
         }
     }
@@ -128,7 +135,7 @@ fn three(args: &Args) -> Result<(), Failure> {
         .iter()
         .map(|path| Ok(Document { name: path.display().to_string(), text: flags::read_text(path)? }))
         .collect::<Result<Vec<_>, Failure>>()?;
-    let study = measure(args, &documents)?;
+    let Some(study) = measure(args, &documents)? else { return Ok(()) };
     if let Some(folder) = &args.report {
         let path = study.save(folder)?;
         output::note(&format!("report: file://{}", path.display()));
@@ -140,14 +147,18 @@ fn three(args: &Args) -> Result<(), Failure> {
     }
 }
 
-fn measure(args: &Args, documents: &[Document]) -> Result<Study, Failure> {
+/// Nothing where this process serves rank 0 of another.
+fn measure(args: &Args, documents: &[Document]) -> Result<Option<Study>, Failure> {
     let bars = Bars::new();
     let mut options = ClusterOptions::new(args.model());
     options.ranks = args.ep_size;
     options.transport = args.transport.into();
     options.strategy = Strategy::Vanilla;
     options.adapter = args.adapter.clone();
-    let mut cluster = Cluster::start(options.clone(), &bars)?;
+    options.link = args.link;
+    args.group.apply(&mut options)?;
+    let Some(options) = flags::group::led(options, &bars)? else { return Ok(None) };
+    let mut cluster = Cluster::start(options, &bars)?;
     let prompts = if args.prompts.is_empty() {
         study::BEGINNINGS.map(String::from).to_vec()
     } else {
@@ -158,16 +169,14 @@ fn measure(args: &Args, documents: &[Document]) -> Result<Study, Failure> {
     let corpus = Corpus::collect(&mut cluster, documents, &own, 256, &bars)?;
     let profiled = study::profile(&mut cluster, &corpus, &bars)?;
     let solve = SolveOptions { seed: args.seed, time_limit: args.time_limit, ..SolveOptions::default() };
-    let mut placed = study::place(&profiled, cluster.spec().experts, args.ep_size, &solve, &bars)?;
+    let mut placed = study::place(&profiled, cluster.spec().experts, cluster.options().ranks, &solve, &bars)?;
     placed.table.model_digest = Some(cluster.spec().digest.clone());
     let facts = ModelFacts::of(cluster.spec(), args.model());
-    drop(cluster);
     let settings = Setting::three(&placed.table);
-    let compared =
-        study::compare(&options, settings, &requests, args.repeats as usize, &bars, &mut |_, _| {})?;
+    let compared = study::compare(&mut cluster, settings, &requests, args.repeats as usize, &mut |_, _| {})?;
     let texts =
         prompts.into_iter().zip(compared.said.sequences.iter().map(|done| done.text.clone())).collect();
-    Ok(Study::new("exflow bench", facts, &corpus, profiled, placed, &compared, texts))
+    Ok(Some(Study::new("exflow bench", facts, &corpus, profiled, placed, &compared, texts)))
 }
 
 fn requests(cluster: &Cluster, prompts: &[String], max_tokens: usize) -> Result<Vec<Request>, Failure> {

@@ -3,7 +3,7 @@
 use super::duration;
 use crate::cli::failure::Failure;
 use crate::cli::output;
-use exflow::engine::{Affinity, ClusterOptions, GroupOptions, Observer, TransportKind};
+use exflow::engine::{Affinity, ClusterOptions, GroupOptions, Observer, Progress, TransportKind};
 use exflow::transport::launch::{self, Launch};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -72,6 +72,11 @@ impl GroupFlags {
         Ok(())
     }
 
+    /// Whether flags name a group.
+    pub(crate) fn is_told(&self) -> bool {
+        self.rank.is_some() || self.world_size.is_some() || self.leader.is_some()
+    }
+
     /// The group that flags or a launcher put this process into; none: it is alone.
     fn group(&self) -> Result<Option<GroupOptions>, Failure> {
         let told = self.rank.is_some() && self.world_size.is_some();
@@ -79,8 +84,7 @@ impl GroupFlags {
             true => None,
             false => launch::detect(|name| std::env::var(name).ok()).map_err(input)?,
         };
-        let flagged = self.rank.is_some() || self.world_size.is_some() || self.leader.is_some();
-        if !flagged && launched.as_ref().is_none_or(|launch| launch.world_size < 2) {
+        if !self.is_told() && launched.as_ref().is_none_or(|launch| launch.world_size < 2) {
             return Ok(None);
         }
         let of = |from: fn(&Launch) -> usize| launched.as_ref().map(from);
@@ -110,6 +114,22 @@ impl GroupFlags {
             ..GroupOptions::new(process, processes, leader, identity)
         }))
     }
+}
+
+/// What to run, where this process leads; one that does not lead serves rank 0 to its end and gives none.
+pub(crate) fn led(
+    options: ClusterOptions,
+    progress: &dyn Progress,
+) -> Result<Option<ClusterOptions>, Failure> {
+    if options.group.as_ref().is_none_or(|group| group.process == 0) {
+        return Ok(Some(options));
+    }
+    // Its own choices give way to rank 0's.
+    let mut worker = ClusterOptions::new(&options.model);
+    (worker.devices, worker.ranks, worker.adapter) = (options.devices, options.ranks, options.adapter);
+    (worker.memory, worker.group, worker.link) = (options.memory, options.group, options.link);
+    exflow::engine::work(worker, progress)?;
+    Ok(None)
 }
 
 fn read_affinity(path: &Path) -> Result<Affinity, Failure> {

@@ -92,16 +92,7 @@ impl RankFlags {
 
     /// What to run, where this process leads; one that does not lead serves rank 0 to its end and gives none.
     pub(crate) fn led(&self, progress: &dyn Progress) -> Result<Option<ClusterOptions>, Failure> {
-        let options = self.options()?;
-        if options.group.as_ref().is_none_or(|group| group.process == 0) {
-            return Ok(Some(options));
-        }
-        // Its own choices give way to rank 0's.
-        let mut worker = ClusterOptions::new(&self.model);
-        (worker.devices, worker.ranks, worker.adapter) = (options.devices, options.ranks, options.adapter);
-        (worker.memory, worker.group, worker.link) = (options.memory, options.group, options.link);
-        exflow::engine::work(worker, progress)?;
-        Ok(None)
+        group::led(self.options()?, progress)
     }
 
     /// The cluster, where this process leads.
@@ -145,7 +136,7 @@ impl RankFlags {
 pub(super) const LARGE_MODEL_BYTES: u64 = 128 << 20;
 
 /// `ranks`, or 0 for one with large matrices. What is still to be downloaded from a Hub is large.
-pub(super) fn hosted(model: &Path, ranks: usize) -> usize {
+pub(crate) fn hosted(model: &Path, ranks: usize) -> usize {
     let is_large =
         || exflow::hub::local(model).is_none_or(|folder| weight_bytes(&folder) >= LARGE_MODEL_BYTES);
     if ranks == 1 && is_large() { 0 } else { ranks }
