@@ -21,7 +21,7 @@ pub enum Kernel {
     KvAppend,
     /// Causal attention over the paged cache.
     Attention,
-    /// Scores of the experts, top-k and weights.
+    /// Norm, scores of the experts, top-k and weights; of a single token also its pairs.
     Router,
     /// Count, scan and permute of (token, expert) pairs.
     ExpertPermute,
@@ -51,8 +51,8 @@ pub struct Variant {
     pub values: Values,
     /// How the cache holds keys and values (`kv_append` and `attention` only; others ignore it).
     pub cache: Cache,
-    /// Lanes hand each other what they loaded or summed, in subgroups of eight or more (`norm`, `attention` and matrix
-    /// kernels; others ignore it).
+    /// Lanes hand each other what they loaded or summed, in subgroups of eight or more (`norm`, `router`, `attention` and
+    /// matrix kernels; others ignore it).
     pub subgroup: bool,
     /// The matrix, or the cache, is a texture (matrix kernels, `embed`, `kv_append`, `attention`; others ignore it).
     pub image: bool,
@@ -271,7 +271,7 @@ impl Kernel {
 
     /// Whether lanes may hand each other what they have.
     pub fn hands_over(self) -> bool {
-        self.has_weights() || matches!(self, Kernel::Norm | Kernel::Attention)
+        self.has_weights() || matches!(self, Kernel::Norm | Kernel::Router | Kernel::Attention)
     }
 
     /// Whether the kernel reads a matrix that may lie in another type than f32.
@@ -331,7 +331,7 @@ impl Kernel {
             _ if self.has_weights() => bases.into_iter().flat_map(alike).collect(),
             _ if self.is_tiled() => bases.into_iter().flat_map(tiles).collect(),
             Kernel::Embed => vec![plain, Variant { image: true, ..plain }],
-            Kernel::Norm => vec![plain, Variant { subgroup: true, ..plain }],
+            Kernel::Norm | Kernel::Router => vec![plain, Variant { subgroup: true, ..plain }],
             _ => bases,
         }
     }

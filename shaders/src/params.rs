@@ -45,8 +45,9 @@ params! {
     }
     /// Parameters of `router.wgsl`.
     Router {
-        rows: u32, h4: u32, experts: u32, top_k: u32, score: u32, renormalise: u32, has_bias: u32,
-        has_correction: u32, groups: u32, groups_kept: u32, group_best: u32, scale: f32, threshold: f32,
+        width: u32, h4: u32, centred: u32, eps: f32, experts: u32, top_k: u32, score: u32, renormalise: u32,
+        has_bias: u32, has_correction: u32, groups: u32, groups_kept: u32, group_best: u32, scale: f32,
+        threshold: f32, lists: u32, up_groups: u32, down_groups: u32,
     }
     /// Parameters of `expert_permute.wgsl`.
     ExpertPermute { pairs: u32, top_k: u32, experts: u32, up_groups: u32, down_groups: u32 }

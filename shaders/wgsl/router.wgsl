@@ -1,8 +1,14 @@
-// Scores of all experts, the choice of top-k and their weights, one workgroup a token. Equal scores go to the lower
-// index; the chosen come largest weight first, equal weights in the order of choice.
+// The norm of each token's row, the scores of all experts, the choice of top-k and their weights, one workgroup a token. Equal
+// scores go to the lower index; the chosen come largest weight first, equal weights in the order of choice. Where one
+// token is all there is, its pairs are sorted and cut into tiles too, as expert_permute.wgsl does it for more.
+import package::shared::row::{LANES, spread, x}; // binding 7: x [.., H/4], the residual stream
+import package::shared::pair::{Pair, Tile};
+
 struct Params {
-    rows: u32,           // T
-    h4: u32,             // H / 4
+    width: u32,          // H; columns beyond it are 0 in x and in the norm's weight
+    h4: u32,             // ceil(H / 4)
+    centred: u32,        // 1: LayerNorm, 0: RMSNorm
+    eps: f32,
     experts: u32,        // E
     top_k: u32,          // K
     score: u32,          // SOFTMAX, SOFTMAX_OF_CHOSEN, SIGMOID or SPARSEMIXER
@@ -14,15 +20,20 @@ struct Params {
     group_best: u32,     // a group's score is the sum of so many of its best
     scale: f32,          // of the weights
     threshold: f32,      // SPARSEMIXER: the relative distance beyond which an expert does not count
+    lists: u32,          // 1: there is one token, whose pairs are wanted
+    up_groups: u32,      // workgroups along the columns of expert_up
+    down_groups: u32,
 }
 @group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;          // [T, H/4] normed
-@group(0) @binding(2) var<storage, read> w: array<vec4<f32>>;          // [E, H/4]
-@group(0) @binding(3) var<storage, read> bias: array<f32>;             // [2, E] bias, correction; any buffer without
-@group(0) @binding(4) var<storage, read_write> chosen: array<u32>;     // [T, K]
-@group(0) @binding(5) var<storage, read_write> weights: array<f32>;    // [T, K]
+// The norm's weight and bias [2, H/4], w [E, H/4], the experts' bias and correction [2 * E]
+@group(0) @binding(1) var<storage, read> constants: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read_write> chosen: array<u32>;     // [T, K]
+@group(0) @binding(3) var<storage, read_write> weights: array<f32>;    // [T, K]
+@group(0) @binding(4) var<storage, read_write> pairs: array<Pair>;     // [K], any buffer where no lists are wanted
+@group(0) @binding(5) var<storage, read_write> tiles: array<Tile>;     // [K], likewise
+@group(0) @binding(6) var<storage, read_write> launches: array<u32>;   // [2, 3] expert_up, expert_down, likewise
+@group(0) @binding(8) var<storage, read_write> y: array<vec4<f32>>;    // [T, H/4] normed
 
-const LANES: u32 = 32u;
 const NEVER: f32 = -3.0e38;
 const SOFTMAX: u32 = 0u;
 const SOFTMAX_OF_CHOSEN: u32 = 1u;
@@ -87,26 +98,81 @@ fn sparsemixer_weight(best: u32) -> f32 {
     return 1.0 / sum;
 }
 
+// The bias (0) or the correction (1) of an expert.
+fn of_expert(which: u32, e: u32) -> f32 {
+    let at = which * p.experts + e;
+    return constants[(2u + p.experts) * p.h4 + at / 4u][at % 4u];
+}
+
+fn note(e: u32, product: vec4<f32>) {
+    var score = (product.x + product.y) + (product.z + product.w);
+    if p.has_bias != 0u {
+        score += of_expert(0u, e);
+    }
+    if p.score == SIGMOID {
+        score = 1.0 / (1.0 + exp(-score));
+    }
+    scores[e] = score;
+    if p.has_correction != 0u {
+        score += of_expert(1u, e);
+    }
+    choice[e] = score;
+}
+
+// The pairs of the one token, by expert, each a tile.
+fn list_pairs() {
+    for (var k = 0u; k < p.top_k; k++) {
+        let e = chosen[k];
+        var at = 0u;
+        for (var other = 0u; other < p.top_k; other++) {
+            at += select(0u, 1u, chosen[other] < e);
+        }
+        pairs[at] = Pair(0u, k, weights[k], e);
+        tiles[at] = Tile(e, at, 1u, 0u);
+    }
+    launches[0] = p.top_k;
+    launches[1] = p.up_groups;
+    launches[2] = 1u;
+    launches[3] = p.top_k;
+    launches[4] = p.down_groups;
+    launches[5] = 1u;
+}
+
 @compute @workgroup_size(LANES)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let row = group.x;
-    for (var e = lane; e < p.experts; e += LANES) {
-        var sum = vec4<f32>(0.0);
-        for (var k = 0u; k < p.h4; k++) {
-            sum = fma(x[row * p.h4 + k], w[e * p.h4 + k], sum);
+    let x_base = row * p.h4;
+    let s = spread(x_base, p.width, p.h4, p.centred != 0u, p.eps, lane);
+    for (var i = lane; i < p.h4; i += LANES) {
+        var value = (x[x_base + i] - vec4<f32>(s.mean)) * s.scale * constants[i];
+        if p.centred != 0u {
+            value += constants[p.h4 + i];
         }
-        var score = (sum.x + sum.y) + (sum.z + sum.w);
-        if p.has_bias != 0u {
-            score += bias[e];
+        y[x_base + i] = value;
+    }
+    @if(subgroup) {
+        // A lane reads of the normed row what it wrote, and hands it to the others.
+        for (var first = 0u; first < p.experts; first += LANES) {
+            let e = min(first + lane, p.experts - 1u);
+            var sum = vec4<f32>(0.0);
+            for (var k = 0u; k < p.h4; k += LANES) {
+                let mine = y[x_base + min(k + lane, p.h4 - 1u)];
+                for (var i = 0u; i < min(LANES, p.h4 - k); i++) {
+                    sum = fma(subgroupShuffle(mine, i), constants[(2u + e) * p.h4 + k + i], sum);
+                }
+            }
+            note(e, sum);
         }
-        if p.score == SIGMOID {
-            score = 1.0 / (1.0 + exp(-score));
+    }
+    @else {
+        storageBarrier();
+        for (var e = lane; e < p.experts; e += LANES) {
+            var sum = vec4<f32>(0.0);
+            for (var k = 0u; k < p.h4; k++) {
+                sum = fma(y[x_base + k], constants[(2u + e) * p.h4 + k], sum);
+            }
+            note(e, sum);
         }
-        scores[e] = score;
-        if p.has_correction != 0u {
-            score += bias[p.experts + e];
-        }
-        choice[e] = score;
     }
     workgroupBarrier();
     if lane != 0u {
@@ -161,5 +227,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let divisor = select(1.0, selected, p.renormalise != 0u || p.score == SOFTMAX_OF_CHOSEN);
     for (var k = 0u; k < p.top_k; k++) {
         weights[base + k] = weights[base + k] / divisor * p.scale;
+    }    if p.lists != 0u {
+        list_pairs();
     }
 }

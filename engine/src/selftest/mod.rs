@@ -115,7 +115,7 @@ impl Bench {
             Kernel::Linear => self.linear(variant, rows, &mut values)?,
             Kernel::KvAppend => self.kv_append(variant, rows, &mut values)?,
             Kernel::Attention => self.attention(variant, rows, &mut values)?,
-            Kernel::Router => self.router(rows, &mut values)?,
+            Kernel::Router => self.router(variant, rows, &mut values)?,
             Kernel::ExpertPermute => self.expert_permute(variant, rows, &mut values)?,
             Kernel::ExpertUp => self.expert_up(variant, rows, &mut values)?,
             Kernel::ExpertDown => self.expert_down(variant, rows, &mut values)?,

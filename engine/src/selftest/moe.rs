@@ -1,18 +1,26 @@
 //! Kernels of a MoE layer: router, lists of pairs, experts.
 
-use super::{Bench, EXPERTS, H, H4, N, N4, Values, error, tiles_zero};
+use super::{Bench, EXPERTS, H, H4, N, N4, Values, WIDTH, error, tiles_zero};
 use crate::EngineError;
 use crate::gpu::{Buffer, Recording};
+use bytemuck::Pod;
 use exflow_shaders::params::{self, Pair, Tile, score};
 use exflow_shaders::{Kernel, Variant, reference};
 
 impl Bench {
-    pub(super) fn router(&self, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
+    pub(super) fn router(&self, variant: Variant, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
         let experts = 12;
-        let (x, w, bias) = (v.floats(rows * H), v.floats(experts * H), v.floats(2 * experts));
+        let (mut x, mut constants) = (v.floats(rows * H), v.floats((2 + experts) * H + 2 * experts));
+        for column in WIDTH..H {
+            let norms = constants[..2 * H].iter_mut();
+            let beyond = x.iter_mut().skip(column).step_by(H).chain(norms.skip(column).step_by(H));
+            beyond.for_each(|value| *value = 0.0);
+        }
         let plain = params::Router {
-            rows: rows as u32,
+            width: WIDTH as u32,
             h4: H4 as u32,
+            centred: 0,
+            eps: 1e-5,
             experts: experts as u32,
             top_k: 3,
             score: score::SOFTMAX,
@@ -24,10 +32,13 @@ impl Bench {
             group_best: 1,
             scale: 1.0,
             threshold: 0.0,
+            lists: u32::from(rows == 1),
+            up_groups: 4,
+            down_groups: 6,
         };
         let cases = [
             plain,
-            params::Router { renormalise: 0, groups: 4, groups_kept: 2, scale: 16.0, ..plain },
+            params::Router { renormalise: 0, groups: 4, groups_kept: 2, scale: 16.0, centred: 1, ..plain },
             params::Router { score: score::SOFTMAX_OF_CHOSEN, has_bias: 1, renormalise: 0, ..plain },
             params::Router {
                 score: score::SIGMOID,
@@ -42,14 +53,41 @@ impl Bench {
         ];
         let mut worst = 0f64;
         for p in cases {
-            let count = rows * p.top_k as usize;
+            let (count, top_k) = (rows * p.top_k as usize, p.top_k as usize);
             let (mut chosen, mut weights) = (vec![0u32; count], vec![0.0; count]);
-            reference::router(&p, &x, &w, &bias, &mut chosen, &mut weights);
+            let (mut pairs, mut tiles) = (vec![Pair::default(); top_k], vec![Tile::default(); top_k]);
+            let (mut launches, mut normed) = ([0; 6], vec![0.0; rows * H]);
+            let lists = (self.up(&pairs)?, self.up(&tiles)?, self.up(&launches)?);
             let (ids, out) = (self.up(&vec![0u32; count])?, self.up(&vec![0f32; count])?);
-            let buffers = [&self.up(&x)?, &self.up(&w)?, &self.up(&bias)?, &ids, &out];
-            let groups = [rows as u32, 1, 1];
-            let got = self.run::<_, f32>(Kernel::Router, Variant::default(), &p, &buffers, groups, count)?;
-            worst = worst.max(error(&weights, &got)).max(self.differs(&ids, &chosen)?);
+            let (row, y) = (self.up(&x)?, self.up(&normed)?);
+            let buffers = [&self.up(&constants)?, &ids, &out, &lists.0, &lists.1, &lists.2, &row, &y];
+            let (chosen_too, weights_too) = (&mut chosen, &mut weights);
+            reference::router(
+                &p,
+                &constants,
+                chosen_too,
+                weights_too,
+                &mut pairs,
+                &mut tiles,
+                &mut launches,
+                &mut x,
+                &mut normed,
+            );
+            let got =
+                self.run::<_, f32>(Kernel::Router, variant, &p, &buffers, [rows as u32, 1, 1], rows * H)?;
+            worst = worst.max(error(&normed, &got)).max(self.differs(&ids, &chosen)?);
+            // Weights that differ in the last bits stand in the pairs too.
+            let of_pairs = |pairs: &[Pair]| pairs.iter().map(|pair| pair.weight).collect::<Vec<_>>();
+            let got_pairs: Vec<Pair> = self.read(&lists.0, top_k)?;
+            worst = worst.max(error(&weights, &self.read(&out, count)?));
+            worst = worst.max(error(&of_pairs(&pairs), &of_pairs(&got_pairs)));
+            let moved = got_pairs
+                .iter()
+                .zip(&pairs)
+                .any(|(a, b)| (a.row, a.slot, a.expert) != (b.row, b.slot, b.expert));
+            worst = worst.max(f64::from(u8::from(moved)));
+            worst = worst.max(self.differs(&lists.1, bytemuck::cast_slice(&tiles))?);
+            worst = worst.max(self.differs(&lists.2, &launches)?);
         }
         Ok(worst)
     }
@@ -151,11 +189,15 @@ impl Bench {
 
     /// 1 where the buffer does not start with `expected`, else 0.
     pub(super) fn differs(&self, buffer: &Buffer, expected: &[u32]) -> Result<f64, EngineError> {
-        let mut r = Recording::new(&self.gpu);
-        r.read::<u32>(buffer, 0, expected.len());
-        let got: Vec<u32> =
-            r.submit()?.fetch()?.pop().map(|b| bytemuck::pod_collect_to_vec(&b)).unwrap_or_default();
+        let got: Vec<u32> = self.read(buffer, expected.len())?;
         Ok(if got == expected { 0.0 } else { 1.0 })
+    }
+
+    /// The first `count` elements of a buffer.
+    fn read<T: Pod>(&self, buffer: &Buffer, count: usize) -> Result<Vec<T>, EngineError> {
+        let mut r = Recording::new(&self.gpu);
+        r.read::<T>(buffer, 0, count);
+        Ok(r.submit()?.fetch()?.pop().map(|b| bytemuck::pod_collect_to_vec(&b)).unwrap_or_default())
     }
 
     /// Pairs of `rows` rows over the experts, sorted and cut, with reversed slots.

@@ -51,10 +51,8 @@ pub(crate) struct LayerWeights {
 #[allow(clippy::large_enum_variant, reason = "there is one per layer")]
 pub(crate) enum LayerFfn {
     Moe {
-        /// `[E, H]`.
+        /// What the router needs: weight and bias of the norm `[2, H]`, its matrix `[E, H]`, bias and correction `[2, E]`.
         router: Buffer,
-        /// `[2, E]` bias and correction.
-        bias: Option<Buffer>,
         experts: Experts,
         /// The shared expert, and the row `[H]` that decides how much of it is taken.
         shared: Option<(Ffn, Option<Buffer>)>,
@@ -177,7 +175,13 @@ impl Loader<'_> {
 
     fn moe(&mut self, layer: usize, held: &[ExpertId]) -> Result<LayerFfn, EngineError> {
         let (experts, hidden) = (self.spec.experts, self.spec.hidden);
-        let router = self.matrix(&self.names.of_layer(layer, self.names.router), experts, hidden)?;
+        let name = self.names.of_layer(layer, self.names.norm_2);
+        let (weight, norm_bias) = self.norm_values(&name)?;
+        let h = weight.len();
+        let mut router = weight;
+        router.extend(norm_bias.unwrap_or_else(|| vec![0.0; h]));
+        let name = self.names.of_layer(layer, self.names.router);
+        router.extend(self.whole(&name, experts, hidden)?.widen(h).values);
         let (biased, corrected) = (self.spec.router.bias, self.spec.router.correction);
         let mut both = vec![0.0; 2 * experts];
         if biased {
@@ -188,7 +192,8 @@ impl Loader<'_> {
             let name = self.names.of_layer(layer, self.names.correction);
             both[experts..].copy_from_slice(&self.vector(&name, experts)?.values);
         }
-        let bias = if biased || corrected { Some(self.upload("router bias", &both)?) } else { None };
+        router.extend(both);
+        let router = self.upload(&name, &router)?;
         let shared = match self.spec.shared {
             None => None,
             Some(shared) => {
@@ -203,20 +208,24 @@ impl Loader<'_> {
                 Some((ffn, gate))
             }
         };
-        Ok(LayerFfn::Moe { router, bias, experts: self.experts(layer, held)?, shared })
+        Ok(LayerFfn::Moe { router, experts: self.experts(layer, held)?, shared })
     }
 
     fn norm(&mut self, name: &str) -> Result<Norm, EngineError> {
+        let (weight, bias) = self.norm_values(name)?;
+        let bias = bias.map(|bias| self.upload(name, &bias)).transpose()?;
+        Ok(Norm { weight: self.upload(name, &weight)?, bias })
+    }
+
+    /// Weight and, where it has one, bias of a norm, padded.
+    fn norm_values(&mut self, name: &str) -> Result<(Vec<f32>, Option<Vec<f32>>), EngineError> {
         let (hidden, h) = (self.spec.hidden, 4 * self.spec.h4());
-        let weight = self.vector(&format!("{name}.weight"), hidden)?.widen(h);
+        let weight = self.vector(&format!("{name}.weight"), hidden)?.widen(h).values;
         let bias = match self.spec.norm.centred {
-            true => {
-                let bias = self.vector(&format!("{name}.bias"), hidden)?.widen(h);
-                Some(self.upload(name, &bias.values)?)
-            }
+            true => Some(self.vector(&format!("{name}.bias"), hidden)?.widen(h).values),
             false => None,
         };
-        Ok(Norm { weight: self.upload(name, &weight.values)?, bias })
+        Ok((weight, bias))
     }
 
     /// A vector as one row.

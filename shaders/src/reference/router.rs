@@ -1,12 +1,29 @@
-use super::dot;
-use crate::params::{Router, score};
+use super::{dot, norm};
+use crate::params::{Norm, Pair, Router, Tile, score};
 
-/// Scores of all experts, the choice of top-k (ties to the lower index) and their weights, largest first; `bias` is
-/// `[2, E]` bias and correction, `chosen` and `weights` `[T, K]`.
-pub fn router(p: &Router, x: &[f32], w: &[f32], bias: &[f32], chosen: &mut [u32], weights: &mut [f32]) {
+/// The norm of each row, the scores of all experts, the choice of top-k (ties to the lower index) and their weights, largest
+/// first. `constants` are the norm's weight and bias `[2, H]`, `w` `[E, H]`, then bias and correction `[2, E]`; `chosen` and
+/// `weights` `[T, K]`. Where lists are wanted, there is one row, whose pairs come by expert, each in a tile of its own.
+#[allow(clippy::too_many_arguments, reason = "one per binding")]
+pub fn router(
+    p: &Router,
+    constants: &[f32],
+    chosen: &mut [u32],
+    weights: &mut [f32],
+    pairs: &mut [Pair],
+    tiles: &mut [Tile],
+    launches: &mut [u32; 6],
+    x: &mut [f32],
+    y: &mut [f32],
+) {
     let (h, experts, top_k) = (p.h4 as usize * 4, p.experts as usize, p.top_k as usize);
-    for row in 0..p.rows as usize {
-        let product = |e: usize| dot(&x[row * h..][..h], &w[e * h..][..h]);
+    let (norms, rest) = constants.split_at(2 * h);
+    let (w, bias) = rest.split_at(experts * h);
+    let rows = chosen.len() / top_k;
+    let of_norm = Norm { width: p.width, width4: p.h4, centred: p.centred, eps: p.eps, ..Norm::default() };
+    norm(&of_norm, rows, &[], &[], &[], &[], &norms[..h], &norms[h..], x, y);
+    for row in 0..rows {
+        let product = |e: usize| dot(&y[row * h..][..h], &w[e * h..][..h]);
         let biased = |e: usize| product(e) + if p.has_bias != 0 { bias[e] } else { 0.0 };
         let scored = |e: usize| match p.score {
             score::SIGMOID => 1.0 / (1.0 + (-biased(e)).exp()),
@@ -34,6 +51,15 @@ pub fn router(p: &Router, x: &[f32], w: &[f32], bias: &[f32], chosen: &mut [u32]
             chosen[row * top_k + k] = expert as u32;
             weights[row * top_k + k] = weight / divisor * p.scale;
         }
+    }
+    if p.lists != 0 {
+        let mut order: Vec<usize> = (0..top_k).collect();
+        order.sort_by_key(|&k| chosen[k]);
+        for (at, &k) in order.iter().enumerate() {
+            pairs[at] = Pair { row: 0, slot: k as u32, weight: weights[k], expert: chosen[k] };
+            tiles[at] = Tile { expert: chosen[k], first: at as u32, count: 1, pad: 0 };
+        }
+        *launches = [p.top_k, p.up_groups, 1, p.top_k, p.down_groups, 1];
     }
 }
 

@@ -46,15 +46,18 @@ impl Decoder {
         let of = &experts.ffn;
         let tile = tile_for_each(pairs / spec.experts, of.up.weight.form);
         let variant = Variant { activation: of.spec.activation, ..tile };
-        let p = params::ExpertPermute {
-            pairs: pairs as u32,
-            top_k: spec.top_k as u32,
-            experts: spec.experts as u32,
-            up_groups: self.matrix_columns(spec.expert.i4()),
-            down_groups: self.matrix_columns(spec.h4()),
-        };
-        let lists = [&s.chosen[index], &s.weights[index], &s.pairs_list, &s.tiles, &s.launches];
-        r.launch(Kernel::ExpertPermute, variant, &p, &lists, [1, 1, 1]);
+        // Of a single row the router wrote the lists.
+        if rows > 1 {
+            let p = params::ExpertPermute {
+                pairs: pairs as u32,
+                top_k: spec.top_k as u32,
+                experts: spec.experts as u32,
+                up_groups: self.matrix_columns(spec.expert.i4()),
+                down_groups: self.matrix_columns(spec.h4()),
+            };
+            let lists = [&s.chosen[index], &s.weights[index], &s.pairs_list, &s.tiles, &s.launches];
+            r.launch(Kernel::ExpertPermute, variant, &p, &lists, [1, 1, 1]);
+        }
         let (up, down) = self.ffn_params(&experts.ffn, 0);
         r.launch_indirect(Kernel::ExpertUp, variant, &up, &self.up_buffers(&experts.ffn), (&s.launches, 0));
         r.launch_indirect(

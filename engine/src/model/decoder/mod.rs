@@ -128,14 +128,14 @@ impl Decoder {
         self.norm(r, self.next_norm(None), (0, rows));
     }
 
-    /// The norm before the FFN, of rows `first..first + rows`: those that are here, or those that arrived.
+    /// The norm before the FFN, of rows `first..first + rows`. Before a router there is no need of it.
     pub(crate) fn norm_ffn(&self, r: &mut Recording<'_>, layer: usize, first: usize, rows: usize) {
         self.norm(r, &self.layer(layer).norm_2, (first, rows));
     }
 
-    /// The router's choice for rows `0..rows`, whose norm is there.
+    /// The norm before a MoE layer's FFN and the router's choice, for rows `0..rows`; of a single one also its pairs.
     pub(crate) fn route(&self, r: &mut Recording<'_>, layer: usize, rows: usize) {
-        let (LayerFfn::Moe { router, bias, .. }, Some(index)) =
+        let (LayerFfn::Moe { router, .. }, Some(index)) =
             (&self.layer(layer).ffn, self.spec.moe_index(layer))
         else {
             return;
@@ -149,8 +149,10 @@ impl Decoder {
             crate::model::Score::Sparsemixer(threshold) => (score::SPARSEMIXER, threshold),
         };
         let p = params::Router {
-            rows: rows as u32,
+            width: spec.hidden as u32,
             h4: spec.h4() as u32,
+            centred: u32::from(spec.norm.centred),
+            eps: spec.norm.eps,
             experts: spec.experts as u32,
             top_k: spec.top_k as u32,
             score: kind,
@@ -162,10 +164,14 @@ impl Decoder {
             group_best: group_best as u32,
             scale: of.scale,
             threshold,
+            lists: u32::from(rows == 1),
+            up_groups: self.matrix_columns(spec.expert.i4()),
+            down_groups: self.matrix_columns(spec.h4()),
         };
-        let bias = bias.as_ref().unwrap_or(self.absent());
-        let buffers = [&s.normed, router, bias, &s.chosen[index], &s.weights[index]];
-        r.launch(Kernel::Router, Variant::default(), &p, &buffers, [rows as u32, 1, 1]);
+        let (pairs, tiles, launches) = (&s.pairs_list, &s.tiles, &s.launches);
+        let (chosen, weights) = (&s.chosen[index], &s.weights[index]);
+        let buffers = [router, chosen, weights, pairs, tiles, launches, s.x(), &s.normed];
+        r.launch(Kernel::Router, self.lanes(), &p, &buffers, [rows as u32, 1, 1]);
     }
 
     /// The residual stream after a layer: each row's residual plus its partials, in router order; and the norm

@@ -76,7 +76,6 @@ impl Stepper<'_> {
             decoder.append_arrived(&mut r, stage, arrived);
             decoder.attend(&mut r, stage, count, blocks);
             if let Some(index) = moe {
-                decoder.norm_ffn(&mut r, stage, 0, count);
                 decoder.route(&mut r, stage, count);
                 r.read::<u32>(&decoder.scratch.chosen[index], 0, count * top_k);
                 r.read::<f32>(&decoder.scratch.weights[index], 0, count * top_k);

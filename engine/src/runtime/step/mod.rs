@@ -128,12 +128,12 @@ impl Stepper<'_> {
         decoder.embed(&mut r, count);
         for layer in 0..layers {
             decoder.attend(&mut r, layer, count, blocks);
-            decoder.norm_ffn(&mut r, layer, 0, count);
             if decoder.spec.moe_index(layer).is_some() {
                 decoder.route(&mut r, layer, count);
                 decoder.all_experts(&mut r, layer, count);
                 shared.into_iter().for_each(|batch| decoder.ffn(&mut r, layer, LocalFfn::Every, batch));
             } else {
+                decoder.norm_ffn(&mut r, layer, 0, count);
                 dense.into_iter().for_each(|batch| decoder.ffn(&mut r, layer, LocalFfn::Every, batch));
             }
             decoder.combine(&mut r, layer, count);
@@ -250,8 +250,10 @@ impl Stepper<'_> {
         }
         decoder.append_arrived(&mut r, layer, arrived);
         decoder.attend(&mut r, layer, count, blocks);
-        decoder.norm_ffn(&mut r, layer, 0, count);
         let moe = decoder.spec.moe_index(layer);
+        if moe.is_none() {
+            decoder.norm_ffn(&mut r, layer, 0, count);
+        }
         if let Some(index) = moe {
             decoder.route(&mut r, layer, count);
             r.read::<u32>(&decoder.scratch.chosen[index], 0, count * top_k);
