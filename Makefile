@@ -35,6 +35,7 @@ fmt:
 
 lint:
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	$(CARGO) clippy --workspace --locked --no-default-features -- -D warnings
 
 # Advisories need the network and change by the day: the workflow checks them, this does not.
 deny:

@@ -45,9 +45,6 @@ pub(crate) struct Args {
     format: Format,
 }
 
-/// Requests at once that `exflow serve` is planned for.
-pub(crate) const SERVED: usize = 8;
-
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     if let Some(path) = &args.topology_out {
         check_out(path)?;

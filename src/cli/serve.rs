@@ -2,7 +2,6 @@
 
 use super::failure::Failure;
 use super::flags::{self, RankFlags};
-use super::plan::SERVED;
 use super::{os, output};
 use exflow::engine::{Cluster, Engine, EngineOptions};
 use exflow::progress::Bars;
@@ -55,6 +54,9 @@ fn key(text: &str) -> Result<String, String> {
         Ok(text.into())
     }
 }
+
+/// Requests at once that it is planned for.
+const SERVED: usize = 8;
 
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let engine_options = EngineOptions { max_waiting: args.max_waiting, count_routes: args.count_routes };
