@@ -34,9 +34,11 @@ struct Expert {
 impl Loader<'_> {
     pub(super) fn experts(&mut self, layer: usize, held: &[ExpertId]) -> Result<Experts, EngineError> {
         let label = self.names.of_layer(layer, self.names.moe);
-        let experts = held.iter().map(|e| self.expert(layer, e.index()));
-        let experts = experts.collect::<Result<Vec<_>, _>>()?;
-        Ok(Experts { local: self.numbers(held), ffn: self.assemble(&label, self.spec.expert, experts)? })
+        let read = |loader: &mut Self, index: usize| loader.expert(layer, held[index].index());
+        Ok(Experts {
+            local: self.numbers(held),
+            ffn: self.assemble(&label, self.spec.expert, held.len(), read)?,
+        })
     }
 
     /// Local number of each logical expert, where these are held.
@@ -111,8 +113,7 @@ impl Loader<'_> {
     pub(super) fn ffn(&mut self, layer: usize, part: &str, spec: FfnSpec) -> Result<Ffn, EngineError> {
         let under = self.names.of_layer(layer, part);
         let names = ["gate_proj", "up_proj", "down_proj"].map(|name| format!("{under}.{name}.weight"));
-        let expert = self.three(&names, spec)?;
-        self.assemble(&under, spec, vec![expert])
+        self.assemble(&under, spec, 1, |loader, _| loader.three(&names, spec))
     }
 
     fn expert(&mut self, layer: usize, expert: usize) -> Result<Expert, EngineError> {
@@ -215,13 +216,26 @@ impl Loader<'_> {
         Ok(Rows { values, columns: k })
     }
 
-    fn assemble(&mut self, label: &str, spec: FfnSpec, experts: Vec<Expert>) -> Result<Ffn, EngineError> {
+    /// `count` experts, each read and packed before the next one: a layer of them in f32 may be more than what it becomes.
+    fn assemble(
+        &mut self,
+        label: &str,
+        spec: FfnSpec,
+        count: usize,
+        read: impl Fn(&mut Self, usize) -> Result<Expert, EngineError>,
+    ) -> Result<Ffn, EngineError> {
         let (h, i, inner) = (4 * self.spec.h4(), 4 * spec.i4(), spec.intermediate);
         let (mut up, mut up_bias, mut down, mut down_bias) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let hidden = self.spec.hidden;
-        for expert in experts {
-            up.extend(expert.up.widen(h).lengthen(inner, i).values);
-            down.extend(expert.down.widen(i).lengthen(hidden, h).values);
+        for index in 0..count {
+            let expert = read(self, index)?;
+            let size = |packed: &Vec<_>| if index == 0 { packed.len() * count } else { 0 };
+            let packed = self.pack_matrix(label, &expert.up.widen(h).lengthen(inner, i), i)?;
+            up.reserve_exact(size(&packed));
+            up.extend(packed);
+            let packed = self.pack_matrix(label, &expert.down.widen(i).lengthen(hidden, h), h)?;
+            down.reserve_exact(size(&packed));
+            down.extend(packed);
             if spec.bias {
                 up_bias.extend(Rows { values: expert.up_bias, columns: inner }.widen(i).values);
                 down_bias.extend(Rows { values: expert.down_bias, columns: hidden }.widen(h).values);
@@ -232,14 +246,8 @@ impl Loader<'_> {
         };
         Ok(Ffn {
             spec,
-            up: Dense {
-                weight: self.upload_matrix(label, &Rows { values: up, columns: h }, i)?,
-                bias: bias(up_bias)?,
-            },
-            down: Dense {
-                weight: self.upload_matrix(label, &Rows { values: down, columns: i }, h)?,
-                bias: bias(down_bias)?,
-            },
+            up: Dense { weight: self.upload_packed(label, up, (i, h))?, bias: bias(up_bias)? },
+            down: Dense { weight: self.upload_packed(label, down, (h, i))?, bias: bias(down_bias)? },
         })
     }
 }

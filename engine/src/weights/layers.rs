@@ -278,18 +278,52 @@ impl Loader<'_> {
         rows: &Rows,
         height: usize,
     ) -> Result<Matrix, EngineError> {
-        let packed = pack::pack(form, &rows.values, pack::Shape { height, columns: rows.columns });
-        let units = packed.map_err(|value| {
-            let what = format!("{name}: weight {value} is beyond what f16 holds");
-            EngineError::usage(what, "use --dtype f32, without --quant")
-        })?;
-        let (height4, width4, count) = (height / 4, rows.columns / 4, units.len());
-        Ok(Matrix { buffer: self.gpu.matrix(name, units)?, form, height4, width4, units: count })
+        self.upload_units(form, name, pack_as(form, name, rows, height)?, (height, rows.columns))
+    }
+
+    /// Matrices of `height` rows each as units of the form that matrices are held in.
+    pub(super) fn pack_matrix(
+        &self,
+        name: &str,
+        rows: &Rows,
+        height: usize,
+    ) -> Result<Vec<pack::Unit>, EngineError> {
+        pack_as(self.form, name, rows, height)
+    }
+
+    /// Matrices of (rows, columns) that [`Loader::pack_matrix`] made, one behind the other.
+    pub(super) fn upload_packed(
+        &self,
+        name: &str,
+        units: Vec<pack::Unit>,
+        size: (usize, usize),
+    ) -> Result<Matrix, EngineError> {
+        self.upload_units(self.form, name, units, size)
+    }
+
+    fn upload_units(
+        &self,
+        form: Weights,
+        name: &str,
+        units: Vec<pack::Unit>,
+        (height, width): (usize, usize),
+    ) -> Result<Matrix, EngineError> {
+        let count = units.len();
+        let buffer = self.gpu.matrix(name, units)?;
+        Ok(Matrix { buffer, form, height4: height / 4, width4: width / 4, units: count })
     }
 
     pub(super) fn upload(&self, name: &str, values: &[f32]) -> Result<Buffer, EngineError> {
         self.gpu.buffer_of(name, values)
     }
+}
+
+fn pack_as(form: Weights, name: &str, rows: &Rows, height: usize) -> Result<Vec<pack::Unit>, EngineError> {
+    let packed = pack::pack(form, &rows.values, pack::Shape { height, columns: rows.columns });
+    packed.map_err(|value| {
+        let what = format!("{name}: weight {value} is beyond what f16 holds");
+        EngineError::usage(what, "use --dtype f32, without --quant")
+    })
 }
 
 /// How matrices lie on the device.

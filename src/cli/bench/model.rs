@@ -5,6 +5,7 @@ use super::super::flags::RankFlags;
 use super::super::output::{self, TableFormat};
 use exflow::engine::{Cluster, Request};
 use exflow::progress::Bars;
+use exflow::shaders::KV_BLOCK;
 use serde::Serialize;
 use std::fmt::Write;
 
@@ -12,7 +13,8 @@ use std::fmt::Write;
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "ppN: N prompt tokens, from the request to the first sampled token. tgN: N tokens decoded one after another by\n\
-                        each of --batch sequences that start from a prompt of one token. One run of each is thrown away.\n\n\
+                        each of --batch sequences that start from a prompt of one token. One run of each is thrown away.\n\
+                        The KV cache holds just that, where --ctx-size says nothing.\n\n\
                         Example:\n  exflow bench model -m examples/models/gpt-moe-16e -p 128 -n 32 -r 3 --format md"
 )]
 pub(crate) struct Args {
@@ -46,7 +48,11 @@ struct Line {
 
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let (prompt, decode) = (args.prompt_tokens, args.decode_tokens);
-    let mut cluster = Cluster::start(args.ranks.options()?, &Bars::new())?;
+    let mut options = args.ranks.options()?;
+    // No more cache than what is measured needs, as llama-bench has it.
+    let each = (prompt + 1).max(decode + 2).next_multiple_of(KV_BLOCK);
+    options.cache_positions.get_or_insert(each * args.batch as usize);
+    let mut cluster = Cluster::start(options, &Bars::new())?;
     let mut lines = Vec::new();
     if prompt > 0 {
         lines.push(test(args, &mut cluster, format!("pp{prompt}"), (prompt, 1))?);
