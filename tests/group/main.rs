@@ -279,6 +279,30 @@ fn the_loss_of_rank_0_ends_every_worker_with_its_name() {
     }
 }
 
+/// All ranks in one process: there is nobody to be lost, however long it was stopped.
+#[test]
+fn a_process_that_hosts_all_ranks_may_be_stopped() {
+    common::prepare();
+    let model = root().join("examples/models/gpt-moe-16e");
+    let generate = |transport: &str| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_exflow"));
+        command.args(["generate", "--ep-size", "2", "--transport", transport, "--prompt-ids", "1,2,3"]);
+        command.args(["-n", "150", "--ignore-eos", "-m"]).arg(&model);
+        command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+        Worker(Some(command.spawn().expect("it starts")))
+    };
+    let mut stopped = generate("quic");
+    let out = stopped.0.as_mut().and_then(|child| child.stdout.as_mut()).expect("stdout");
+    let mut first = [0; 1];
+    std::io::Read::read_exact(out, &mut first).expect("text");
+    stopped.signal("-STOP");
+    std::thread::sleep(Duration::from_secs(3));
+    stopped.signal("-CONT");
+    let (stopped, other) = (stopped.end(), generate("local").end());
+    assert!(stopped.status.success() && other.status.success(), "{}\n{}", err(&stopped), err(&other));
+    assert_eq!([&first[..], &stopped.stdout].concat(), other.stdout, "the same text");
+}
+
 #[test]
 fn what_no_longer_fits_is_named_with_the_memory_that_is_missing() {
     let folder = tiny();
