@@ -143,6 +143,9 @@ fn a_plan_predicts_every_setting_and_auto_runs_the_best() {
     let (out, _) = succeeded(&[&plan[..], &asked, &["--format", "json"]].concat());
     let plans: Value = serde_json::from_str(&out).expect("one JSON document");
     assert!(plans["measurements"]["links"][0][1]["latency_s"].as_f64().expect("a latency") > 0.0);
+    let loads = plans["measurements"]["loads"].as_array().expect("trials");
+    assert_eq!(loads.len(), 8, "two strategies and schedules, with one sequence and with three");
+    assert!(loads.iter().all(|load| load["tokens_per_s"].as_f64() > Some(0.0)), "{loads:?}");
     for (plan, sequences) in plans["plans"].as_array().expect("plans").iter().zip([1, 3]) {
         let settings = plan["settings"].as_array().expect("settings");
         assert_eq!(settings.len(), 12, "two strategies and schedules, three tables");
@@ -154,7 +157,8 @@ fn a_plan_predicts_every_setting_and_auto_runs_the_best() {
     }
     let topology = exflow::placement::Topology::load(&out_file).expect("a topology");
     assert!(topology.len() == 2 && topology.cost[1] > 0.0);
-    assert!(succeeded(&[&plan[..], &["--sequences", "2"]].concat()).0.contains("->"));
+    let (text, _) = succeeded(&[&plan[..], &["--sequences", "2"]].concat());
+    assert!(text.contains("->") && text.contains("trial, 2 at once: coherent in flow"), "{text}");
 
     let base =
         ["generate", "-m", model, "--prompt-ids", "1,2,3", "-n", "6", "--format", "json", "--ep-size", "2"];

@@ -18,7 +18,8 @@ use std::time::Duration;
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Links are pinged, each rank times its own kernels, and the model writes a little text whose routes are\n\
-                        replayed for every setting. docs/METHODOLOGY.md has the formulas. `--strategy auto` of generate and\n\
+                        replayed for every setting; each strategy and schedule decodes a dozen tokens on trial with one table,\n\
+                        which says how much longer the ranks take while everything is at work at once. docs/METHODOLOGY.md has the formulas. `--strategy auto` of generate and\n\
                         serve does the same and runs the best.\n\n\
                         Example:\n  exflow plan -m examples/models/gpt-moe-16e --ep-size 4 --transport quic --link wan --check 24"
 )]
@@ -56,7 +57,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     if cluster.options().ranks < 2 {
         return Err(Failure::Input("one rank leaves nothing to plan; give --ep-size 2 or more".into()));
     }
-    let planner = Planner::of_own_text(&mut cluster, args.seed, &bars)?;
+    let mut planner = Planner::of_own_text(&mut cluster, args.seed, &bars)?;
     if let Some(path) = &args.topology_out {
         std::fs::write(path, planner.topology(&hosts(&cluster)))
             .map_err(|e| Failure::Run(format!("{}: {e}", path.display())))?;
@@ -64,6 +65,9 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let solve = SolveOptions { seed: args.seed, time_limit: args.time_limit, ..SolveOptions::default() };
     let tables = tables(&cluster, &planner, &solve)?;
     let candidates = study::candidates(&tables, &[Schedule::Rounds, Schedule::Flow]);
+    for &sequences in &args.sequences {
+        planner.try_out(&mut cluster, &study::ways(&candidates), sequences)?;
+    }
     let mut plans = Vec::new();
     for &sequences in &args.sequences {
         let ranked = planner.rank(&candidates, sequences);
@@ -219,6 +223,13 @@ fn measurements(planner: &Planner) -> String {
             times.crowded
         );
     }
+    for load in &measured.loads {
+        let _ = writeln!(
+            text,
+            "trial, {} at once: {} in {} made {:.1} tokens/s; the ranks took {:.2} times as long as alone",
+            load.sequences, load.strategy, load.schedule, load.tokens_per_s, load.factor
+        );
+    }
     text
 }
 
@@ -285,10 +296,12 @@ pub(crate) fn tune(
     if cluster.options().ranks < 2 {
         return Ok(None);
     }
-    let planner = Planner::of_own_text(cluster, 0, &Bars::terminal_only())?;
+    let mut planner = Planner::of_own_text(cluster, 0, &Bars::terminal_only())?;
     let table = (cluster.options().placement.to_string(), cluster.placement().clone());
     let schedules = schedule.map_or_else(|| vec![Schedule::Rounds, Schedule::Flow], |one| vec![one]);
-    let ranked = planner.rank(&study::candidates(&[table], &schedules), sequences);
+    let candidates = study::candidates(&[table], &schedules);
+    planner.try_out(cluster, &study::ways(&candidates), sequences)?;
+    let ranked = planner.rank(&candidates, sequences);
     let Some(best) = ranked.first() else { return Ok(None) };
     output::note(&format!("auto, {sequences} at once: {}", why(best, &ranked)));
     cluster.change(best.0.strategy, best.0.schedule, None)?;

@@ -1,7 +1,7 @@
 //! One cell of the grid of `exflow bench strategies`: all settings of one model, world size, link and number of
 //! sequences, interleaved, that must all say the same.
 
-use super::{Candidate, Planner, StudyError};
+use super::{Candidate, Planner, StudyError, ways};
 use exflow_engine::plan::{Parts, Prediction};
 use exflow_engine::{
     BytesByClass, Cluster, ClusterOptions, PlacementSource, Progress, Request, RoutingTrace, RunStats,
@@ -167,6 +167,9 @@ impl Grid {
     /// [`StudyError::Differ`] where a run says something else than the first one.
     pub fn measure(&mut self, cell: &Cell, prompts: &[Vec<u32>]) -> Result<Vec<GridRow>, StudyError> {
         let settings: Vec<Candidate> = self.clusters.iter().map(|(setting, _)| setting.clone()).collect();
+        if let Some(auto) = &mut self.planner {
+            auto.planner.try_out(&mut auto.cluster, &ways(&settings), cell.sequences)?;
+        }
         let predict = |auto: &Auto, setting: &Candidate| auto.planner.predict(setting, cell.sequences);
         let predicted: Vec<Option<Prediction>> =
             settings.iter().map(|s| self.planner.as_ref().map(|auto| predict(auto, s))).collect();

@@ -89,6 +89,22 @@ pub fn grid_prompts(model: &Path, count: usize, seed: u64) -> Result<Vec<Vec<u32
     }
 }
 
+/// Prompts of a trial: beginnings of text that is profiled, none that is measured.
+///
+/// # Errors
+/// A tokenizer that does not know them.
+pub(super) fn trial_prompts(cluster: &Cluster, count: usize) -> Result<Vec<Vec<u32>>, StudyError> {
+    match cluster.text() {
+        Ok(codec) => Ok((0..count)
+            .map(|i| codec.encode(BEGINNINGS[i % BEGINNINGS.len()]))
+            .collect::<Result<Vec<_>, _>>()?),
+        Err(_) => {
+            let mut dice = Rng::new(0x7a1a1);
+            Ok((0..count).map(|_| draw(&mut dice, cluster.spec(), DRAWN_PROMPT)).collect())
+        }
+    }
+}
+
 /// A table solved on `routes` for equal ranks, the wrap included; with `slots` experts per layer and rank, those that
 /// are left over take copies.
 ///

@@ -28,5 +28,5 @@ pub use grid_inputs::{BEGINNINGS, SyntheticModel, grid_profile, grid_prompts, gr
 pub use held_out::{BalanceScore, HeldOut, balances, held_out, keep_back};
 pub use paper::{Evidence, RoutingHistory, StudyOptions, paper_checks};
 pub use placing::{Placed, Profiled, place, profile, solve_with_progress};
-pub use planning::{Candidate, Planned, Planner, candidates, layer_split, planned_table};
+pub use planning::{Candidate, Planned, Planner, candidates, layer_split, planned_table, ways};
 pub use replaying::{ReplayError, Replayed, TableChoice, replay, sweep};

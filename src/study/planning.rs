@@ -1,15 +1,23 @@
 //! Planning a run: what a world measured, what its model routes, and what each setting will make of both.
 
-use super::{StudyError, grid_inputs};
-use exflow_engine::plan::{Measurements, Prediction, Setting, Shape, Workload, predict};
-use exflow_engine::{Cluster, Combine, Progress, RoutingTrace, Schedule, Strategy};
+use super::{StudyError, decode_rate, grid_inputs};
+use exflow_engine::plan::{Load, Measurements, Prediction, Setting, Shape, Workload, predict};
+use exflow_engine::{Cluster, Combine, Progress, Request, RoutingTrace, Schedule, Strategy};
 use exflow_placement::{PlacementTable, Rank, SolveOptions};
 use serde::Serialize;
 use std::fmt::Write;
+use std::time::{Duration, Instant};
 
 /// Sequences and tokens of the text that the model writes to be planned on. Tables are solved on the first half, and
 /// predictions made from the second: a table does better on the text that it was solved on than on any other.
 const OWN_TEXT: (usize, usize) = (16, 24);
+
+/// Tokens of each sequence in a trial, and before it, while everything is still to be made for the first time.
+const TRIAL: usize = 12;
+const TRIAL_WARM_UP: usize = 3;
+/// A trial is repeated until so much time has passed, at most so often; the median counts.
+const TRIAL_TIME: Duration = Duration::from_millis(1500);
+const TRIAL_RUNS: usize = 5;
 
 /// A way to run.
 #[derive(Debug, Clone)]
@@ -82,6 +90,46 @@ impl Planner {
         let half = routes.tokens() / 2;
         let kept = routes.slice(half..routes.tokens());
         Ok(Self { profile: routes.slice(0..half), ..Self::measure(cluster, kept)? })
+    }
+
+    /// Has the cluster decode a few tokens of the model's own text in each way, with the table that it has. What comes out
+    /// says by how much the ranks' times grow while all is at work at once, and all later predictions go by it. The cluster
+    /// is left in the last way.
+    ///
+    /// # Errors
+    /// What the engine refuses.
+    pub fn try_out(
+        &mut self,
+        cluster: &mut Cluster,
+        ways: &[(Strategy, Schedule)],
+        sequences: usize,
+    ) -> Result<(), StudyError> {
+        let prompts = grid_inputs::trial_prompts(cluster, sequences.max(2))?;
+        let table = cluster.placement().clone();
+        for &(strategy, schedule) in ways {
+            cluster.change(strategy, schedule, None)?;
+            let requests = |run: usize, max_tokens: usize| -> Vec<Request> {
+                let turned = prompts.iter().cycle().skip(run).take(sequences);
+                let request = |ids: &Vec<u32>| Request {
+                    prompt_ids: ids.clone(),
+                    max_tokens,
+                    ignore_eos: true,
+                    ..Request::default()
+                };
+                turned.map(request).collect()
+            };
+            cluster.generate(&requests(0, TRIAL_WARM_UP), &mut |_| {})?;
+            let (began, mut rates) = (Instant::now(), Vec::new());
+            while rates.is_empty() || (began.elapsed() < TRIAL_TIME && rates.len() < TRIAL_RUNS) {
+                rates.push(decode_rate(cluster, &requests(rates.len(), TRIAL))?);
+            }
+            rates.sort_by(f64::total_cmp);
+            let setting = Setting { strategy, schedule, combine: self.combine, table: &table };
+            let work = Workload { routes: &self.routes, sequences };
+            let load = Load::of(&self.measured, &self.shape, work, setting, rates[rates.len() / 2]);
+            self.measured.loads.push(load);
+        }
+        Ok(())
     }
 
     /// What a candidate will do with so many sequences.
@@ -159,6 +207,17 @@ pub fn candidates(tables: &[(String, PlacementTable)], schedules: &[Schedule]) -
     all
 }
 
+/// The strategies and schedules among the candidates, each once.
+pub fn ways(candidates: &[Candidate]) -> Vec<(Strategy, Schedule)> {
+    let mut ways = Vec::new();
+    for way in candidates.iter().map(|candidate| (candidate.strategy, candidate.schedule)) {
+        if !ways.contains(&way) {
+            ways.push(way);
+        }
+    }
+    ways
+}
+
 /// The ordinary layer split: each layer whole on one rank, in contiguous blocks of layers.
 ///
 /// # Errors
@@ -201,6 +260,7 @@ mod tests {
                 ranks: vec![rank(0.001), rank(0.004)],
                 links: vec![vec![link; 2]; 2],
                 exchange_s: 0.002,
+                loads: Vec::new(),
             },
             shape,
             combine: Combine::Exact,

@@ -37,7 +37,7 @@ impl Cluster {
         let all: Vec<Measured> = measured.into_iter().flatten().collect();
         let exchange_s = all.iter().map(|m| m.exchange_s).fold(0.0, f64::max);
         let (ranks, links) = all.into_iter().map(|m| (m.times, m.links)).unzip();
-        Ok(Measurements { ranks, links, exchange_s })
+        Ok(Measurements { ranks, links, exchange_s, loads: Vec::new() })
     }
 
     /// Runs on in another way: the ranks keep their weights, but for experts that `table` places elsewhere. No request

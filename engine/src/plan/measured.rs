@@ -1,5 +1,6 @@
 //! What was measured of a world: links by ping, ranks by timing their own kernels at several numbers of rows.
 
+use super::Load;
 use serde::{Deserialize, Serialize};
 
 /// Seconds by number of rows: as measured at some, straight lines between them.
@@ -22,6 +23,10 @@ impl Curve {
                 s + (t - s) * (rows - a) as f64 / (b - a).max(1) as f64
             }
         }
+    }
+
+    fn stretch(&mut self, factor: f64) {
+        self.0.iter_mut().for_each(|(_, seconds)| *seconds *= factor);
     }
 
     /// Seconds that each further row takes, between the last two points.
@@ -73,6 +78,16 @@ pub struct RankTimes {
     pub crowded: f64,
 }
 
+impl RankTimes {
+    /// Makes everything take `factor` times as long.
+    pub(super) fn stretch(&mut self, factor: f64) {
+        let both = [&mut self.hop, &mut self.attend, &mut self.work];
+        both.into_iter().flat_map(|by| [&mut by.vanilla, &mut by.coherent]).for_each(|c| c.stretch(factor));
+        let one = [&mut self.serve, &mut self.begin, &mut self.end, &mut self.sample];
+        one.into_iter().for_each(|curve| curve.stretch(factor));
+    }
+}
+
 /// What lies between two ranks, one way.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct LinkTime {
@@ -93,6 +108,9 @@ pub struct Measurements {
     pub links: Vec<Vec<LinkTime>>,
     /// Seconds of an exchange of small payloads that all ranks take part in.
     pub exchange_s: f64,
+    /// What trials came to, which were run after the rest was measured.
+    #[serde(default)]
+    pub loads: Vec<Load>,
 }
 
 impl Measurements {

@@ -5,9 +5,11 @@
 //! engine's own route plan gives the tokens of a trace.
 
 mod flow;
+mod load;
 mod measured;
 mod rounds;
 
+pub use load::Load;
 pub use measured::{ByStrategy, Curve, LinkTime, Measurements, RankTimes};
 
 use crate::ModelSpec;
@@ -123,13 +125,21 @@ pub struct Parts {
     pub context_ms: f64,
 }
 
-/// What `setting` will do.
+/// What `setting` will do, its ranks under the load that the nearest trial saw.
 pub fn predict(
     measured: &Measurements,
     shape: &Shape,
     work: Workload<'_>,
     setting: Setting<'_>,
 ) -> Prediction {
+    match measured.load(setting.strategy, setting.schedule, work.sequences.max(1)) {
+        1.0 => unloaded(measured, shape, work, setting),
+        factor => unloaded(&measured.loaded(factor), shape, work, setting),
+    }
+}
+
+/// The same by the ranks' times as they are.
+fn unloaded(measured: &Measurements, shape: &Shape, work: Workload<'_>, setting: Setting<'_>) -> Prediction {
     let streams = Streams { routes: work.routes, sequences: work.sequences.max(1) };
     if work.routes.tokens() == 0 || measured.world_size() < 2 {
         return Prediction::default();

@@ -25,7 +25,8 @@ fn measured(ranks: usize, bytes_per_s: f64) -> Measurements {
         crowded: 1.0,
     };
     let link = LinkTime { latency_s: ALPHA, bytes_per_s, message_s: 0.0 };
-    Measurements { ranks: vec![times; ranks], links: vec![vec![link; ranks]; ranks], exchange_s: ALPHA }
+    let (ranks, links) = (vec![times; ranks], vec![vec![link; ranks]; ranks]);
+    Measurements { ranks, links, exchange_s: ALPHA, loads: Vec::new() }
 }
 
 /// Every token takes these experts.
@@ -155,4 +156,42 @@ fn keys_and_values_cannot_be_faster_than_the_link() {
         assert!(p.tokens_per_s < 1.15 * most, "{schedule}: {} of at most {most}", p.tokens_per_s);
         assert!(p.parts.context_ms > 0.0, "{schedule}: {p:?}");
     }
+}
+
+#[test]
+fn a_trial_says_how_much_longer_the_ranks_take() {
+    let (trace, table) = (drawn(1), PlacementTable::linear(LAYERS, 4, 2));
+    let other = PlacementTable::round_robin(LAYERS, 4, 2);
+    for (strategy, schedule) in [
+        (Strategy::Vanilla, Schedule::Rounds),
+        (Strategy::Coherent, Schedule::Rounds),
+        (Strategy::Vanilla, Schedule::Flow),
+        (Strategy::Coherent, Schedule::Flow),
+    ] {
+        let setting = |table| Setting { strategy, schedule, combine: Combine::Exact, table };
+        let (work, mut alone) = (Workload { routes: &trace, sequences: 8 }, measured(2, 1e12));
+        let mut slow = alone.clone();
+        slow.ranks.iter_mut().for_each(|times| times.stretch(3.0));
+        let truth = |table| predict(&slow, &shape(), work, setting(table));
+        let trial = Load::of(&alone, &shape(), work, setting(&table), truth(&table).tokens_per_s);
+        assert!((trial.factor - 3.0).abs() < 0.05, "{strategy} {schedule}: {trial:?}");
+        // A trial with another number of sequences is nearer to other numbers of them alone.
+        let far = Load { sequences: 100, factor: 9.0, ..trial };
+        let vain = Load { schedule: Schedule::Flow, strategy: Strategy::Vanilla, factor: 7.0, ..trial };
+        let mine = (strategy, schedule) == (vain.strategy, vain.schedule);
+        alone.loads = vec![far, trial];
+        alone.loads.extend((!mine).then_some(vain));
+        let predicted = predict(&alone, &shape(), work, setting(&other)).tokens_per_s;
+        assert!((predicted / truth(&other).tokens_per_s - 1.0).abs() < 0.03, "{strategy} {schedule}");
+    }
+    // What no rank can make up for is not looked for for ever.
+    let setting = Setting {
+        strategy: Strategy::Vanilla,
+        schedule: Schedule::Flow,
+        combine: Combine::Exact,
+        table: &table,
+    };
+    let work = Workload { routes: &trace, sequences: 8 };
+    let least = Load::of(&measured(2, 1e12), &shape(), work, setting, 1e9);
+    assert!(least.factor < 0.26 && least.factor > 0.2, "{least:?}");
 }
