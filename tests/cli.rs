@@ -444,6 +444,9 @@ fn the_grid_of_strategies_holds_the_cells_that_were_asked_for() {
         for class in ["dispatch", "combine", "kv", "ids", "control"] {
             assert!(row["bytes_per_token"][class].is_number(), "{class}: {row}");
         }
+        let time = |cause: &str| row["token_time"][cause].as_f64().expect(cause);
+        let causes = ["dispatch_ms", "combine_ms", "context_ms", "ids_ms", "queue_ms"];
+        assert!(time("compute_ms") > 0.0 && causes.iter().all(|cause| time(cause) >= 0.0), "{row}");
         let waits = row["exchanges_per_layer"].as_f64().expect("a number");
         match (row["strategy"].as_str(), row["schedule"].as_str()) {
             (Some("vanilla"), Some("rounds")) => assert_eq!(waits, 2.0),

@@ -2,10 +2,10 @@
 
 use crate::Cluster;
 use crate::options::{PlacementSource, Schedule, TransportKind};
-use crate::runtime::{RankStats, class_bytes, row_exchanges};
+use crate::runtime::{RankStats, Waited, class_bytes, row_exchanges};
 use exflow_placement::Rank;
 use exflow_transport::{ByteClass, WireStats};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 /// Bytes (or bytes per token) by what they carry.
@@ -33,6 +33,53 @@ impl<T> BytesByClass<T> {
             ids: of(ByteClass::Ids),
             control: of(ByteClass::Control),
         }
+    }
+}
+
+/// Milliseconds of a decoded token, mean, by what they went into. In rounds those of a step, mean over the ranks; there
+/// waiting for the slowest rank is part of waiting for what it sends.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct TokenTime {
+    /// Being worked on; in flow: with the other tokens of the hop.
+    pub compute_ms: f64,
+    /// In rounds: waiting for rows. In flow: on the way to another rank.
+    pub dispatch_ms: f64,
+    /// Waiting for partials.
+    pub combine_ms: f64,
+    /// Waiting for keys and values.
+    pub context_ms: f64,
+    /// Waiting for sampled ids, or in flow for cache blocks.
+    pub ids_ms: f64,
+    /// In flow: waiting for a rank that works on others.
+    pub queue_ms: f64,
+}
+
+impl TokenTime {
+    /// All of it.
+    pub fn total_ms(&self) -> f64 {
+        let waits = self.dispatch_ms + self.combine_ms + self.context_ms + self.ids_ms + self.queue_ms;
+        self.compute_ms + waits
+    }
+
+    fn of(reports: &[RankStats], flow: bool, tpot_ms: f64) -> Self {
+        let mut sum = Waited::default();
+        reports.iter().for_each(|report| sum.add(&report.waited));
+        let of = |count: fn(&RankStats) -> u64| reports.iter().map(count).sum::<u64>() as f64;
+        let parts = if flow { of(|r| r.decode_tokens) } else { of(|r| r.decode_steps) };
+        let ms = |seconds: f64| 1e3 * ratio(seconds, parts);
+        let mut time = Self {
+            compute_ms: ms(sum.compute),
+            dispatch_ms: ms(sum.dispatch),
+            combine_ms: ms(sum.combine),
+            context_ms: ms(sum.context),
+            ids_ms: ms(sum.ids),
+            queue_ms: ms(sum.queue),
+        };
+        if flow {
+            // No clock is common to two ranks: what is not spent on one is spent between them.
+            time.dispatch_ms = (tpot_ms - time.total_ms()).max(0.0);
+        }
+        time
     }
 }
 
@@ -83,6 +130,8 @@ pub struct RunStats {
     pub traffic: Vec<Vec<u64>>,
     /// Milliseconds that the busiest rank computed per decode step; in flow: per submission, mean over the ranks.
     pub compute_ms_per_step: f64,
+    /// Where a decoded token's time goes.
+    pub token_time: TokenTime,
     /// In flow: rows in one submission, mean; 0 in rounds.
     pub rows_per_hop: f64,
     /// In flow: share of the time that ranks worked, mean; 0 in rounds.
@@ -127,6 +176,8 @@ pub(crate) fn summarise(
     };
     let later: Vec<_> = times.iter().filter(|(_, _, n)| *n > 1).collect();
     let tpot = |(first, last, n): &&(f64, f64, usize)| 1e3 * (last - first) / (*n as f64 - 1.0);
+    let flow = options.schedule == Schedule::Flow && options.ranks > 1;
+    let tpot_ms = ratio(later.iter().map(tpot).sum(), later.len() as f64);
     RunStats {
         strategy: options.strategy.to_string(),
         schedule: options.schedule.to_string(),
@@ -148,7 +199,7 @@ pub(crate) fn summarise(
         seconds,
         tokens_per_s: ratio(decode_tokens, decode_seconds),
         ttft_ms: 1e3 * ratio(times.iter().map(|(first, _, _)| first).sum(), times.len() as f64),
-        tpot_ms: ratio(later.iter().map(tpot).sum(), later.len() as f64),
+        tpot_ms,
         exchanges_per_layer: match options.schedule {
             Schedule::Flow if options.ranks > 1 => ratio(sum(|r| r.latencies), decode_tokens * layers),
             _ => ratio(row_exchanges(&decode_wire) as f64, steps(|r| r.decode_steps) * layers),
@@ -174,7 +225,8 @@ pub(crate) fn summarise(
             ratio(bytes as f64, tokens)
         }),
         traffic: traffic(&wire, options.ranks),
-        compute_ms_per_step: compute_ms(reports, options.schedule == Schedule::Flow && options.ranks > 1),
+        compute_ms_per_step: compute_ms(reports, flow),
+        token_time: TokenTime::of(reports, flow, tpot_ms),
         rows_per_hop: ratio(sum(|r| r.hop_rows), sum(|r| r.hops)),
         busy_share: {
             let (busy, idle) =

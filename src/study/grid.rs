@@ -5,7 +5,7 @@ use super::{Candidate, Planner, StudyError, ways};
 use exflow_engine::plan::{Parts, Prediction};
 use exflow_engine::{
     BytesByClass, Cluster, ClusterOptions, PlacementSource, Progress, Request, RoutingTrace, RunStats,
-    Schedule, Strategy,
+    Schedule, Strategy, TokenTime,
 };
 use serde::{Deserialize, Serialize};
 use std::time::Instant;
@@ -75,6 +75,8 @@ pub struct GridRow {
     pub stay_rate: f64,
     /// Bytes per token by class.
     pub bytes_per_token: ClassBytes,
+    /// Where a token's time went.
+    pub token_time: TokenTime,
     /// What the same tokens would take at least: two one-way latencies a layer and what the ranks computed; for
     /// vanilla in rounds over a shaped link alone.
     pub floor_tokens_per_s: Option<f64>,
@@ -338,6 +340,7 @@ impl Runs {
             crossings_per_token: of(|s| s.crossings_per_token),
             stay_rate: of(|s| s.stay_rate),
             bytes_per_token: stats.map_or_else(ClassBytes::default, |s| s.decode_bytes_per_token.into()),
+            token_time: stats.map_or_else(TokenTime::default, |s| s.token_time),
             floor_tokens_per_s: stats.and_then(|stats| entry.floor(cell, stats)),
             hop_ms: of(|s| s.compute_ms_per_step),
             rows_per_hop: of(|s| s.rows_per_hop),

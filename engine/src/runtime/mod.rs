@@ -20,6 +20,6 @@ pub(crate) use outlet::Outlet;
 pub(crate) use scheduler::{CHUNK, MAX_RUNNING};
 pub use sequence::FinishReason;
 pub(crate) use sequence::{Admission, BLOCK, positions_needed};
-pub(crate) use stats::{RankStats, class_bytes, row_exchanges};
+pub(crate) use stats::{RankStats, Waited, class_bytes, row_exchanges};
 pub(crate) use step::{BULK_LAYERS, expected};
 pub(crate) use worker::{Captured, Command, Event, Worker, WorkerOptions};

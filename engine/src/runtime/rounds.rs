@@ -8,12 +8,13 @@
 
 use super::outlet::News;
 use super::sequence::Sampled;
+use super::stats::Waited;
 use super::step::{BULK_LAYERS, Batch, Bulk, Outcome, Row};
 use super::worker::{Directive, Event, Worker};
 use crate::EngineError;
 use bytes::Bytes;
 use exflow_placement::Rank;
-use exflow_transport::{ByteClass, RoundId, TransportError};
+use exflow_transport::{ByteClass, RoundId, TransportError, WireStats};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -89,7 +90,9 @@ impl Worker {
             true => {
                 self.stats.decode_steps += 1;
                 self.stats.decode_tokens += batch.tokens.len() as u64;
-                self.stats.decode_seconds += started.elapsed().as_secs_f64();
+                let seconds = started.elapsed().as_secs_f64();
+                self.stats.decode_seconds += seconds;
+                self.add_waits(seconds, &wire);
             }
             false => self.stats.prefill_steps += 1,
         }
@@ -100,6 +103,15 @@ impl Worker {
             }
         }
         Ok(outcome)
+    }
+
+    /// Splits a decode step's time by what it went into; the wait for contexts was noted on the way.
+    fn add_waits(&mut self, seconds: f64, wire: &WireStats) {
+        let wait = |class| wire.wait(class).as_secs_f64();
+        let (dispatch, combine) = (wait(ByteClass::Dispatch), wait(ByteClass::Combine));
+        let (ids, context) = (wait(ByteClass::Ids), std::mem::take(&mut self.stats.context_seconds));
+        let compute = (seconds - dispatch - combine - ids - context).max(0.0);
+        self.stats.waited.add(&Waited { compute, dispatch, combine, context, ids, queue: 0.0 });
     }
 
     /// One step over all layers, in which what was told after the last one is heard; none where that is that there is

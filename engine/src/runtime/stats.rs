@@ -3,6 +3,32 @@
 use exflow_transport::{ByteClass, WireStats};
 use serde::{Deserialize, Serialize};
 
+/// Seconds of decoded tokens on one rank: in flow of each token, in rounds of the rank's steps, by what they went into.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub(crate) struct Waited {
+    pub(crate) compute: f64,
+    pub(crate) dispatch: f64,
+    pub(crate) combine: f64,
+    pub(crate) context: f64,
+    pub(crate) ids: f64,
+    pub(crate) queue: f64,
+}
+
+impl Waited {
+    pub(crate) fn add(&mut self, other: &Self) {
+        for (mine, theirs) in [
+            (&mut self.compute, other.compute),
+            (&mut self.dispatch, other.dispatch),
+            (&mut self.combine, other.combine),
+            (&mut self.context, other.context),
+            (&mut self.ids, other.ids),
+            (&mut self.queue, other.queue),
+        ] {
+            *mine += theirs;
+        }
+    }
+}
+
 /// Counts of one rank since the last report.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct RankStats {
@@ -29,6 +55,10 @@ pub(crate) struct RankStats {
     pub(crate) hop_rows: u64,
     pub(crate) busy_seconds: f64,
     pub(crate) idle_seconds: f64,
+    /// In rounds: seconds that this step has waited for contexts so far.
+    pub(crate) context_seconds: f64,
+    /// What decoded tokens' time went into.
+    pub(crate) waited: Waited,
     /// In flow: frames of sequences that had ended.
     pub(crate) dropped: u64,
     /// (token, expert) pairs worked on.

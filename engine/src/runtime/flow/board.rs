@@ -8,6 +8,7 @@
 use super::super::frames::{Choice, PartialFrame, RowFrame};
 use exflow_placement::Rank;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::Duration;
 
 /// A token between two layers.
 #[derive(Debug, Clone, PartialEq)]
@@ -38,11 +39,46 @@ pub(crate) struct Unit {
     pub(crate) tokens: Vec<Token>,
     /// When it became what it is, in picks.
     since: u64,
+    spent: Spent,
+    /// Up to when its time is accounted for.
+    until: Duration,
+}
+
+/// What a token waited for on a rank, between two hops.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct Spent {
+    /// Partials of other ranks, or of this one's experts beside them.
+    pub(crate) partials: Duration,
+    /// Keys and values of its own text.
+    pub(crate) context: Duration,
+    /// Sampled ids before it, and rank 0's word of a cache block.
+    pub(crate) ids: Duration,
+    /// The rank, which worked on others.
+    pub(crate) queue: Duration,
+}
+
+/// What a unit that has all its partials still needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Lack {
+    Nothing,
+    Context,
+    Ids,
 }
 
 impl Unit {
     pub(crate) fn new(stage: usize, prefill: bool, tokens: Vec<Token>) -> Self {
-        Self { stage, prefill, tokens, since: 0 }
+        let (spent, until) = (Spent::default(), Duration::ZERO);
+        Self { stage, prefill, tokens, since: 0, spent, until }
+    }
+
+    /// What it waited for, up to the moment when it was picked.
+    pub(crate) fn spent(&self) -> Spent {
+        self.spent
+    }
+
+    /// Adds the time since it was last accounted for to one of its causes.
+    fn account(&mut self, now: Duration, cause: fn(&mut Spent) -> &mut Duration) {
+        *cause(&mut self.spent) += now.saturating_sub(std::mem::replace(&mut self.until, now));
     }
 
     fn key(&self) -> (u32, u32) {
@@ -137,6 +173,8 @@ pub(crate) struct Board<K> {
     pub(crate) dropped: u64,
     picks: u64,
     was_prefill: bool,
+    /// As the caller told it last.
+    now: Duration,
 }
 
 /// Who has waited for so many picks goes next, wherever it is in the model.
@@ -159,7 +197,13 @@ impl<K> Board<K> {
             dropped: 0,
             picks: 0,
             was_prefill: false,
+            now: Duration::ZERO,
         }
+    }
+
+    /// Tells the time, by which waits are accounted for.
+    pub(crate) fn tick(&mut self, now: Duration) {
+        self.now = now;
     }
 
     /// How a sequence stands here.
@@ -215,7 +259,8 @@ impl<K> Board<K> {
         self.put(Unit { since: self.picks, ..Unit::new(0, prefill, tokens) });
     }
 
-    fn put(&mut self, unit: Unit) {
+    fn put(&mut self, mut unit: Unit) {
+        (unit.spent, unit.until) = (Spent::default(), self.now);
         let (sequence, first) = unit.key();
         if unit.tokens.len() > 1 {
             self.chunks.extend(unit.tokens.iter().map(|token| ((sequence, token.position), first)));
@@ -252,7 +297,7 @@ impl<K> Board<K> {
         for orphan in self.orphans.remove(&(token.sequence, token.position, layer)).unwrap_or_default() {
             token.add(orphan);
         }
-        self.put(Unit { stage, prefill, tokens: vec![token], since: self.picks });
+        self.put(Unit { since: self.picks, ..Unit::new(stage, prefill, vec![token]) });
     }
 
     /// Experts that are here run at once also where a token waits for other ranks' partials.
@@ -284,11 +329,12 @@ impl<K> Board<K> {
             }
         }
         let first = self.chunks.get(&(sequence, position)).copied().unwrap_or(position);
-        let picks = self.picks;
+        let (picks, now) = (self.picks, self.now);
         match self.units.get_mut(&(sequence, first)).filter(|unit| unit.stage == usize::from(layer) + 1) {
             Some(unit) => {
                 unit.tokens[(position - first) as usize].add(frame);
                 unit.since = picks;
+                unit.account(now, |spent| &mut spent.partials);
             }
             None => self.orphans.entry((sequence, position, layer)).or_default().push(frame),
         }
@@ -310,14 +356,20 @@ impl<K> Board<K> {
         self.put(unit);
     }
 
-    /// Takes off the board what is to be done next: all that is ready at one layer. `ready` says whether a unit that
-    /// has all its partials may go, as far as its contexts are concerned.
+    /// Takes off the board what is to be done next: all that is ready at one layer. `lacks` says what a unit that has all
+    /// its partials still needs.
     ///
     /// The earliest layer goes first, so that those behind catch up and share launches; but nobody waits for more than
     /// a bounded number of picks, and prompts and decoded tokens take turns.
-    pub(crate) fn pick(&mut self, ready: impl Fn(&Unit) -> bool) -> Option<Picked> {
-        let units = self.units.iter().filter(|(_, unit)| unit.is_whole() && ready(unit));
-        let units: Vec<_> = units.map(|(key, unit)| (*key, unit.stage, unit.prefill, unit.since)).collect();
+    pub(crate) fn pick(&mut self, lacks: impl Fn(&Unit) -> Lack) -> Option<Picked> {
+        let mut units = Vec::new();
+        for (key, unit) in self.units.iter_mut().filter(|(_, unit)| unit.is_whole()) {
+            match lacks(unit) {
+                Lack::Nothing => units.push((*key, unit.stage, unit.prefill, unit.since)),
+                Lack::Context => unit.account(self.now, |spent| &mut spent.context),
+                Lack::Ids => unit.account(self.now, |spent| &mut spent.ids),
+            }
+        }
         let all = units.iter().map(|&(_, stage, prefill, since)| (stage, prefill, since));
         let serves = self.serves.iter().map(|serve| (serve.stage, serve.prefill, serve.since));
         let all: Vec<_> = all.chain(serves).collect();
@@ -337,7 +389,8 @@ impl<K> Board<K> {
             if picked.rows() > 0 && picked.rows() >= MOST_ROWS {
                 break;
             }
-            if let Some(unit) = self.units.remove(&key) {
+            if let Some(mut unit) = self.units.remove(&key) {
+                unit.account(self.now, |spent| &mut spent.queue);
                 if unit.tokens.len() > 1 {
                     for token in &unit.tokens {
                         self.chunks.remove(&(key.0, token.position));

@@ -226,7 +226,9 @@ impl World {
         let coherence = &place.coherence;
         let picked = place.board.pick(|unit| {
             let first = &unit.tokens[0];
-            unit.stage == LAYERS || coherence.is_complete(unit.stage as u16, first.sequence, first.position)
+            let there = unit.stage == LAYERS
+                || coherence.is_complete(unit.stage as u16, first.sequence, first.position);
+            if there { Lack::Nothing } else { Lack::Context }
         });
         let Some(picked) = picked else { return false };
         let me = Rank::from(rank);
@@ -373,13 +375,13 @@ fn a_partial_before_its_row_is_kept_and_one_of_an_ended_sequence_is_counted() {
     let partial = |sequence| PartialFrame { sequence, position: 9, k: 1, values: vec![2.0] };
     board.partial(3, partial(4)); // before rank 0's word, and before its row
     board.row(3, false, row(4, 1, 1));
-    assert!(board.pick(|_| true).is_none() && board.standing(4) == Standing::Unheard);
+    assert!(board.pick(|_| Lack::Nothing).is_none() && board.standing(4) == Standing::Unheard);
     assert!(board.admit(4).is_empty());
     // Its own expert runs first, then it is whole.
-    let own = board.pick(|_| true).expect("its own expert");
+    let own = board.pick(|_| Lack::Nothing).expect("its own expert");
     assert_eq!((own.units.len(), own.serves.len(), own.stage), (0, 1, 4));
     board.partial(3, PartialFrame { k: 0, ..partial(4) });
-    let whole = board.pick(|_| true).expect("all partials are there");
+    let whole = board.pick(|_| Lack::Nothing).expect("all partials are there");
     assert_eq!(whole.units[0].tokens[0].partials.len(), 2);
 
     board.end(4);
@@ -399,7 +401,7 @@ fn nobody_is_passed_over_for_ever() {
     let mut picks = 0;
     loop {
         board.row(0, false, row(1, 2, 0)); // there is always work at the first layers
-        let picked = board.pick(|_| true).expect("there is work");
+        let picked = board.pick(|_| Lack::Nothing).expect("there is work");
         picks += 1;
         if picked.stage == 7 {
             break;
@@ -407,4 +409,40 @@ fn nobody_is_passed_over_for_ever() {
         assert!(picks <= PATIENCE + 1, "passed over {picks} times");
     }
     assert!(picks > PATIENCE, "the earliest layer goes first until then");
+}
+
+#[test]
+fn waits_are_accounted_for_by_their_cause() {
+    let ms = Duration::from_millis;
+    let mut board: Board<()> = Board::new(Rank(0));
+    board.admit(1);
+    let frame = RowFrame {
+        sequence: 1,
+        position: 5,
+        next: Rank(0),
+        main: Rank(1),
+        expects: 1,
+        choices: Vec::new(),
+        residual: vec![0.0],
+    };
+    board.tick(ms(10));
+    board.row(0, false, frame);
+    board.tick(ms(13));
+    assert!(board.pick(|_| Lack::Nothing).is_none(), "a partial is missing");
+    board.tick(ms(17));
+    board.partial(0, PartialFrame { sequence: 1, position: 5, k: 0, values: vec![0.0] });
+    board.tick(ms(22));
+    assert!(board.pick(|_| Lack::Context).is_none());
+    board.tick(ms(24));
+    assert!(board.pick(|_| Lack::Ids).is_none());
+    board.tick(ms(25));
+    let picked = board.pick(|_| Lack::Nothing).expect("nothing is missing");
+    let spent = picked.units[0].spent();
+    assert_eq!((spent.partials, spent.context, spent.ids, spent.queue), (ms(7), ms(5), ms(2), ms(1)));
+    // On the next board it begins anew.
+    board.tick(ms(40));
+    board.go_on(picked.units[0].clone());
+    board.tick(ms(43));
+    let spent = board.pick(|_| Lack::Nothing).expect("it is ready").units[0].spent();
+    assert_eq!(spent, Spent { queue: ms(3), ..Spent::default() });
 }

@@ -2,6 +2,7 @@
 
 use super::super::frames::{Choice, Writer};
 use super::super::sequence::Sampled;
+use super::super::stats::Waited;
 use super::super::step::Hopped;
 use super::super::worker::{Event, Worker};
 use super::board::{Picked, Token, Unit};
@@ -10,10 +11,11 @@ use super::{BULK_BYTES, BULK_HOPS, Flow, depart};
 use crate::EngineError;
 use exflow_placement::{ExpertId, LayerId, Rank, Strategy};
 use exflow_transport::ByteClass;
+use std::time::Instant;
 
 impl Worker {
-    /// Puts what was picked through the device, and sends on what comes out.
-    pub(super) fn hop(&mut self, flow: &mut Flow, picked: Picked) -> Result<(), EngineError> {
+    /// Puts what was picked through the device, and sends on what comes out. The hop began at `began`.
+    pub(super) fn hop(&mut self, flow: &mut Flow, picked: Picked, began: Instant) -> Result<(), EngineError> {
         let decode = !picked.prefill;
         if !decode {
             self.send_waiting_bulk(flow)?; // each hop's bytes are of one kind
@@ -24,7 +26,9 @@ impl Worker {
         }
         self.stats.hops += 1;
         self.stats.hop_rows += picked.rows() as u64;
+        let (decoded, waited) = decoded(&picked);
         let hopped = self.stepper().hop(&picked)?;
+        flow.tick();
         self.send_partials(flow, &picked, &hopped)?;
         let ended = picked.stage == self.decoder.spec.layers;
         let (stage, prefill) = (picked.stage, picked.prefill);
@@ -39,6 +43,8 @@ impl Worker {
         }
         let wire = self.comm.stats().since(&before);
         self.stats.add_step(decode, &wire);
+        self.stats.waited.add(&waited);
+        self.stats.waited.compute += decoded * began.elapsed().as_secs_f64();
         self.stats.dropped += std::mem::take(&mut flow.board.dropped);
         Ok(())
     }
@@ -198,6 +204,20 @@ impl Worker {
         }
         Ok(())
     }
+}
+
+/// Decoded tokens of a hop, and what they waited for on this rank before it.
+fn decoded(picked: &Picked) -> (f64, Waited) {
+    let mut waited = Waited::default();
+    let units = picked.units.iter().filter(|unit| !unit.prefill);
+    let count = units.clone().count() as f64;
+    for spent in units.map(Unit::spent) {
+        waited.combine += spent.partials.as_secs_f64();
+        waited.context += spent.context.as_secs_f64();
+        waited.ids += spent.ids.as_secs_f64();
+        waited.queue += spent.queue.as_secs_f64();
+    }
+    (count, waited)
 }
 
 /// The beginning of a payload of rows or partials.

@@ -18,7 +18,7 @@ use super::frames::{KvRow, Reader};
 use super::step::Bulk;
 use super::worker::{STOP, Worker};
 use crate::EngineError;
-use board::{Board, Picked, Standing, Unit};
+use board::{Board, Lack, Picked, Standing, Unit};
 use exflow_placement::{LayerId, Rank};
 use exflow_transport::{ByteClass, Message};
 use notes::{Note, Notes};
@@ -49,6 +49,14 @@ pub(super) struct Flow {
     changed: bool,
     /// When the loop last did or heard anything.
     lively: Instant,
+    born: Instant,
+}
+
+impl Flow {
+    /// Tells the board the time.
+    fn tick(&mut self) {
+        self.board.tick(self.born.elapsed());
+    }
 }
 
 /// Of a sequence that is not known yet.
@@ -68,15 +76,17 @@ impl Worker {
             bulk: (Bulk::new(self.comm.world_size()), 0),
             changed: false,
             lively: Instant::now(),
+            born: Instant::now(),
         };
         while !self.stopping {
             self.receive(&mut flow, Duration::ZERO)?;
             self.order(&mut flow)?;
             self.send_news()?;
             let began = Instant::now();
+            flow.tick();
             match self.pick(&mut flow) {
                 Some(picked) => {
-                    self.hop(&mut flow, picked)?;
+                    self.hop(&mut flow, picked, began)?;
                     self.stats.busy_seconds += began.elapsed().as_secs_f64();
                     flow.lively = Instant::now();
                 }
@@ -142,6 +152,7 @@ impl Worker {
     }
 
     fn take_in(&mut self, flow: &mut Flow, message: Message) -> Result<(), EngineError> {
+        flow.tick();
         let Message { from, class, layer, payload } = message;
         let spec = &self.decoder.spec;
         let hidden = spec.hidden;
@@ -261,13 +272,18 @@ impl Worker {
         let (sequences, coherence) = (&self.sequences, &self.coherence);
         flow.board.pick(|unit: &Unit| {
             let (first, last) = (&unit.tokens[0], &unit.tokens[unit.tokens.len() - 1]);
-            let Some(sequence) = sequences.running.get(&first.sequence) else { return false };
+            let Some(sequence) = sequences.running.get(&first.sequence) else { return Lack::Ids };
             if unit.stage == layers {
                 // Limits and penalties go by what was sampled before, of which all must have been heard.
-                return unit.prefill || sequence.tokens() > last.position as usize;
+                let heard = unit.prefill || sequence.tokens() > last.position as usize;
+                return if heard { Lack::Nothing } else { Lack::Ids };
             }
             let (layer, position) = (unit.stage as u16, first.position);
-            sequence.slot(last.position).is_some() && coherence.is_complete(layer, first.sequence, position)
+            match (sequence.slot(last.position), coherence.is_complete(layer, first.sequence, position)) {
+                (None, _) => Lack::Ids,
+                (_, false) => Lack::Context,
+                _ => Lack::Nothing,
+            }
         })
     }
 }

@@ -19,7 +19,8 @@ const CONTEXT_TIMEOUT: Duration = Duration::from_secs(30);
 impl Stepper<'_> {
     /// Waits until every row's context is complete at this layer.
     pub(super) fn await_contexts(&mut self, layer: usize, rows: &[Row]) -> Result<(), EngineError> {
-        let deadline = Instant::now() + CONTEXT_TIMEOUT;
+        let began = Instant::now();
+        let deadline = began + CONTEXT_TIMEOUT;
         let mut wait = Duration::ZERO;
         for (layer, arrived) in self.coherence.take_early() {
             self.place(layer, arrived);
@@ -31,7 +32,10 @@ impl Stepper<'_> {
             }
             let missing =
                 rows.iter().find(|r| !self.coherence.is_complete(layer as u16, r.sequence, r.position));
-            let Some(row) = missing else { return Ok(()) };
+            let Some(row) = missing else {
+                self.stats.context_seconds += began.elapsed().as_secs_f64();
+                return Ok(());
+            };
             if Instant::now() > deadline {
                 return Err(EngineError::Internal(format!(
                     "layer {layer}: the context of sequence {} before position {} did not arrive",

@@ -1,5 +1,6 @@
 //! The grid's rows as tables, Markdown or HTML, one for each cell.
 
+use exflow::engine::plan::Parts;
 use exflow::study::GridRow;
 use std::fmt::Write;
 
@@ -59,6 +60,40 @@ fn cells(rows: &[GridRow], row: &GridRow) -> [String; 16] {
     ]
 }
 
+const TIMES: [&str; 11] = [
+    "ms of a token",
+    "all",
+    "computed",
+    "rows",
+    "partials",
+    "keys and values",
+    "ids",
+    "busy rank",
+    "predicted: computed",
+    "travel",
+    "busy rank, context",
+];
+
+/// Where a token's time went, and where it was predicted to go.
+fn times(row: &GridRow) -> [String; 11] {
+    let t = &row.token_time;
+    let ms = |figure: f64| format!("{figure:.2}");
+    let predicted = |of: fn(&Parts) -> f64| row.predicted_parts.as_ref().map_or("–".into(), |p| ms(of(p)));
+    [
+        format!("{}, {}, {}", row.strategy, row.schedule, row.table),
+        ms(t.total_ms()),
+        ms(t.compute_ms),
+        ms(t.dispatch_ms),
+        ms(t.combine_ms),
+        ms(t.context_ms),
+        ms(t.ids_ms),
+        ms(t.queue_ms),
+        predicted(|p| p.compute_ms),
+        predicted(|p| p.travel_ms),
+        predicted(|p| p.queue_ms + p.context_ms),
+    ]
+}
+
 /// The rows by cell, with a heading each.
 fn by_cell(rows: &[GridRow]) -> Vec<(String, Vec<&GridRow>)> {
     let mut cells: Vec<(String, Vec<&GridRow>)> = Vec::new();
@@ -75,10 +110,16 @@ fn by_cell(rows: &[GridRow]) -> Vec<(String, Vec<&GridRow>)> {
 pub(super) fn markdown(rows: &[GridRow]) -> String {
     let mut text = String::new();
     for (name, of) in by_cell(rows) {
-        let _ =
-            writeln!(text, "### {name}\n\n| {} |\n|{}", COLUMNS.join(" | "), "---|".repeat(COLUMNS.len()));
-        for row in of {
+        let _ = writeln!(text, "### {name}\n");
+        let head =
+            |columns: &[&str]| format!("| {} |\n|{}\n", columns.join(" | "), "---|".repeat(columns.len()));
+        text += &head(&COLUMNS);
+        for row in &of {
             let _ = writeln!(text, "| {} |", cells(rows, row).join(" | "));
+        }
+        let _ = write!(text, "\n{}", head(&TIMES));
+        for row in &of {
+            let _ = writeln!(text, "| {} |", times(row).join(" | "));
         }
         text.push('\n');
     }
@@ -92,13 +133,18 @@ pub(super) fn html(rows: &[GridRow]) -> String {
     );
     for (name, of) in by_cell(rows) {
         let escape = |text: &str| text.replace('&', "&amp;").replace('<', "&lt;");
-        let head: String = COLUMNS.iter().map(|c| format!("<th>{c}</th>")).collect();
-        let _ = writeln!(text, "<h2>{}</h2>\n<table><tr>{head}</tr>", escape(&name));
-        for row in of {
-            let line: String = cells(rows, row).iter().map(|c| format!("<td>{}</td>", escape(c))).collect();
-            let _ = writeln!(text, "<tr>{line}</tr>");
-        }
-        text += "</table>\n";
+        let line = |cells: &[String], tag: &str| -> String {
+            let cells: String = cells.iter().map(|c| format!("<{tag}>{}</{tag}>", escape(c))).collect();
+            format!("<tr>{cells}</tr>\n")
+        };
+        let table = |columns: &[&str], of: Vec<Vec<String>>| -> String {
+            let head: Vec<String> = columns.iter().map(ToString::to_string).collect();
+            let body: String = of.iter().map(|cells| line(cells, "td")).collect();
+            format!("<table>{}{body}</table>\n", line(&head, "th"))
+        };
+        let _ = writeln!(text, "<h2>{}</h2>", escape(&name));
+        text += &table(&COLUMNS, of.iter().map(|row| cells(rows, row).to_vec()).collect());
+        text += &table(&TIMES, of.iter().map(|row| times(row).to_vec()).collect());
     }
     text
 }
