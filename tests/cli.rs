@@ -129,7 +129,22 @@ fn generate_in_both_formats() {
         assert!(value["stats"]["bytes"][class].is_u64(), "{class}");
     }
     assert!(err.contains("round_robin"), "the placement in use is printed:\n{err}");
+    let wide = ["--ep-size", "4", "--prefill", "replicated", "--domain", "pair", "--format", "json"];
+    let (out, _) = succeeded(&[&base[..], &wide].concat());
+    let other: Value = serde_json::from_str(&out).expect("one JSON document");
+    let said = |value: &Value| [0, 1].map(|s| value["sequences"][s]["output_ids"].clone());
+    assert_eq!(said(&other), said(&value), "where work is done changes no token");
+    assert_eq!(
+        (&other["stats"]["prefill"], &other["stats"]["domain"]),
+        (&"replicated".into(), &"pair".into())
+    );
+    assert_eq!(other["stats"]["kv_peak_bytes"].as_array().map(Vec::len), Some(4));
+    let summed =
+        exflow(&[&base[..], &["--ep-size", "2", "--prefill", "replicated", "--combine", "sum"]].concat());
+    assert_eq!(summed.status.code(), Some(2), "{}", text(&summed.stderr));
+    assert!(text(&summed.stderr).contains("--combine exact"));
     let (out, err) = succeeded(&base);
+    assert!(err.contains("K/V at most") && err.contains("tokens fit"), "{err}");
     assert!(out.lines().all(|line| line.starts_with("[0]") || line.starts_with("[1]")), "{out}");
     assert!(err.contains("tokens/s"), "{err}");
 }

@@ -40,6 +40,7 @@ pub struct Cluster {
     host: Host,
     group: Group,
     table: PlacementTable,
+    groups: Vec<u16>,
     /// Of KV cache on each rank, in the first epoch.
     cache_blocks: usize,
     adapters: Vec<String>,
@@ -75,6 +76,7 @@ impl Cluster {
         let (commands, _) = channel();
         let mut cluster = Self {
             table: world.plan.table.clone(),
+            groups: world.plan.groups.clone(),
             cache_blocks: world.plan.cache_blocks,
             options,
             text,
@@ -129,6 +131,16 @@ impl Cluster {
     /// Positions of KV cache on each rank; what fits into the cache of the first epoch fits into that of every one.
     pub(crate) fn cache_positions(&self) -> usize {
         self.cache_blocks * BLOCK
+    }
+
+    /// Bytes of KV cache for a block of positions, at all layers together.
+    pub(crate) fn block_bytes(&self) -> u64 {
+        sizing::Sizes::of(&self.options, self.spec(), None).block_bytes()
+    }
+
+    /// `[R]` the group that each rank's sequences are bounded to ([`ClusterOptions::domain`]); empty: to none.
+    pub fn groups(&self) -> &[u16] {
+        &self.groups
     }
 
     /// Where each expert is, in this epoch.
@@ -299,7 +311,7 @@ impl Cluster {
         self.commands = commands;
         self.running =
             Some(self.host.start(comms, &plan, &News::Driver(self.events_in.clone()), Some(orders))?);
-        self.table = plan.table;
+        (self.table, self.groups) = (plan.table, plan.groups);
         Ok(())
     }
 

@@ -41,8 +41,8 @@ pub use gpu::{DeviceMemory, DeviceReport, Probe, devices, prepare_process, probe
 pub use logits::{LayerRouting, LogitsDump};
 pub use model::{ModelSpec, spec};
 pub use options::{
-    ClusterOptions, Combine, Dtype, Feed, GroupOptions, KvDtype, NoProgress, Observer, PlacementSource,
-    Progress, Quant, Schedule, TransportKind,
+    ClusterOptions, Combine, Domain, Dtype, Feed, GroupOptions, KvDtype, NoProgress, Observer,
+    PlacementSource, Prefill, Progress, Quant, Schedule, TransportKind,
 };
 pub use runtime::FinishReason;
 pub use sampling::{Logprobs, MAX_LOGPROBS, Sampling};

@@ -106,6 +106,26 @@ words! {
     }
 }
 words! {
+    /// Where prompts are prefilled.
+    Prefill, "way to prefill" {
+        /// Each on its home, which sends the keys and values to where its tokens may go.
+        Home = "home",
+        /// Each on every rank, as in the paper: no keys and values are sent, and every rank's attention does all of it.
+        Replicated = "replicated"
+    }
+}
+words! {
+    /// How far from its home a sequence's tokens may live.
+    Domain, "domain" {
+        /// On the ranks of its home's process; behind a shaped link each rank counts as a host of its own.
+        Host = "host",
+        /// On its home and the rank beside it: 0 and 1, 2 and 3, …
+        Pair = "pair",
+        /// Anywhere.
+        World = "world"
+    }
+}
+words! {
     /// How [`Cluster::logits`](crate::Cluster::logits) feeds the ids.
     Feed, "feed" {
         /// All at once.
@@ -172,6 +192,10 @@ pub struct ClusterOptions {
     pub combine: Combine,
     /// What a rank waits for.
     pub schedule: Schedule,
+    /// Where prompts are prefilled.
+    pub prefill: Prefill,
+    /// How far from its home a sequence's tokens may live, under `coherent`.
+    pub domain: Domain,
     /// Shapes what each rank sends (QUIC only); `None`: as fast as it goes.
     pub link: Option<LinkSpec>,
     /// Where each expert goes.
@@ -277,6 +301,8 @@ impl ClusterOptions {
             strategy: Strategy::Coherent,
             combine: Combine::Exact,
             schedule: Schedule::Rounds,
+            prefill: Prefill::Home,
+            domain: Domain::World,
             link: None,
             placement: PlacementSource::RoundRobin,
             affinity: None,

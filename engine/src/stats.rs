@@ -2,7 +2,7 @@
 
 use crate::Cluster;
 use crate::options::{PlacementSource, Schedule, TransportKind};
-use crate::runtime::{RankStats, Waited, class_bytes, row_exchanges};
+use crate::runtime::{BLOCK, RankStats, Waited, class_bytes, row_exchanges};
 use exflow_placement::Rank;
 use exflow_transport::{ByteClass, WireStats};
 use serde::{Deserialize, Serialize};
@@ -98,6 +98,16 @@ pub struct RunStats {
     pub combine: String,
     /// World size.
     pub ranks: usize,
+    /// `home` or `replicated`.
+    pub prefill: String,
+    /// `host`, `pair` or `world`.
+    pub domain: String,
+    /// `[R]` the most bytes of KV cache that each rank had in use at once.
+    pub kv_peak_bytes: Vec<u64>,
+    /// Bytes of KV cache on every rank for a token of text.
+    pub kv_bytes_per_token: f64,
+    /// The longest text that the cache of a rank holds, or the model's context where that is shorter; tokens.
+    pub longest_context: usize,
     /// What lies between the ranks: `local` (memory), `loopback`, `network`, or what this process shapes its link to.
     pub link: String,
     /// Tokens of all prompts.
@@ -188,6 +198,11 @@ pub(crate) fn summarise(
         transport: options.transport.to_string(),
         combine: options.combine.to_string(),
         ranks: options.ranks,
+        prefill: options.prefill.to_string(),
+        domain: options.domain.to_string(),
+        kv_peak_bytes: reports.iter().map(|r| r.kv_peak_blocks * cluster.block_bytes()).collect(),
+        kv_bytes_per_token: ratio(cluster.block_bytes() as f64, BLOCK as f64),
+        longest_context: cluster.cache_positions().min(cluster.spec().max_positions),
         link: match (options.link, &options.group, options.transport) {
             (_, None, TransportKind::Local) => "local".into(),
             (Some(link), ..) => link.to_string(),

@@ -202,5 +202,11 @@ fn summary(run: &Generation) -> String {
             100.0 * stats.stay_rate
         ));
     }
+    let peak = stats.kv_peak_bytes.iter().copied().max().unwrap_or(0);
+    text.push_str(&format!(
+        "; K/V at most {:.1} MB a rank, texts of up to {} tokens fit",
+        peak as f64 / 1e6,
+        stats.longest_context
+    ));
     text
 }

@@ -75,6 +75,10 @@ pub struct GridRow {
     pub stay_rate: f64,
     /// Bytes per token by class.
     pub bytes_per_token: ClassBytes,
+    /// The most bytes of KV cache in use at once on a rank.
+    pub kv_peak_bytes: u64,
+    /// Tokens of the longest text that fits into a rank's cache.
+    pub longest_context: usize,
     /// Where a token's time went.
     pub token_time: TokenTime,
     /// What the same tokens would take at least: two one-way latencies a layer and what the ranks computed; for
@@ -340,6 +344,8 @@ impl Runs {
             crossings_per_token: of(|s| s.crossings_per_token),
             stay_rate: of(|s| s.stay_rate),
             bytes_per_token: stats.map_or_else(ClassBytes::default, |s| s.decode_bytes_per_token.into()),
+            kv_peak_bytes: stats.and_then(|s| s.kv_peak_bytes.iter().copied().max()).unwrap_or(0),
+            longest_context: stats.map_or(0, |s| s.longest_context),
             token_time: stats.map_or_else(TokenTime::default, |s| s.token_time),
             floor_tokens_per_s: stats.and_then(|stats| entry.floor(cell, stats)),
             hop_ms: of(|s| s.compute_ms_per_step),

@@ -59,6 +59,7 @@ pub struct Planner {
     /// What the world measured of itself.
     pub measured: Measurements,
     shape: Shape,
+    groups: Vec<u16>,
     combine: Combine,
     routes: RoutingTrace,
     /// To solve tables on.
@@ -74,7 +75,8 @@ impl Planner {
         let profile = routes.slice(0..0);
         let measured = cluster.measure()?;
         let shape = Shape::of(cluster.spec(), cluster.options().kv_dtype);
-        Ok(Self { measured, shape, combine: cluster.options().combine, routes, profile })
+        let (combine, groups) = (cluster.options().combine, cluster.groups().to_vec());
+        Ok(Self { measured, shape, groups, combine, routes, profile })
     }
 
     /// The same, on text that the model writes itself.
@@ -124,7 +126,8 @@ impl Planner {
                 rates.push(decode_rate(cluster, &requests(rates.len(), TRIAL))?);
             }
             rates.sort_by(f64::total_cmp);
-            let setting = Setting { strategy, schedule, combine: self.combine, table: &table };
+            let (combine, groups) = (self.combine, &self.groups[..]);
+            let setting = Setting { strategy, schedule, combine, table: &table, groups };
             let work = Workload { routes: &self.routes, sequences };
             let load = Load::of(&self.measured, &self.shape, work, setting, rates[rates.len() / 2]);
             self.measured.loads.push(load);
@@ -135,8 +138,13 @@ impl Planner {
     /// What a candidate will do with so many sequences.
     pub fn predict(&self, candidate: &Candidate, sequences: usize) -> Prediction {
         let Candidate { strategy, schedule, placement, .. } = candidate;
-        let setting =
-            Setting { strategy: *strategy, schedule: *schedule, combine: self.combine, table: placement };
+        let setting = Setting {
+            strategy: *strategy,
+            schedule: *schedule,
+            combine: self.combine,
+            table: placement,
+            groups: &self.groups,
+        };
         predict(&self.measured, &self.shape, Workload { routes: &self.routes, sequences }, setting)
     }
 
@@ -263,6 +271,7 @@ mod tests {
                 loads: Vec::new(),
             },
             shape,
+            groups: Vec::new(),
             combine: Combine::Exact,
             profile: routes.clone(),
             routes,

@@ -2,6 +2,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod modes;
 mod splits;
 
 use common::reference::{Forward, Reference};

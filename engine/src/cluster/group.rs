@@ -68,6 +68,7 @@ struct Decision {
 impl Group {
     pub(crate) fn new(options: &ClusterOptions, spec: &ModelSpec) -> Result<Self, EngineError> {
         placing::check_affinity(options, spec)?;
+        placing::check_options(options)?;
         let Some(group) = &options.group else {
             placing::check_ranks(options.ranks, spec)?;
             return Ok(Self::Alone(options.transport, Offer::of(options)?));

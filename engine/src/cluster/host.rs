@@ -115,6 +115,8 @@ impl Host {
                 strategy: plan.strategy,
                 combine: plan.combine,
                 schedule: plan.schedule,
+                prefill: plan.prefill,
+                groups: plan.groups.clone(),
                 cache_blocks: plan.cache_blocks,
             };
             let (news, commands) = (news.clone(), commands.take());

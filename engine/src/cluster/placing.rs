@@ -4,7 +4,7 @@ use super::plan::Plan;
 use super::sizing::{Offer, Sizes, gib};
 use crate::EngineError;
 use crate::model::ModelSpec;
-use crate::options::{ClusterOptions, PlacementSource};
+use crate::options::{ClusterOptions, Combine, Domain, PlacementSource, Prefill};
 use exflow_placement::{PlacementTable, Rank};
 use exflow_transport::proto::membership::Roster;
 
@@ -73,10 +73,37 @@ pub(crate) fn decide(
             return Err(Decline::Never(sizes.overfull(rank, held, room[rank])));
         }
     }
-    let ClusterOptions { strategy, combine, dtype, quant, kv_dtype, schedule, .. } = *options;
+    let ClusterOptions { strategy, combine, dtype, quant, kv_dtype, schedule, prefill, .. } = *options;
     let cache_blocks = sizes.cache_blocks(roster, offers, &held);
     base.cache_blocks.get_or_insert(cache_blocks);
-    Ok(Plan { strategy, combine, dtype, quant, kv_dtype, schedule, cache_blocks, table })
+    let groups = groups(options, roster);
+    Ok(Plan { strategy, combine, dtype, quant, kv_dtype, schedule, prefill, groups, cache_blocks, table })
+}
+
+/// `[R]` the group that each rank's sequences are bounded to; empty: to none.
+fn groups(options: &ClusterOptions, roster: &Roster) -> Vec<u16> {
+    let processes = roster.members().iter().zip(0_u16..);
+    match options.domain {
+        Domain::World => Vec::new(),
+        Domain::Pair => (0..roster.world_size() as u16).map(|rank| rank / 2).collect(),
+        // What a shaped link lies between is no one host.
+        Domain::Host if options.link.is_some() => (0..roster.world_size() as u16).collect(),
+        Domain::Host => {
+            processes.flat_map(|(member, host)| std::iter::repeat_n(host, member.ranks.into())).collect()
+        }
+    }
+}
+
+/// What cannot be had together.
+pub(crate) fn check_options(options: &ClusterOptions) -> Result<(), EngineError> {
+    match (options.prefill, options.combine) {
+        // Each rank would sum in an order of its own, and hold a context of its own.
+        (Prefill::Replicated, Combine::Sum) => Err(EngineError::usage(
+            "prompts prefilled on every rank with partials summed at the source",
+            "use --combine exact, or --prefill home",
+        )),
+        _ => Ok(()),
+    }
 }
 
 pub(crate) fn check_ranks(ranks: usize, spec: &ModelSpec) -> Result<(), EngineError> {
@@ -135,4 +162,22 @@ pub(crate) fn read_table(
 ) -> Result<PlacementTable, EngineError> {
     PlacementTable::read(path, Some(exflow_placement::TableShape { experts, ranks }))
         .map_err(|e| EngineError::file(path, format!("no placement table: {e}"), MAKE_ONE))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_are_processes_pairs_or_none() {
+        let roster = Roster::new([(2, None), (3, None)]);
+        let groups = |domain, link: bool| {
+            let link = link.then(exflow_transport::link::LinkSpec::lan);
+            groups(&ClusterOptions { domain, link, ..ClusterOptions::new("unused") }, &roster)
+        };
+        assert!(groups(Domain::World, false).is_empty());
+        assert_eq!(groups(Domain::Pair, false), [0, 0, 1, 1, 2]);
+        assert_eq!(groups(Domain::Host, false), [0, 0, 1, 1, 1]);
+        assert_eq!(groups(Domain::Host, true), [0, 1, 2, 3, 4]);
+    }
 }

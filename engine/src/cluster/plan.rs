@@ -1,7 +1,7 @@
 //! What every rank of a world must know and share before it loads: rank 0 decides it and sends it in its welcome.
 
 use crate::EngineError;
-use crate::options::{ClusterOptions, Combine, Dtype, KvDtype, Quant, Schedule};
+use crate::options::{ClusterOptions, Combine, Dtype, KvDtype, Prefill, Quant, Schedule};
 use exflow_placement::{PlacementTable, Strategy};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -15,6 +15,9 @@ pub(crate) struct Plan {
     pub(crate) quant: Option<Quant>,
     pub(crate) kv_dtype: KvDtype,
     pub(crate) schedule: Schedule,
+    pub(crate) prefill: Prefill,
+    /// `[R]` the group that each rank's sequences are bounded to; empty: to none.
+    pub(crate) groups: Vec<u16>,
     /// Blocks of KV cache on every rank.
     pub(crate) cache_blocks: usize,
     /// Where each expert is in this epoch.
@@ -44,6 +47,7 @@ impl Plan {
         options.quant = self.quant;
         options.kv_dtype = self.kv_dtype;
         options.schedule = self.schedule;
+        options.prefill = self.prefill;
     }
 }
 

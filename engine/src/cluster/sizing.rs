@@ -158,6 +158,11 @@ impl Sizes {
         left.min().unwrap_or(self.most_on_host)
     }
 
+    /// Bytes of a block of cache, over all layers.
+    pub(crate) fn block_bytes(&self) -> u64 {
+        self.block
+    }
+
     /// What a rank holds beside its experts.
     fn fixed(&self) -> u64 {
         self.weights + self.least as u64 * self.block

@@ -6,6 +6,7 @@ use super::{
     remote_partials,
 };
 use crate::options::Combine;
+use crate::runtime::bounds;
 use exflow_placement::{Rank, Strategy};
 use std::collections::BinaryHeap;
 
@@ -300,7 +301,8 @@ impl<'a> Play<'a> {
         let (sequence, layer) = (item.sequence, item.stage);
         if self.setting.strategy == Strategy::Coherent {
             let home = Rank::from(sequence % self.ranks.len());
-            let domain = self.setting.table.domain(self.shape.before(layer), home);
+            let before = self.shape.before(layer);
+            let domain = bounds::domain(self.setting.groups, self.setting.table, before, home);
             let others = domain.into_iter().map(Rank::index).filter(|to| *to != rank);
             others.for_each(|to| post.kv[to].push((sequence, layer)));
         }

@@ -14,6 +14,7 @@ pub use measured::{ByStrategy, Curve, LinkTime, Measurements, RankTimes};
 
 use crate::ModelSpec;
 use crate::options::{Combine, KvDtype, Schedule};
+use crate::runtime::bounds;
 use exflow_placement::{ExpertId, LayerId, PlacementTable, Rank, Route, RoutingTrace, Strategy};
 use exflow_shaders::Cache;
 use exflow_transport::proto::frame::HEADER_BYTES;
@@ -78,6 +79,8 @@ pub struct Setting<'a> {
     pub combine: Combine,
     /// Where experts are.
     pub table: &'a PlacementTable,
+    /// `[R]` the group that each rank's sequences are bounded to; empty: to none.
+    pub groups: &'a [u16],
 }
 
 /// What runs.
@@ -161,7 +164,9 @@ impl Streams<'_> {
         let token = (at.sequence * self.routes.tokens() / self.sequences + at.token) % self.routes.tokens();
         let chosen = self.routes.chosen(token, at.moe.min(self.routes.layers() - 1));
         let experts: Vec<ExpertId> = chosen.iter().map(|&id| ExpertId(id.max(0) as u16)).collect();
-        setting.table.route(setting.strategy, LayerId::from(at.moe), residence, &experts, &[])
+        let home = Rank::from(at.sequence % setting.table.ranks.max(1));
+        let layer = (setting.strategy, LayerId::from(at.moe));
+        bounds::route(setting.groups, setting.table, layer, (home, residence), &experts, &[])
     }
 }
 

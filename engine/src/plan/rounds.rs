@@ -5,6 +5,7 @@ use super::{
     FRAME_BYTES, Measurements, Parts, Place, Prediction, Setting, Shape, Streams, TOKENS, UNCOUNTED,
     remote_partials,
 };
+use crate::runtime::bounds;
 use exflow_placement::{Rank, Route, Strategy};
 
 /// Sums over the counted steps.
@@ -141,7 +142,8 @@ impl Step<'_> {
         // What was measured is a pair for each row.
         self.work(|rank| self.measured.ranks[rank].work.of(strategy).at(pairs[rank]));
         self.sums.exchanges += 1.0;
-        if strategy == Strategy::Vanilla || routes.iter().any(|route| route.serving.len() > 1) {
+        let several = routes.iter().any(|route| route.serving.len() > 1);
+        if strategy == Strategy::Vanilla || several || !self.setting.groups.is_empty() {
             self.sums.combine += partials.iter().sum::<f64>() + frames;
             self.exchange(self.sending(&partials));
             self.sums.exchanges += 1.0;
@@ -184,7 +186,8 @@ impl Step<'_> {
         }
         let mut to_others = vec![vec![0_usize; self.kv.len()]; self.kv.len()];
         for (&from, &home) in residence.iter().zip(self.homes) {
-            let domain = self.setting.table.domain(self.shape.before(layer), Rank::from(home));
+            let before = self.shape.before(layer);
+            let domain = bounds::domain(self.setting.groups, self.setting.table, before, Rank::from(home));
             domain.iter().filter(|to| to.index() != from).for_each(|to| to_others[from][to.index()] += 1);
         }
         for (from, rows) in to_others.iter().enumerate() {

@@ -54,7 +54,7 @@ fn drawn(top_k: usize) -> RoutingTrace {
 
 fn run(trace: &RoutingTrace, strategy: Strategy, schedule: Schedule, sequences: usize) -> Prediction {
     let table = PlacementTable::linear(LAYERS, 4, 2);
-    let setting = Setting { strategy, schedule, combine: Combine::Exact, table: &table };
+    let setting = Setting { strategy, schedule, combine: Combine::Exact, table: &table, groups: &[] };
     predict(&measured(2, 1e12), &shape(), Workload { routes: trace, sequences }, setting)
 }
 
@@ -133,8 +133,13 @@ fn ranks_that_share_a_core_take_turns() {
         measured.ranks.iter_mut().for_each(|rank| rank.crowded = crowded);
         measured.exchange_s = 0.0;
         measured.links.iter_mut().flatten().for_each(|link| link.latency_s = 0.0);
-        let setting =
-            Setting { strategy: Strategy::Vanilla, schedule, combine: Combine::Exact, table: &table };
+        let setting = Setting {
+            strategy: Strategy::Vanilla,
+            schedule,
+            combine: Combine::Exact,
+            table: &table,
+            groups: &[],
+        };
         predict(&measured, &shape(), Workload { routes: &trace, sequences: 32 }, setting).tokens_per_s
     };
     near(play(1.0, Schedule::Rounds) / play(2.0, Schedule::Rounds), 2.0);
@@ -147,8 +152,13 @@ fn keys_and_values_cannot_be_faster_than_the_link() {
     let (trace, table) = (drawn(1), PlacementTable::linear(LAYERS, 4, 2));
     let bytes_per_s = 100_000.0;
     for schedule in [Schedule::Rounds, Schedule::Flow] {
-        let setting =
-            Setting { strategy: Strategy::Coherent, schedule, combine: Combine::Exact, table: &table };
+        let setting = Setting {
+            strategy: Strategy::Coherent,
+            schedule,
+            combine: Combine::Exact,
+            table: &table,
+            groups: &[],
+        };
         let work = Workload { routes: &trace, sequences: 8 };
         let p = predict(&measured(2, bytes_per_s), &shape(), work, setting);
         // Two links carry them.
@@ -168,7 +178,7 @@ fn a_trial_says_how_much_longer_the_ranks_take() {
         (Strategy::Vanilla, Schedule::Flow),
         (Strategy::Coherent, Schedule::Flow),
     ] {
-        let setting = |table| Setting { strategy, schedule, combine: Combine::Exact, table };
+        let setting = |table| Setting { strategy, schedule, combine: Combine::Exact, table, groups: &[] };
         let (work, mut alone) = (Workload { routes: &trace, sequences: 8 }, measured(2, 1e12));
         let mut slow = alone.clone();
         slow.ranks.iter_mut().for_each(|times| times.stretch(3.0));
@@ -190,8 +200,28 @@ fn a_trial_says_how_much_longer_the_ranks_take() {
         schedule: Schedule::Flow,
         combine: Combine::Exact,
         table: &table,
+        groups: &[],
     };
     let work = Workload { routes: &trace, sequences: 8 };
     let least = Load::of(&measured(2, 1e12), &shape(), work, setting, 1e9);
     assert!(least.factor < 0.26 && least.factor > 0.2, "{least:?}");
+}
+
+#[test]
+fn a_bounded_sequence_sends_less_and_crosses_back() {
+    let (trace, table) = (drawn(1), PlacementTable::linear(LAYERS, 4, 4));
+    for schedule in [Schedule::Rounds, Schedule::Flow] {
+        let play = |groups: &[u16]| {
+            let strategy = Strategy::Coherent;
+            let setting = Setting { strategy, schedule, combine: Combine::Exact, table: &table, groups };
+            predict(&measured(4, 1e12), &shape(), Workload { routes: &trace, sequences: 4 }, setting)
+        };
+        let (world, pair) = (play(&[]), play(&[0, 0, 1, 1]));
+        assert!(pair.kv_bytes < 0.4 * world.kv_bytes, "{schedule}: one peer, not three");
+        assert!(pair.crossings_per_token > world.crossings_per_token, "{schedule}");
+        assert!(pair.combine_bytes > 0.0, "{schedule}: what is outside comes back");
+        // Alone in its group, a sequence does what vanilla does.
+        let alone = play(&[0, 1, 2, 3]);
+        assert!(alone.kv_bytes == 0.0 && alone.combine_bytes > pair.combine_bytes, "{schedule}");
+    }
 }

@@ -12,6 +12,7 @@ use super::stats::Waited;
 use super::step::{BULK_LAYERS, Batch, Bulk, Outcome, Row};
 use super::worker::{Directive, Event, Worker};
 use crate::EngineError;
+use crate::options::Prefill;
 use bytes::Bytes;
 use exflow_placement::Rank;
 use exflow_transport::{ByteClass, RoundId, TransportError, WireStats};
@@ -156,7 +157,7 @@ impl Worker {
         for sequence in self.sequences.chunks() {
             let chunk = sequence.chunk();
             batch.total += chunk.len();
-            if sequence.start.home == me {
+            if sequence.start.home == me || self.options.prefill == Prefill::Replicated {
                 let row = |at: u32| (Row::new(sequence.start.id, at), sequence.start.prompt[at as usize]);
                 batch.tokens.extend(chunk.map(row));
             }

@@ -195,6 +195,8 @@ pub(crate) struct Sequences {
     remade_beyond: Option<usize>,
     /// Ids from here on have not been admitted yet.
     unseen: u32,
+    /// The most blocks that were held at once since somebody asked.
+    peak: usize,
 }
 
 /// Where keys and values go that a peer made.
@@ -211,7 +213,8 @@ pub(crate) enum Standing {
 impl Sequences {
     pub(crate) fn new(blocks: usize, context: usize, eos: Vec<u32>) -> Self {
         let free = (0..blocks as u32).rev().collect();
-        Self { running: BTreeMap::new(), free, all: blocks, context, eos, remade_beyond: None, unseen: 0 }
+        let (running, remade_beyond) = (BTreeMap::new(), None);
+        Self { running, free, all: blocks, context, eos, remade_beyond, unseen: 0, peak: 0 }
     }
 
     /// Has texts that grow beyond so many tokens replayed, so that all of their keys are made for the longer text.
@@ -222,6 +225,11 @@ impl Sequences {
     /// Cache blocks that sequences hold, and that there are.
     pub(crate) fn blocks(&self) -> (u64, u64) {
         ((self.all - self.free.len()) as u64, self.all as u64)
+    }
+
+    /// The most blocks that were held at once since this was asked last.
+    pub(crate) fn take_peak(&mut self) -> u64 {
+        std::mem::replace(&mut self.peak, self.all - self.free.len()) as u64
     }
 
     /// Cache blocks that nobody holds.
@@ -274,7 +282,10 @@ impl Sequences {
 
     fn take(&mut self, sequence: u32, count: usize) -> Result<Vec<u32>, EngineError> {
         match self.free.len().checked_sub(count) {
-            Some(left) => Ok(self.free.split_off(left)),
+            Some(left) => {
+                self.peak = self.peak.max(self.all - left);
+                Ok(self.free.split_off(left))
+            }
             None => {
                 let free = self.free.len();
                 let what =
@@ -417,6 +428,7 @@ mod tests {
         assert_eq!(sequences.free(), 1);
         sequences.apply(Order::End(1)).expect("no blocks are needed");
         assert_eq!(sequences.free(), 4);
+        assert_eq!((sequences.take_peak(), sequences.take_peak()), (3, 0), "asked again, it begins anew");
         sequences.check();
     }
 

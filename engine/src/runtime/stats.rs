@@ -65,6 +65,8 @@ pub(crate) struct RankStats {
     pub(crate) pairs: u64,
     /// KV cache blocks in use and there are, when the counts were reported.
     pub(crate) kv_blocks: (u64, u64),
+    /// The most blocks that were in use since the last report.
+    pub(crate) kv_peak_blocks: u64,
     /// Bytes that the device has allocated then.
     pub(crate) memory_bytes: Option<u64>,
 }

@@ -9,7 +9,7 @@ use super::stats::RankStats;
 use super::step::Stepper;
 use crate::EngineError;
 use crate::model::decoder::Decoder;
-use crate::options::{Combine, Schedule};
+use crate::options::{Combine, Prefill, Schedule};
 use crate::sampling::Logprobs;
 use exflow_placement::{PlacementTable, Rank, Strategy};
 use exflow_transport::{Communicator, WireStats};
@@ -71,6 +71,9 @@ pub(crate) struct WorkerOptions {
     pub(crate) strategy: Strategy,
     pub(crate) combine: Combine,
     pub(crate) schedule: Schedule,
+    pub(crate) prefill: Prefill,
+    /// `[R]` the group that each rank's sequences are bounded to; empty: to none.
+    pub(crate) groups: Vec<u16>,
     pub(crate) cache_blocks: usize,
 }
 
@@ -154,6 +157,8 @@ impl Worker {
             table: &self.options.table,
             strategy: self.options.strategy,
             combine: self.options.combine,
+            prefill: self.options.prefill,
+            groups: &self.options.groups,
             sequences: &self.sequences,
             coherence: &mut self.coherence,
             stats: &mut self.stats,
@@ -241,6 +246,7 @@ impl Worker {
         stats.wire = now.since(&self.reported);
         self.reported = now;
         stats.kv_blocks = self.sequences.blocks();
+        stats.kv_peak_blocks = self.sequences.take_peak();
         stats.memory_bytes = self.decoder.gpu.allocated_bytes();
         self.tell(Event::Report(self.comm.rank(), Box::new(stats)));
     }

@@ -7,8 +7,8 @@ use super::output;
 use super::plan::Chosen;
 use clap::ValueEnum;
 use exflow::engine::{
-    Cluster, ClusterOptions, Combine, Dtype, KvDtype, PlacementSource, Progress, Quant, Schedule, Strategy,
-    TransportKind,
+    Cluster, ClusterOptions, Combine, Domain, Dtype, KvDtype, PlacementSource, Prefill, Progress, Quant,
+    Schedule, Strategy, TransportKind,
 };
 use exflow::transport::link::LinkSpec;
 use std::path::{Path, PathBuf};
@@ -36,6 +36,14 @@ pub(crate) struct RankFlags {
     /// --strategy auto picks]
     #[arg(long, value_enum)]
     pub(crate) schedule: Option<ScheduleFlag>,
+    /// Where prompts are prefilled. home: on one rank, which sends the keys and values to where tokens may go; replicated:
+    /// on every rank, which sends none (with --combine exact)
+    #[arg(long, value_enum, default_value = "home")]
+    pub(crate) prefill: PrefillFlag,
+    /// How far from its home a sequence's tokens may live under coherent: host (its process; behind --link each rank is a
+    /// host), pair (ranks 0 and 1, 2 and 3, …), world. Less far is fewer keys and values sent, and more rows that come back
+    #[arg(long, value_enum, default_value = "world")]
+    pub(crate) domain: DomainFlag,
     /// Shapes what each rank sends (with --transport quic): lan, wifi, wan, or latency=5ms,rate=100mbit,…
     #[arg(long, value_name = "LINK", value_parser = link)]
     pub(crate) link: Option<LinkSpec>,
@@ -74,6 +82,7 @@ impl RankFlags {
             // Ranks measure in rounds.
             options.schedule = Schedule::Rounds;
         }
+        (options.prefill, options.domain) = (self.prefill.into(), self.domain.into());
         options.link = self.link;
         options.placement = self.placement.clone();
         options.adapter = self.adapter.clone();
@@ -206,6 +215,38 @@ impl From<ScheduleFlag> for Schedule {
         match flag {
             ScheduleFlag::Rounds => Self::Rounds,
             ScheduleFlag::Flow => Self::Flow,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PrefillFlag {
+    Home,
+    Replicated,
+}
+
+impl From<PrefillFlag> for Prefill {
+    fn from(flag: PrefillFlag) -> Self {
+        match flag {
+            PrefillFlag::Home => Self::Home,
+            PrefillFlag::Replicated => Self::Replicated,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DomainFlag {
+    Host,
+    Pair,
+    World,
+}
+
+impl From<DomainFlag> for Domain {
+    fn from(flag: DomainFlag) -> Self {
+        match flag {
+            DomainFlag::Host => Self::Host,
+            DomainFlag::Pair => Self::Pair,
+            DomainFlag::World => Self::World,
         }
     }
 }

@@ -175,6 +175,8 @@ pub(crate) struct Board<K> {
     was_prefill: bool,
     /// As the caller told it last.
     now: Duration,
+    /// Whether experts of prompts run apart from their tokens.
+    apart: bool,
 }
 
 /// Who has waited for so many picks goes next, wherever it is in the model.
@@ -198,7 +200,13 @@ impl<K> Board<K> {
             picks: 0,
             was_prefill: false,
             now: Duration::ZERO,
+            apart: false,
         }
+    }
+
+    /// Has experts of prompts run apart from their tokens in any case: other ranks need what they make.
+    pub(crate) fn apart(self, apart: bool) -> Self {
+        Self { apart, ..self }
     }
 
     /// Tells the time, by which waits are accounted for.
@@ -302,7 +310,8 @@ impl<K> Board<K> {
 
     /// Experts that are here run at once also where a token waits for other ranks' partials.
     fn split(&mut self, stage: usize, prefill: bool, token: &mut Token) {
-        if token.missing == 0 || token.choices.is_empty() {
+        let apart = prefill && self.apart;
+        if token.choices.is_empty() || (token.missing == 0 && !apart) {
             return;
         }
         token.missing += token.choices.len() as u16;

@@ -18,6 +18,7 @@ pub(crate) fn depart(
 ) -> (Vec<(Rank, RowFrame)>, bool) {
     let expects = expected(route, combine);
     let main = route.serving[0];
+    let stays = route.next == me;
     let served_by = |rank: Rank| {
         let of = choices.iter().zip(&route.serving).filter(move |(_, serving)| **serving == rank);
         of.map(|(choice, _)| *choice).collect::<Vec<_>>()
@@ -29,15 +30,27 @@ pub(crate) fn depart(
         (to, RowFrame { sequence, position, next: route.next, main, expects, choices, residual })
     };
     let rows = leaving.map(row).collect();
-    let stays = route.next == me;
     if stays {
-        token.main = Some(main);
-        token.choices = served_by(me);
-        token.missing = expects;
-        token.partials.clear();
-        token.residual = residual.to_vec();
+        stay(me, token, route, choices, combine, residual);
     }
     (rows, stays)
+}
+
+/// Notes in a token that stays on `me` what its next hop needs.
+pub(crate) fn stay(
+    me: Rank,
+    token: &mut Token,
+    route: &Route,
+    choices: &[Choice],
+    combine: Combine,
+    residual: &[f32],
+) {
+    let served = choices.iter().zip(&route.serving).filter(|(_, serving)| **serving == me);
+    token.main = Some(route.serving[0]);
+    token.choices = served.map(|(choice, _)| *choice).collect();
+    token.missing = expected(route, combine);
+    token.partials.clear();
+    token.residual = residual.to_vec();
 }
 
 /// One-way latencies that a token waits for at a layer: none where all its experts are where it is, one where all are

@@ -1,5 +1,6 @@
 //! Flow: one hop of a rank, from what was picked to what is sent on.
 
+use super::super::bounds;
 use super::super::frames::{Choice, Writer};
 use super::super::sequence::Sampled;
 use super::super::stats::Waited;
@@ -9,7 +10,7 @@ use super::board::{Picked, Token, Unit};
 use super::notes::Note;
 use super::{BULK_BYTES, BULK_HOPS, Flow, depart};
 use crate::EngineError;
-use exflow_placement::{ExpertId, LayerId, Rank, Strategy};
+use exflow_placement::{ExpertId, LayerId, Rank, Route, Strategy};
 use exflow_transport::ByteClass;
 use std::time::Instant;
 
@@ -86,6 +87,12 @@ impl Worker {
         let mut payloads: Vec<Option<Writer>> = (0..self.comm.world_size()).map(|_| None).collect();
         for (to, frame) in depart::partials(me, &picked.serves, &hopped.served, shape, combine) {
             if to == me {
+                if picked.prefill && self.replicates() {
+                    for payload in self.to_all_others(&mut payloads) {
+                        let payload = payload.get_or_insert_with(|| begin(true));
+                        payload.partial(frame.sequence, frame.position, frame.k, &frame.values);
+                    }
+                }
                 flow.board.partial(layer as u16, frame);
                 continue;
             }
@@ -94,6 +101,16 @@ impl Worker {
             self.stats.crossings += u64::from(!picked.prefill);
         }
         self.send(payloads, ByteClass::Combine, layer as u16)
+    }
+
+    /// The payloads to ranks that are there.
+    fn to_all_others<'a>(
+        &self,
+        payloads: &'a mut [Option<Writer>],
+    ) -> impl Iterator<Item = &'a mut Option<Writer>> {
+        let (me, absent) = (self.comm.rank(), self.comm.absent().to_vec());
+        let there = move |rank: usize| rank != me.index() && !absent.contains(&Rank::from(rank));
+        payloads.iter_mut().enumerate().filter(move |(rank, _)| there(*rank)).map(|(_, payload)| payload)
     }
 
     fn send(
@@ -145,7 +162,18 @@ impl Worker {
                     && !prefill
                     && flow.notes.is_coherent(token.sequence);
                 let strategy = if coherent { Strategy::Coherent } else { Strategy::Vanilla };
-                let route = self.options.table.route(strategy, LayerId::from(index), me, &experts, weights);
+                let home = self.sequences.running.get(&token.sequence).map_or(me, |s| s.start.home);
+                let (table, layer) = (&self.options.table, LayerId::from(index));
+                let combine = self.options.combine;
+                if prefill && self.replicates() {
+                    // Every rank plans what the home would, and keeps its own copy of the token.
+                    let route = table.route(strategy, layer, home, &experts, weights);
+                    depart::stay(me, token, &Route { next: me, ..route }, &choices, combine, residual);
+                    at += 1;
+                    continue;
+                }
+                let (groups, at_home) = (&self.options.groups, (home, me));
+                let route = bounds::route(groups, table, (strategy, layer), at_home, &experts, weights);
                 if !prefill {
                     self.stats.latencies += depart::latencies(me, &route);
                     if let Some(main) = token.main {
@@ -153,7 +181,6 @@ impl Worker {
                         self.stats.stays += u64::from(main == route.serving[0]);
                     }
                 }
-                let combine = self.options.combine;
                 let (leaving, stay) = depart::depart(me, token, &route, &choices, combine, residual);
                 stays &= stay;
                 for (to, row) in leaving {
@@ -197,8 +224,12 @@ impl Worker {
         }
         for unit in units.iter().filter(|unit| unit.prefill) {
             let (id, end) = (unit.tokens[0].sequence, unit.tokens[unit.tokens.len() - 1].position + 1);
-            if let Some(sequence) = self.sequences.running.get_mut(&id) {
-                sequence.prefilled = end;
+            let Some(sequence) = self.sequences.running.get_mut(&id) else { continue };
+            sequence.prefilled = end;
+            let (home, whole) = (sequence.start.home, end as usize == sequence.start.prompt.len());
+            if whole && self.replicates() && flow.notes.owes(id) {
+                flow.notes.acknowledged(id);
+                self.note_to(home, &Note::Holds(id))?;
             }
             self.prefill(flow, id);
         }

@@ -13,11 +13,13 @@ mod orders;
 
 pub(crate) use depart::latencies;
 
+use super::bounds;
 use super::coherence::Arrived;
 use super::frames::{KvRow, Reader};
 use super::step::Bulk;
 use super::worker::{STOP, Worker};
 use crate::EngineError;
+use crate::options::Prefill;
 use board::{Board, Lack, Picked, Standing, Unit};
 use exflow_placement::{LayerId, Rank};
 use exflow_transport::{ByteClass, Message};
@@ -70,7 +72,7 @@ impl Worker {
         self.meet()?;
         let me = self.comm.rank();
         let mut flow = Flow {
-            board: Board::new(me),
+            board: Board::new(me).apart(self.replicates()),
             notes: Notes::new(me),
             unplaced: Vec::new(),
             bulk: (Bulk::new(self.comm.world_size()), 0),
@@ -215,8 +217,14 @@ impl Worker {
             .all(|layer| self.coherence.is_complete(layer as u16, sequence, prompt))
     }
 
+    /// Whether every rank prefills every prompt.
+    fn replicates(&self) -> bool {
+        self.options.prefill == Prefill::Replicated
+    }
+
     fn domain(&self, layer: usize, home: Rank) -> Vec<Rank> {
-        self.options.table.domain(self.decoder.spec.moe_before(layer).map(LayerId::from), home)
+        let before = self.decoder.spec.moe_before(layer).map(LayerId::from);
+        bounds::domain(&self.options.groups, &self.options.table, before, home)
     }
 
     fn take_note(&mut self, flow: &mut Flow, from: Rank, note: Note) -> Result<(), EngineError> {

@@ -59,12 +59,13 @@ impl Worker {
         Ok(())
     }
 
-    /// Home: the next chunk of a prompt begins, unless one is under way.
+    /// Home, or everywhere where prompts are: the next chunk of a prompt begins, unless one is under way.
     pub(super) fn prefill(&mut self, flow: &mut Flow, id: u32) {
         let Some(sequence) = self.sequences.running.get(&id) else { return };
         let mut chunk = sequence.chunk();
         chunk.end = chunk.end.min(chunk.start + CHUNK);
-        if sequence.start.home != self.comm.rank() || chunk.is_empty() || flow.board.prefills(id) {
+        let elsewhere = sequence.start.home != self.comm.rank() && !self.replicates();
+        if elsewhere || chunk.is_empty() || flow.board.prefills(id) {
             return;
         }
         let token = |position: u32| Token::new(id, position, sequence.start.prompt[position as usize]);

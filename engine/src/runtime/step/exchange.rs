@@ -142,7 +142,10 @@ impl Stepper<'_> {
         for &(to, sequence, position, k, slot) in &work.leaving {
             let partial = &values[slot as usize * stride..][..hidden];
             match leaving.last_mut() {
-                Some(last) if self.combine == Combine::Sum && (last.1, last.2) == (sequence, position) => {
+                Some(last)
+                    if self.combine == Combine::Sum
+                        && (last.0, last.1, last.2) == (to, sequence, position) =>
+                {
                     last.4.iter_mut().zip(partial).for_each(|(sum, v)| *sum += v);
                 }
                 _ => leaving.push((to, sequence, position, k, partial.to_vec())),

@@ -74,6 +74,28 @@ impl Stepper<'_> {
         Ok(())
     }
 
+    /// The experts of rows that every rank has a copy of: each rank runs those that it serves, and sends what they make to
+    /// all others, in the one exchange of the layer.
+    pub(super) fn replicated_experts(
+        &mut self,
+        layer: usize,
+        rows: &[Row],
+        routed: &Routed,
+    ) -> Result<Vec<Row>, EngineError> {
+        let (me, top_k) = (self.me(), self.spec().top_k);
+        let mut work = Work::default();
+        self.run_own(layer, rows, routed, &mut work)?;
+        for to in (0..self.comm.world_size()).map(Rank::from).filter(|to| *to != me) {
+            for row in rows {
+                let made = |k: u16| Some((k, *work.partial_of.get(&(row.sequence, row.position, k))?));
+                let leaving = (0..top_k as u16).filter_map(made);
+                work.leaving.extend(leaving.map(|(k, slot)| (to, row.sequence, row.position, k, slot)));
+            }
+        }
+        let received = self.exchange_partials(layer, &work, false)?;
+        self.settle(layer, rows, routed, &[], received, &mut work)
+    }
+
     /// Gives every (row, choice) a local expert and a row of `partials`.
     #[allow(clippy::type_complexity, reason = "a row of a list that lives for one call")]
     pub(super) fn plan(

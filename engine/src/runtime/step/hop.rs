@@ -56,7 +56,8 @@ impl Stepper<'_> {
         let lists = self.lists(picked, &plan);
 
         let (count, top_k) = (rows.len(), self.spec().top_k);
-        let spreads = self.spreads();
+        let replicated = rows.first().is_some_and(|row| self.is_replicated(row));
+        let spreads = self.spreads() && !replicated;
         let logits = !heads.is_empty() && self.reads_logits(&rows)?;
         let decoder = &*self.decoder;
         let mut r = decoder.record();

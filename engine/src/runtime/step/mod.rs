@@ -12,13 +12,14 @@ pub(crate) use exchange::expected;
 pub(crate) use hop::Hopped;
 pub(crate) use timing::TOGETHER_ROWS;
 
+use super::bounds;
 use super::coherence::Coherence;
 use super::experts::PairList;
 use super::sequence::{Sampled, Sequence, Sequences};
 use super::stats::RankStats;
 use super::worker::Captured;
 use crate::model::decoder::{Decoder, ExpertBatch, LocalFfn};
-use crate::options::Combine;
+use crate::options::{Combine, Prefill};
 use crate::{EngineError, ModelSpec};
 use exflow_placement::{ExpertId, LayerId, PlacementTable, Rank, Route, Strategy};
 use exflow_transport::Communicator;
@@ -57,6 +58,9 @@ pub(crate) struct Stepper<'a> {
     pub(crate) table: &'a PlacementTable,
     pub(crate) strategy: Strategy,
     pub(crate) combine: Combine,
+    pub(crate) prefill: Prefill,
+    /// `[R]` the group that each rank's sequences are bounded to; empty: to none.
+    pub(crate) groups: &'a [u16],
     pub(crate) sequences: &'a Sequences,
     pub(crate) coherence: &'a mut Coherence,
     pub(crate) stats: &'a mut RankStats,
@@ -97,6 +101,19 @@ impl Stepper<'_> {
             .running
             .get(&id)
             .ok_or_else(|| EngineError::Internal(format!("a row of sequence {id}, which does not run")))
+    }
+
+    /// Whether a row is of a prompt that every rank prefills.
+    fn is_replicated(&self, row: &Row) -> bool {
+        let of_prompt = |sequence: &Sequence| (row.position as usize) < sequence.start.prompt.len();
+        self.prefill == Prefill::Replicated
+            && self.sequences.running.get(&row.sequence).is_some_and(of_prompt)
+    }
+
+    /// Whether a row is here only because every rank prefills its prompt: what becomes of it is told by its home.
+    fn is_copy(&self, row: &Row) -> bool {
+        let home = self.sequences.running.get(&row.sequence).map(|sequence| sequence.start.home);
+        home != Some(self.me()) && self.is_replicated(row)
     }
 
     /// The cache slot of a position, which rank 0 granted before it ordered the step.
@@ -219,6 +236,9 @@ impl Stepper<'_> {
         if decode {
             self.count_stays(&rows, &routed);
         }
+        if rows.first().is_some_and(|row| self.is_replicated(row)) {
+            return self.replicated_experts(layer, &rows, &routed);
+        }
 
         let dispatched = self.dispatch(layer, &rows, &routed, decode)?;
         self.gather_contexts(layer, &rows, &routed, bulk)?;
@@ -227,7 +247,8 @@ impl Stepper<'_> {
         let arrived = self.arrive(dispatched, layer, rows.len())?;
         self.run_arrived(layer, &arrived, rows.len(), &mut work)?;
 
-        let combines = strategy == Strategy::Vanilla || self.spec().top_k > 1;
+        let stays = strategy == Strategy::Coherent && self.groups.is_empty();
+        let combines = !stays || self.spec().top_k > 1;
         let received = if combines { self.exchange_partials(layer, &work, decode)? } else { Vec::new() };
         self.settle(layer, &rows, &routed, &arrived, received, &mut work)
     }
@@ -242,7 +263,10 @@ impl Stepper<'_> {
         let arrived = self.take_arrived(layer)?;
         let blocks = self.write_contexts(rows)?;
         let (count, top_k) = (rows.len(), self.spec().top_k);
-        let spread = self.spreads();
+        let replicated = self.is_replicated(&rows[0]);
+        let spread = self.spreads() && !replicated;
+        let homes = rows.iter().map(|row| Ok(self.sequence(row.sequence)?.start.home));
+        let homes = homes.collect::<Result<Vec<_>, EngineError>>()?;
         let decoder = &*self.decoder;
         let mut r = decoder.record();
         if layer == 0 {
@@ -274,7 +298,18 @@ impl Stepper<'_> {
         let route = |t: usize, index: usize| {
             let range = t * top_k..(t + 1) * top_k;
             let experts: Vec<_> = chosen[range.clone()].iter().map(|&e| ExpertId::from(e as usize)).collect();
-            self.table.route(strategy, LayerId::from(index), me, &experts, &weights[range])
+            let layer = LayerId::from(index);
+            match replicated {
+                // Every rank plans what the home would, and keeps its own copy of the row.
+                true => Route {
+                    next: me,
+                    ..self.table.route(strategy, layer, homes[t], &experts, &weights[range])
+                },
+                false => {
+                    let at = (homes[t], me);
+                    bounds::route(self.groups, self.table, (strategy, layer), at, &experts, &weights[range])
+                }
+            }
         };
         let routes = moe.map(|index| (0..count).map(|t| route(t, index)).collect()).unwrap_or_default();
         Ok(Routed { chosen, weights, residual, qkv, routes })

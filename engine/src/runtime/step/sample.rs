@@ -30,7 +30,7 @@ impl Stepper<'_> {
     /// Uploads which rows the head is asked for: each sequence's last, or all where logits are captured.
     pub(super) fn head_rows(&self, rows: &[Row]) -> Result<Vec<u32>, EngineError> {
         let mut heads = Vec::new();
-        for (t, row) in rows.iter().enumerate() {
+        for (t, row) in rows.iter().enumerate().filter(|(_, row)| !self.is_copy(row)) {
             let sequence = self.sequence(row.sequence)?;
             let is_last = row.position as usize + 1 >= sequence.start.prompt.len();
             if is_last || sequence.start.capture_logits {
@@ -97,7 +97,7 @@ impl Stepper<'_> {
         weights: &[f32],
     ) -> Result<(), EngineError> {
         let top_k = self.spec().top_k;
-        for (t, row) in rows.iter().enumerate() {
+        for (t, row) in rows.iter().enumerate().filter(|(_, row)| !self.is_copy(row)) {
             let start = &self.sequence(row.sequence)?.start;
             if start.capture_routes {
                 captured.push(Captured::Route {

@@ -45,6 +45,8 @@ impl Worker {
             table: &self.options.table,
             strategy: self.options.strategy,
             combine: self.options.combine,
+            prefill: self.options.prefill,
+            groups: &self.options.groups,
             sequences: &sequences,
             coherence: &mut Coherence::default(),
             stats: &mut RankStats::default(),

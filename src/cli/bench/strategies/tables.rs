@@ -16,7 +16,7 @@ fn baselines(rows: &[GridRow], row: &GridRow) -> (f64, f64) {
     (best, rounds)
 }
 
-const COLUMNS: [&str; 16] = [
+const COLUMNS: [&str; 18] = [
     "setting",
     "tokens/s",
     "range",
@@ -33,9 +33,11 @@ const COLUMNS: [&str; 16] = [
     "stay",
     "dispatch+combine B",
     "K/V B",
+    "K/V peak MB",
+    "longest text",
 ];
 
-fn cells(rows: &[GridRow], row: &GridRow) -> [String; 16] {
+fn cells(rows: &[GridRow], row: &GridRow) -> [String; 18] {
     let (best, rounds) = baselines(rows, row);
     let times = |base: f64| if base > 0.0 { format!("{:.2}", row.tokens_per_s / base) } else { "–".into() };
     let bytes = &row.bytes_per_token;
@@ -57,6 +59,8 @@ fn cells(rows: &[GridRow], row: &GridRow) -> [String; 16] {
         format!("{:.3}", row.stay_rate),
         format!("{:.0}", bytes.dispatch + bytes.combine),
         format!("{:.0}", bytes.kv),
+        format!("{:.2}", row.kv_peak_bytes as f64 / 1e6),
+        row.longest_context.to_string(),
     ]
 }
 

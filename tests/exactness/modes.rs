@@ -1,0 +1,143 @@
+//! Where prompts are prefilled, and how far tokens may go from home, decides what is sent and never what is said.
+
+use crate::common::tiny::Tiny;
+use crate::common::{Setup, generate, prepare, request, tokens};
+use exflow::engine::{
+    Cluster, ClusterOptions, Combine, Domain, Feed, NoProgress, Prefill, RunStats, Schedule, Strategy,
+    TransportKind,
+};
+use std::path::Path;
+
+fn start(model: &Path, change: impl FnOnce(&mut ClusterOptions)) -> Cluster {
+    prepare();
+    let mut options = ClusterOptions::new(model);
+    options.ranks = 4;
+    change(&mut options);
+    Cluster::start(options, &NoProgress).unwrap_or_else(|e| panic!("a cluster: {e}"))
+}
+
+/// Runs as `change` says; tokens and logits must be those of one rank.
+fn stats_of_equal_run(
+    shape: &Tiny,
+    model: &Path,
+    alone: &mut Cluster,
+    what: &str,
+    change: impl FnOnce(&mut ClusterOptions),
+) -> RunStats {
+    // The longest prompt takes two chunks in flow.
+    let lengths = [5, 1, 300, 8, 33];
+    let requests: Vec<_> =
+        lengths.iter().enumerate().map(|(s, n)| request(&shape.prompt(*n, s as u64), 9)).collect();
+    let mut cluster = start(model, change);
+    let run = generate(&mut cluster, &requests);
+    assert_eq!(tokens(&run), tokens(&generate(alone, &requests)), "{what}");
+    let ids = shape.prompt(19, 4);
+    for feed in [Feed::Prefill, Feed::Decode] {
+        let bits = |cluster: &mut Cluster| -> Vec<u32> {
+            let dump = cluster.logits(&ids, feed).unwrap_or_else(|e| panic!("{what}: {e}"));
+            dump.logits.iter().map(|value| value.to_bits()).collect()
+        };
+        assert!(bits(&mut cluster) == bits(alone), "{what}, {feed:?}: logits");
+    }
+    run.stats
+}
+
+#[test]
+fn replicated_prefill_sends_no_context_and_bounded_domains_send_less() {
+    for top_k in [1, 2] {
+        let shape =
+            Tiny { seed: 90 + top_k as u64, top_k, layers: 3, experts: 8, positions: 400, ..Tiny::default() };
+        let folder = shape.write();
+        let mut alone = Setup::one_rank(folder.path()).start();
+        for schedule in [Schedule::Rounds, Schedule::Flow] {
+            let mut run = |prefill: Prefill, domain: Domain, transport: TransportKind| {
+                let what = format!("top-{top_k}, {schedule}, {prefill}, {domain}");
+                let stats = stats_of_equal_run(&shape, folder.path(), &mut alone, &what, |options| {
+                    (options.schedule, options.transport) = (schedule, transport);
+                    (options.prefill, options.domain) = (prefill, domain);
+                });
+                assert_eq!((&stats.prefill, &stats.domain), (&prefill.to_string(), &domain.to_string()));
+                stats
+            };
+            let home = run(Prefill::Home, Domain::World, TransportKind::Local);
+            let replicated = run(Prefill::Replicated, Domain::World, TransportKind::Quic);
+            // 347 tokens of prompts against 40 that are decoded: what is left is theirs.
+            assert!(
+                4 * replicated.bytes.kv < home.bytes.kv && replicated.bytes.kv > 0,
+                "{} and {}",
+                replicated.bytes.kv,
+                home.bytes.kv
+            );
+            if schedule == Schedule::Rounds {
+                assert_eq!(home.prefill_exchanges_per_layer, 2.0);
+                assert_eq!(replicated.prefill_exchanges_per_layer, 1.0, "partials alone");
+            }
+            // One peer in place of three, and none.
+            let pair = run(Prefill::Home, Domain::Pair, TransportKind::Local);
+            assert!(
+                2 * pair.bytes.kv < home.bytes.kv && pair.bytes.kv > 0,
+                "{} and {}",
+                pair.bytes.kv,
+                home.bytes.kv
+            );
+            assert!(pair.crossings_per_token > home.crossings_per_token, "what is outside comes back");
+            let both = run(Prefill::Replicated, Domain::Pair, TransportKind::Local);
+            assert!(both.bytes.kv < replicated.bytes.kv);
+            // All ranks of this process are on one host.
+            let host = run(Prefill::Home, Domain::Host, TransportKind::Local);
+            assert!(host.bytes.kv == home.bytes.kv || schedule == Schedule::Flow);
+        }
+    }
+}
+
+#[test]
+fn vanilla_prompts_may_be_replicated_too() {
+    let shape = Tiny { seed: 95, layers: 2, experts: 8, positions: 400, ..Tiny::default() };
+    let folder = shape.write();
+    let mut alone = Setup::one_rank(folder.path()).start();
+    for schedule in [Schedule::Rounds, Schedule::Flow] {
+        let stats = stats_of_equal_run(&shape, folder.path(), &mut alone, "vanilla", |options| {
+            (options.strategy, options.schedule) = (Strategy::Vanilla, schedule);
+            options.prefill = Prefill::Replicated;
+        });
+        assert_eq!(stats.bytes.kv, 0);
+    }
+}
+
+#[test]
+fn the_cache_that_a_run_took_is_told() {
+    let shape = Tiny { seed: 96, layers: 2, positions: 200, ..Tiny::default() };
+    let folder = shape.write();
+    let mut cluster = start(folder.path(), |options| {
+        (options.ranks, options.cache_positions) = (2, Some(160));
+    });
+    let stats = generate(&mut cluster, &[request(&shape.prompt(60, 1), 20)]).stats;
+    // Blocks of 16 positions; keys and values in f32 of 2 layers.
+    let of_text = |blocks: f64| blocks * 16.0 * stats.kv_bytes_per_token;
+    for peak in &stats.kv_peak_bytes {
+        let peak = *peak as f64;
+        assert!(
+            peak >= of_text(5.0) && peak <= of_text(6.0),
+            "{peak}: 80 tokens, granted half a block ahead"
+        );
+    }
+    assert_eq!(
+        (stats.kv_peak_bytes.len(), stats.longest_context),
+        (2, 160),
+        "the cache, not the model's 200"
+    );
+    assert!(stats.kv_bytes_per_token >= (2 * 2 * 4 * shape.hidden) as f64);
+    let short = generate(&mut cluster, &[request(&shape.prompt(10, 1), 3)]).stats;
+    assert!(short.kv_peak_bytes[0] < stats.kv_peak_bytes[0], "of this run alone");
+}
+
+#[test]
+fn replicated_prompts_are_not_summed_at_the_source() {
+    let shape = Tiny { seed: 97, layers: 1, ..Tiny::default() };
+    let folder = shape.write();
+    prepare();
+    let mut options = ClusterOptions::new(folder.path());
+    (options.ranks, options.combine, options.prefill) = (2, Combine::Sum, Prefill::Replicated);
+    let error = Cluster::start(options, &NoProgress).err().expect("it is refused");
+    assert!(error.is_input() && error.to_string().contains("every rank"), "{error}");
+}
