@@ -469,9 +469,21 @@ fn the_grid_of_strategies_holds_the_cells_that_were_asked_for() {
             _ => assert!((0.0..=2.0).contains(&waits), "{waits}"),
         }
     }
-    for wrong in
-        [&["--ranks", "0"][..], &["--links", "moon"], &["--sequences", "0"], &["--models", "nowhere"]]
-    {
+    let few = ["--ablations", "--no-auto", "-n", "4", "-r", "1", "--time-limit", "100ms", "--format", "json"];
+    let (out, _) = succeeded(&[&grid[..], &few].concat());
+    let rows: Value = serde_json::from_str(&out).expect("JSON");
+    let names: Vec<&str> =
+        rows.as_array().expect("a list").iter().filter_map(|r| r["ablation"].as_str()).collect();
+    let parts = ["+ overlap", "+ flow", "+ wrap", "+ replicas"];
+    assert_eq!(names[..4], ["baseline", "coherence alone", "placement alone", "both"]);
+    assert_eq!(names[4..], parts);
+    for wrong in [
+        &["--ranks", "0"][..],
+        &["--ablations", "--tables", "chain"],
+        &["--links", "moon"],
+        &["--sequences", "0"],
+        &["--models", "nowhere"],
+    ] {
         let output = exflow(&[&["bench", "strategies"][..], wrong].concat());
         assert_eq!(output.status.code(), Some(2), "{wrong:?}");
     }

@@ -196,6 +196,9 @@ pub struct ClusterOptions {
     pub prefill: Prefill,
     /// How far from its home a sequence's tokens may live, under `coherent`.
     pub domain: Domain,
+    /// In rounds: whether a rank starts the experts of its own rows before others' have come. Off it is of use only to
+    /// find out what it is worth.
+    pub overlap: bool,
     /// Shapes what each rank sends (QUIC only); `None`: as fast as it goes.
     pub link: Option<LinkSpec>,
     /// Where each expert goes.
@@ -303,6 +306,7 @@ impl ClusterOptions {
             schedule: Schedule::Rounds,
             prefill: Prefill::Home,
             domain: Domain::World,
+            overlap: true,
             link: None,
             placement: PlacementSource::RoundRobin,
             affinity: None,

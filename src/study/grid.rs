@@ -45,6 +45,8 @@ pub struct GridRow {
     pub sequences: usize,
     /// `local`, `lan`, `wifi` or `wan`.
     pub link: String,
+    /// What this setting is called among ablations; none elsewhere.
+    pub ablation: Option<String>,
     /// `vanilla`, `coherent`, or `auto` for what the planner picked before the run.
     pub strategy: String,
     /// `rounds` or `flow`; of `auto`, what it picked.
@@ -158,7 +160,7 @@ impl Grid {
         for setting in settings {
             let mut options = options.clone();
             options.strategy = setting.strategy;
-            options.schedule = setting.schedule;
+            (options.schedule, options.overlap) = (setting.schedule, setting.overlap);
             options.placement = PlacementSource::Table(setting.placement.clone());
             let mut cluster = Cluster::start(options, progress)?;
             cluster.generate(&requests(prompts, WARM_UP), &mut |_| {})?;
@@ -330,6 +332,7 @@ impl Runs {
             ranks,
             sequences: cell.sequences,
             link: cell.link.clone(),
+            ablation: setting.ablation.filter(|_| !entry.auto).map(str::to_owned),
             strategy: if entry.auto { "auto".into() } else { setting.strategy.to_string() },
             schedule: setting.schedule.to_string(),
             table: match entry.auto {

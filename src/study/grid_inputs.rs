@@ -105,6 +105,21 @@ pub(super) fn trial_prompts(cluster: &Cluster, count: usize) -> Result<Vec<Vec<u
     }
 }
 
+/// A table solved on `routes` for equal ranks as if each token began anywhere: without the wrap.
+///
+/// # Errors
+/// What the solver refuses.
+pub fn chain_table(
+    routes: &RoutingTrace,
+    experts: usize,
+    ranks: usize,
+    options: &SolveOptions,
+) -> Result<PlacementTable, StudyError> {
+    let mut affinity = Affinity::from_trace(routes, experts)?;
+    affinity.wrap = None;
+    Ok(solve(&affinity, &Topology::uniform(ranks), options, &mut |_| {})?)
+}
+
 /// A table solved on `routes` for equal ranks, the wrap included; with `slots` experts per layer and rank, those that
 /// are left over take copies.
 ///

@@ -24,7 +24,7 @@ pub use figures::{Study, markdown_table, text_table};
 pub use files::{load_affinity, read_documents, save_affinity};
 pub use gathering::{GatherError, Gathered};
 pub use grid::{Cell, ClassBytes, Grid, GridRow, decode_rate};
-pub use grid_inputs::{BEGINNINGS, SyntheticModel, grid_profile, grid_prompts, grid_table};
+pub use grid_inputs::{BEGINNINGS, SyntheticModel, chain_table, grid_profile, grid_prompts, grid_table};
 pub use held_out::{BalanceScore, HeldOut, balances, held_out, keep_back};
 pub use paper::{Evidence, RoutingHistory, StudyOptions, paper_checks};
 pub use placing::{Placed, Profiled, place, profile, solve_with_progress};

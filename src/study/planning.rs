@@ -30,6 +30,10 @@ pub struct Candidate {
     pub table: String,
     /// The table.
     pub placement: PlacementTable,
+    /// What it is called among ablations, with which it may run without overlap.
+    pub ablation: Option<&'static str>,
+    /// Whether own rows start before others have come.
+    pub overlap: bool,
 }
 
 impl std::fmt::Display for Candidate {
@@ -208,6 +212,8 @@ pub fn candidates(tables: &[(String, PlacementTable)], schedules: &[Schedule]) -
                     schedule,
                     table: table.clone(),
                     placement: placement.clone(),
+                    ablation: None,
+                    overlap: true,
                 });
             }
         }

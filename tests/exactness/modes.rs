@@ -91,11 +91,14 @@ fn replicated_prefill_sends_no_context_and_bounded_domains_send_less() {
 }
 
 #[test]
-fn vanilla_prompts_may_be_replicated_too() {
+fn vanilla_prompts_may_be_replicated_and_overlap_left_out() {
     let shape = Tiny { seed: 95, layers: 2, experts: 8, positions: 400, ..Tiny::default() };
     let folder = shape.write();
     let mut alone = Setup::one_rank(folder.path()).start();
     for schedule in [Schedule::Rounds, Schedule::Flow] {
+        stats_of_equal_run(&shape, folder.path(), &mut alone, "without overlap", |options| {
+            (options.schedule, options.overlap) = (schedule, false);
+        });
         let stats = stats_of_equal_run(&shape, folder.path(), &mut alone, "vanilla", |options| {
             (options.strategy, options.schedule) = (Strategy::Vanilla, schedule);
             options.prefill = Prefill::Replicated;

@@ -116,6 +116,7 @@ impl Host {
                 combine: plan.combine,
                 schedule: plan.schedule,
                 prefill: plan.prefill,
+                overlap: plan.overlap,
                 groups: plan.groups.clone(),
                 cache_blocks: plan.cache_blocks,
             };

@@ -73,11 +73,24 @@ pub(crate) fn decide(
             return Err(Decline::Never(sizes.overfull(rank, held, room[rank])));
         }
     }
-    let ClusterOptions { strategy, combine, dtype, quant, kv_dtype, schedule, prefill, .. } = *options;
+    let ClusterOptions { strategy, combine, dtype, quant, kv_dtype, schedule, prefill, overlap, .. } =
+        *options;
     let cache_blocks = sizes.cache_blocks(roster, offers, &held);
     base.cache_blocks.get_or_insert(cache_blocks);
     let groups = groups(options, roster);
-    Ok(Plan { strategy, combine, dtype, quant, kv_dtype, schedule, prefill, groups, cache_blocks, table })
+    Ok(Plan {
+        strategy,
+        combine,
+        dtype,
+        quant,
+        kv_dtype,
+        schedule,
+        prefill,
+        overlap,
+        groups,
+        cache_blocks,
+        table,
+    })
 }
 
 /// `[R]` the group that each rank's sequences are bounded to; empty: to none.

@@ -16,6 +16,7 @@ pub(crate) struct Plan {
     pub(crate) kv_dtype: KvDtype,
     pub(crate) schedule: Schedule,
     pub(crate) prefill: Prefill,
+    pub(crate) overlap: bool,
     /// `[R]` the group that each rank's sequences are bounded to; empty: to none.
     pub(crate) groups: Vec<u16>,
     /// Blocks of KV cache on every rank.

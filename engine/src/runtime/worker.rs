@@ -72,6 +72,7 @@ pub(crate) struct WorkerOptions {
     pub(crate) combine: Combine,
     pub(crate) schedule: Schedule,
     pub(crate) prefill: Prefill,
+    pub(crate) overlap: bool,
     /// `[R]` the group that each rank's sequences are bounded to; empty: to none.
     pub(crate) groups: Vec<u16>,
     pub(crate) cache_blocks: usize,
@@ -158,6 +159,7 @@ impl Worker {
             strategy: self.options.strategy,
             combine: self.options.combine,
             prefill: self.options.prefill,
+            overlap: self.options.overlap,
             groups: &self.options.groups,
             sequences: &self.sequences,
             coherence: &mut self.coherence,

@@ -59,6 +59,8 @@ pub(crate) struct Stepper<'a> {
     pub(crate) strategy: Strategy,
     pub(crate) combine: Combine,
     pub(crate) prefill: Prefill,
+    /// Whether own rows start before others have come.
+    pub(crate) overlap: bool,
     /// `[R]` the group that each rank's sequences are bounded to; empty: to none.
     pub(crate) groups: &'a [u16],
     pub(crate) sequences: &'a Sequences,
@@ -243,8 +245,12 @@ impl Stepper<'_> {
         let dispatched = self.dispatch(layer, &rows, &routed, decode)?;
         self.gather_contexts(layer, &rows, &routed, bulk)?;
         let mut work = Work::default();
+        let early = if self.overlap { None } else { Some(self.arrive(dispatched, layer, rows.len())?) };
         self.run_own(layer, &rows, &routed, &mut work)?;
-        let arrived = self.arrive(dispatched, layer, rows.len())?;
+        let arrived = match early {
+            Some(arrived) => arrived,
+            None => self.arrive(dispatched, layer, rows.len())?,
+        };
         self.run_arrived(layer, &arrived, rows.len(), &mut work)?;
 
         let stays = strategy == Strategy::Coherent && self.groups.is_empty();

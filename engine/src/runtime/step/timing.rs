@@ -46,6 +46,7 @@ impl Worker {
             strategy: self.options.strategy,
             combine: self.options.combine,
             prefill: self.options.prefill,
+            overlap: self.options.overlap,
             groups: &self.options.groups,
             sequences: &sequences,
             coherence: &mut Coherence::default(),

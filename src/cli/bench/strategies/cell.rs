@@ -25,12 +25,16 @@ pub(super) fn child(
     command.args(["bench", "strategies", "--format", "json", "--models", model]);
     command.args(["--ranks", &ranks.to_string(), "--links", link.name()]);
     command.args(["--sequences", &list(sequences.iter().map(usize::to_string).collect())]);
-    command.args(["--strategies", &list(args.strategies.iter().map(Strategy::to_string).collect())]);
-    command.args(["--schedules", &list(args.schedules.iter().map(Schedule::to_string).collect())]);
-    command.args(["--tables", &list(args.tables.iter().map(TableName::to_string).collect())]);
     command.args(["-n", &args.tokens().to_string(), "-r", &args.repeats().to_string()]);
     command.args(["--seed", &args.seed.to_string()]);
     command.arg("--cell-of").arg(folder);
+    if args.ablations {
+        command.arg("--ablations");
+    } else {
+        command.args(["--strategies", &list(args.strategies.iter().map(Strategy::to_string).collect())]);
+        command.args(["--schedules", &list(args.schedules.iter().map(Schedule::to_string).collect())]);
+        command.args(["--tables", &list(args.tables.iter().map(TableName::to_string).collect())]);
+    }
     if args.no_auto {
         command.arg("--no-auto");
     }
@@ -62,13 +66,10 @@ pub(super) fn run(args: &Args, folder: &Path) -> Result<(), Failure> {
     options.link = link.spec();
     options.transport = if options.link.is_some() { TransportKind::Quic } else { TransportKind::Local };
     let mut settings = Vec::new();
-    for &strategy in &args.strategies {
-        for &schedule in &args.schedules {
-            for &table in &args.tables {
-                let placement = PlacementTable::read(&table_path(folder, model, ranks, table), None)?;
-                settings.push(Candidate { strategy, schedule, table: table.name().into(), placement });
-            }
-        }
+    for (ablation, overlap, strategy, schedule, table) in args.settings() {
+        let placement = PlacementTable::read(&table_path(folder, model, ranks, table), None)?;
+        let table = table.name().into();
+        settings.push(Candidate { strategy, schedule, table, placement, ablation, overlap });
     }
     let prompts = study::grid_prompts(&path, 8, args.seed)?;
     let routes = match args.no_auto {

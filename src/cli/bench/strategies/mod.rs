@@ -42,7 +42,8 @@ pub(crate) struct Args {
     /// Schedules
     #[arg(long, value_name = "S", value_delimiter = ',', default_values_t = [Schedule::Rounds, Schedule::Flow])]
     schedules: Vec<Schedule>,
-    /// Tables: round_robin, affinity, replicas (affinity with half as many slots again)
+    /// Tables: round_robin, affinity, replicas (affinity with half as many slots again), chain (affinity without the step
+    /// from a token's last layer to its successor's first)
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = TableName::ALL)]
     tables: Vec<TableName>,
     /// Tokens to make of each prompt
@@ -63,6 +64,10 @@ pub(crate) struct Args {
     /// Neither measures links and kernels first, nor predicts, nor runs what the planner picks
     #[arg(long)]
     no_auto: bool,
+    /// In place of every strategy, schedule and table: what each part is worth, from the baseline of two exchanges a layer
+    /// to coherence, placement, both, and then with overlap, flow, the wrap and replicas added one by one
+    #[arg(long, conflicts_with_all = ["strategies", "schedules", "tables"])]
+    ablations: bool,
     /// A grid of a minute: the bundled model, 4 ranks, 8 sequences, wan and local, two runs
     #[arg(long)]
     quick: bool,
@@ -123,6 +128,7 @@ enum TableName {
     RoundRobin,
     Affinity,
     Replicas,
+    Chain,
 }
 
 impl TableName {
@@ -133,6 +139,7 @@ impl TableName {
             Self::RoundRobin => "round_robin",
             Self::Affinity => "affinity",
             Self::Replicas => "replicas",
+            Self::Chain => "chain",
         }
     }
 }
@@ -146,7 +153,51 @@ impl std::fmt::Display for TableName {
 /// Where the bundled model is, from the repository's root.
 const BUNDLED: &str = "examples/models/gpt-moe-16e";
 
+/// A row of the grid: its name among ablations, whether own rows start before others have come, and how it runs.
+type SettingArgs = (Option<&'static str>, bool, Strategy, Schedule, TableName);
+
+/// Each differs from one before it by what its name says.
+const ABLATIONS: [SettingArgs; 8] = {
+    use Schedule::{Flow, Rounds};
+    use Strategy::{Coherent, Vanilla};
+    [
+        (Some("baseline"), false, Vanilla, Rounds, TableName::RoundRobin),
+        (Some("coherence alone"), false, Coherent, Rounds, TableName::RoundRobin),
+        (Some("placement alone"), false, Vanilla, Rounds, TableName::Chain),
+        (Some("both"), false, Coherent, Rounds, TableName::Chain),
+        (Some("+ overlap"), true, Coherent, Rounds, TableName::Chain),
+        (Some("+ flow"), true, Coherent, Flow, TableName::Chain),
+        (Some("+ wrap"), true, Coherent, Flow, TableName::Affinity),
+        (Some("+ replicas"), true, Coherent, Flow, TableName::Replicas),
+    ]
+};
+
 impl Args {
+    /// What is measured in each cell.
+    fn settings(&self) -> Vec<SettingArgs> {
+        if self.ablations {
+            return ABLATIONS.to_vec();
+        }
+        let mut all = Vec::new();
+        for &strategy in &self.strategies {
+            for &schedule in &self.schedules {
+                all.extend(self.tables.iter().map(|&table| (None, true, strategy, schedule, table)));
+            }
+        }
+        all
+    }
+
+    /// The tables of these settings.
+    fn solved(&self) -> Vec<TableName> {
+        let mut tables = Vec::new();
+        for (.., table) in self.settings() {
+            if !tables.contains(&table) {
+                tables.push(table);
+            }
+        }
+        tables
+    }
+
     /// Ranks with a device of their own that this process will host.
     pub(crate) fn device_ranks(&self) -> usize {
         self.ranks.iter().copied().max().unwrap_or(1)
@@ -268,12 +319,13 @@ fn solve_tables(
     predicted_on.save_npy(&routes_path(folder, model)).map_err(|e| Failure::Run(e.to_string()))?;
     let spec = cluster.spec().clone();
     for &ranks in ranks {
-        for &table in &args.tables {
+        for table in args.solved() {
             let solve =
                 SolveOptions { seed: args.seed, time_limit: args.time_limit, ..SolveOptions::default() };
             let mut solved = match table {
                 TableName::RoundRobin => PlacementTable::round_robin(spec.moe_layers(), spec.experts, ranks),
                 TableName::Affinity => study::grid_table(&routes, spec.experts, ranks, None, &solve)?,
+                TableName::Chain => study::chain_table(&routes, spec.experts, ranks, &solve)?,
                 TableName::Replicas => {
                     let even = spec.experts.div_ceil(ranks);
                     let slots = even + even.div_ceil(2);

@@ -37,13 +37,19 @@ const COLUMNS: [&str; 18] = [
     "longest text",
 ];
 
+/// What a row's setting is called.
+fn name(row: &GridRow) -> String {
+    let setting = format!("{}, {}, {}", row.strategy, row.schedule, row.table);
+    row.ablation.as_ref().map_or_else(|| setting.clone(), |ablation| format!("{ablation} ({setting})"))
+}
+
 fn cells(rows: &[GridRow], row: &GridRow) -> [String; 18] {
     let (best, rounds) = baselines(rows, row);
     let times = |base: f64| if base > 0.0 { format!("{:.2}", row.tokens_per_s / base) } else { "–".into() };
     let bytes = &row.bytes_per_token;
     let or_dash = |figure: Option<f64>| figure.map_or_else(|| "–".to_owned(), |f| format!("{f:.1}"));
     [
-        format!("{}, {}, {}", row.strategy, row.schedule, row.table),
+        name(row),
         format!("{:.1}", row.tokens_per_s),
         format!("{:.1}–{:.1}", row.tokens_per_s_range.0, row.tokens_per_s_range.1),
         or_dash(row.predicted_tokens_per_s),
@@ -84,7 +90,7 @@ fn times(row: &GridRow) -> [String; 11] {
     let ms = |figure: f64| format!("{figure:.2}");
     let predicted = |of: fn(&Parts) -> f64| row.predicted_parts.as_ref().map_or("–".into(), |p| ms(of(p)));
     [
-        format!("{}, {}, {}", row.strategy, row.schedule, row.table),
+        name(row),
         ms(t.total_ms()),
         ms(t.compute_ms),
         ms(t.dispatch_ms),
