@@ -77,7 +77,7 @@ fn compose(kernel: Kernel, variant: Variant) -> Result<String, ComposeError> {
     Ok(compiled.syntax.to_string())
 }
 
-fn flags(variant: Variant) -> [(&'static str, bool); 19] {
+fn flags(variant: Variant) -> [(&'static str, bool); 20] {
     [
         ("one", variant.tile == RowTile::One),
         ("tile2", variant.tile == RowTile::Two),
@@ -94,6 +94,7 @@ fn flags(variant: Variant) -> [(&'static str, bool); 19] {
         ("q4", variant.weights == Weights::Q4),
         ("kv16", variant.cache == Cache::F16),
         ("kv8", variant.cache == Cache::Q8),
+        ("slim", variant.values == Values::Slim),
         ("narrow", variant.values == Values::Narrow),
         ("wide", variant.values == Values::Wide),
         ("swiglu", variant.activation == Activation::SwiGlu),

@@ -93,6 +93,8 @@ impl RowTile {
 /// How many columns the values of a head have at most: so many fit into the registers of `attention.wgsl`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub enum Values {
+    /// 32 with subgroups, as [`Values::Medium`] without.
+    Slim,
     /// 64 with subgroups, as [`Values::Medium`] without.
     Narrow,
     /// 256.
@@ -106,7 +108,8 @@ impl Values {
     /// The least that holds `columns`.
     pub fn of(columns: usize) -> Self {
         match columns {
-            0..=64 => Self::Narrow,
+            0..=32 => Self::Slim,
+            33..=64 => Self::Narrow,
             65..=256 => Self::Medium,
             _ => Self::Wide,
         }
@@ -297,10 +300,13 @@ impl Kernel {
             let wide = Variant { values: Values::Wide, ..plain };
             let with = |v: Variant| Variant { subgroup: true, ..v };
             let cpu = |v: Variant| Variant { image: true, ..with(v) };
-            let narrow = cpu(Variant { values: Values::Narrow, ..plain });
-            bases.extend([with(plain), cpu(plain), narrow, wide, with(wide), cpu(wide)]);
+            let [slim, narrow] =
+                [Values::Slim, Values::Narrow].map(|values| cpu(Variant { values, ..plain }));
+            bases.extend([with(plain), cpu(plain), slim, narrow, wide, with(wide), cpu(wide)]);
             for cache in [Cache::F16, Cache::Q8] {
-                bases.extend([plain, narrow, cpu(plain), wide, cpu(wide)].map(|v| Variant { cache, ..v }));
+                bases.extend(
+                    [plain, slim, narrow, cpu(plain), wide, cpu(wide)].map(|v| Variant { cache, ..v }),
+                );
             }
         }
         if self == Kernel::KvAppend {

@@ -38,7 +38,8 @@ struct Query {
 const LANES: u32 = 32u;  // positions of a tile
 const BLOCK: u32 = 16u;  // positions per cache block
 
-@if(subgroup && narrow) const COLUMNS: u32 = 2u;      // vec4s of values that a lane makes: of up to 64 columns,
+@if(subgroup && slim) const COLUMNS: u32 = 1u;        // vec4s of values that a lane makes: of up to 32 columns,
+@elif(subgroup && narrow) const COLUMNS: u32 = 2u;    // 64,
 @elif(subgroup && wide) const COLUMNS: u32 = 16u;     // 512,
 @elif(subgroup) const COLUMNS: u32 = 8u;              // or 256 by eight lanes,
 @elif(wide) const COLUMNS: u32 = 4u;                  // 512

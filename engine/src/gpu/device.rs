@@ -15,7 +15,7 @@ pub(crate) struct Gpu {
     pub(super) queue: wgpu::Queue,
     pub(super) pipelines: RefCell<Pipelines>,
     pub(super) staging: RefCell<Vec<wgpu::Buffer>>,
-    pub(super) params: RefCell<Option<super::Buffer>>,
+    pub(super) params: RefCell<Vec<super::Buffer>>,
     pub(super) failure: Arc<Mutex<Option<String>>>,
     next_buffer_id: AtomicU64,
     uploading: AtomicU64,

@@ -9,7 +9,8 @@ use std::collections::HashMap;
 /// Both caches of one device.
 pub(super) struct Pipelines {
     pub(super) pipelines: PipelineCache,
-    bind_groups: HashMap<(Kernel, Variant, Vec<u64>), wgpu::BindGroup>,
+    /// By the ids of parameters and buffers.
+    bind_groups: HashMap<(Kernel, Variant, [u64; MAX_BINDINGS]), wgpu::BindGroup>,
 }
 
 /// Pipelines, which outlive the buffers that they were made for.
@@ -17,7 +18,7 @@ pub(super) type PipelineCache = HashMap<(Kernel, Variant), Pipeline>;
 
 #[derive(Clone)]
 pub(super) struct Pipeline {
-    pub(super) raw: wgpu::ComputePipeline,
+    raw: wgpu::ComputePipeline,
     layout: wgpu::BindGroupLayout,
     params_size: u64,
 }
@@ -31,9 +32,12 @@ impl From<PipelineCache> for Pipelines {
 /// Bind groups are few, one per launch of a step; when buffers were replaced often enough to fill this, start anew.
 const MAX_BIND_GROUPS: usize = 4096;
 
+/// Bindings of a kernel at most, its parameters included.
+const MAX_BINDINGS: usize = 10;
+
 impl Gpu {
     /// The pipeline of a variant that this device runs ([`Gpu::runs`]).
-    pub(super) fn pipeline(&self, kernel: Kernel, variant: Variant) -> Result<Pipeline, EngineError> {
+    fn pipeline(&self, kernel: Kernel, variant: Variant) -> Result<Pipeline, EngineError> {
         if let Some(found) = self.pipelines.borrow().pipelines.get(&(kernel, variant)) {
             return Ok(found.clone());
         }
@@ -86,16 +90,22 @@ impl Gpu {
         Ok(Pipeline { raw, layout, params_size: u64::from(module.params_size) })
     }
 
-    pub(super) fn bind_group(
+    /// The pipeline of a variant that this device runs, and what binds these parameters and buffers to it.
+    pub(super) fn bound(
         &self,
         kernel: Kernel,
         variant: Variant,
-        pipeline: &Pipeline,
         params: &Buffer,
         buffers: &[&Buffer],
-    ) -> Result<wgpu::BindGroup, EngineError> {
+    ) -> Result<(wgpu::ComputePipeline, wgpu::BindGroup), EngineError> {
+        let pipeline = self.pipeline(kernel, variant)?;
         let raw = params.raw()?;
-        let ids = std::iter::once(params.id).chain(buffers.iter().map(|b| b.id)).collect();
+        let mut ids = [0; MAX_BINDINGS];
+        if buffers.len() >= MAX_BINDINGS {
+            return Err(EngineError::Internal(format!("{} has too many bindings", kernel.name())));
+        }
+        ids[0] = params.id;
+        ids[1..].iter_mut().zip(buffers).for_each(|(id, buffer)| *id = buffer.id);
         let mut cache = self.pipelines.borrow_mut();
         if cache.bind_groups.len() > MAX_BIND_GROUPS {
             cache.bind_groups.clear();
@@ -120,7 +130,8 @@ impl Gpu {
                 entries: &entries,
             })
         };
-        Ok(cache.bind_groups.entry((kernel, variant, ids)).or_insert_with(make).clone())
+        let group = cache.bind_groups.entry((kernel, variant, ids)).or_insert_with(make).clone();
+        Ok((pipeline.raw, group))
     }
 }
 

@@ -1,12 +1,10 @@
-//! A recording of launches and read-backs. A long one goes to the device in parts, so that it begins while the rest is encoded.
+//! A recording of launches and read-backs, executed as one submission.
 
-use super::pipelines::Pipeline;
 use super::stamps::Stamps;
 use super::{Buffer, Gpu, Usage};
 use crate::EngineError;
 use bytemuck::Pod;
 use exflow_shaders::{Kernel, Variant};
-use std::ops::Range;
 
 enum Size {
     Groups([u32; 3]),
@@ -14,29 +12,23 @@ enum Size {
 }
 
 struct Launch {
-    pipeline: Pipeline,
-    bind_group: BindGroupOf,
-    params_offset: u64,
+    kernel: Kernel,
+    pipeline: wgpu::ComputePipeline,
+    bind_group: wgpu::BindGroup,
+    /// Where its parameters are in their buffer.
+    params_offset: u32,
     size: Size,
 }
 
-struct BindGroupOf {
-    kernel: Kernel,
-    variant: Variant,
-    buffers: Vec<Buffer>,
-}
-
-/// Launches of a part that goes to the device by itself: of the first one, each further one has twice as many.
-const FIRST_PART: usize = 8;
-/// A recording of so many launches is not cut: a submission is not free either, and ranks that share a machine have
-/// better use for its cores.
-const WHOLE: usize = 32;
+/// Bytes of a buffer of parameter blocks; a recording that needs more takes several.
+const PARAMS_BYTES: usize = 1 << 15;
 
 /// Launches in order; each sees what the ones before it wrote.
 pub(crate) struct Recording<'g> {
     gpu: &'g Gpu,
     launches: Vec<Launch>,
-    params: Vec<u8>,
+    /// What goes into each buffer of parameter blocks.
+    params: Vec<Vec<u8>>,
     reads: Vec<(Buffer, u64, u64)>,
     failure: Option<EngineError>,
 }
@@ -91,20 +83,31 @@ impl<'g> Recording<'g> {
         buffers: &[&Buffer],
         size: Size,
     ) {
-        let variant = self.gpu.runs(kernel, variant, buffers);
-        let pipeline = match self.gpu.pipeline(kernel, variant) {
-            Ok(pipeline) => pipeline,
-            Err(e) => {
-                self.failure.get_or_insert(e);
-                return;
+        let (block, params_offset) = self.put(bytemuck::bytes_of(params));
+        let bound = self.gpu.params_buffer(block).and_then(|params| {
+            self.gpu.bound(kernel, self.gpu.runs(kernel, variant, buffers), &params, buffers)
+        });
+        match bound {
+            Ok((pipeline, bind_group)) => {
+                self.launches.push(Launch { kernel, pipeline, bind_group, params_offset, size });
             }
-        };
-        let offset = (self.params.len() as u64).next_multiple_of(self.gpu.uniform_alignment());
-        self.params.resize(offset as usize, 0);
-        self.params.extend_from_slice(bytemuck::bytes_of(params));
-        let buffers = buffers.iter().map(|&b| b.clone()).collect();
-        let bind_group = BindGroupOf { kernel, variant, buffers };
-        self.launches.push(Launch { pipeline, bind_group, params_offset: offset, size });
+            Err(e) => drop(self.failure.get_or_insert(e)),
+        }
+    }
+
+    /// Notes a launch's parameters; returns which buffer they are in, and where.
+    fn put(&mut self, params: &[u8]) -> (usize, u32) {
+        let alignment = self.gpu.uniform_alignment() as usize;
+        let start = self.params.last().map(|last| last.len().next_multiple_of(alignment));
+        let start = start.filter(|start| start + params.len() <= PARAMS_BYTES);
+        if start.is_none() {
+            self.params.push(Vec::with_capacity(PARAMS_BYTES));
+        }
+        let (block, start) = (self.params.len() - 1, start.unwrap_or(0));
+        let bytes = &mut self.params[block];
+        bytes.resize(start, 0);
+        bytes.extend_from_slice(params);
+        (block, start as u32)
     }
 
     /// Asks for `count` elements of `T` from byte `offset` of `buffer`, as they are after the last launch.
@@ -118,20 +121,26 @@ impl<'g> Recording<'g> {
             return Err(failure);
         }
         let gpu = self.gpu;
-        let params = gpu.params_buffer(self.params.len() as u64)?;
-        gpu.write(&params, 0, &self.params);
-        let encoder = || gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        let stamps = gpu.stamps(self.launches.iter().map(|launch| launch.bind_group.kernel));
-        let mut first = 0;
-        for part in parts(self.launches.len()) {
-            let mut encoder = encoder();
-            self.encode(&mut encoder, first..first + part, &params, stamps.as_ref())?;
-            gpu.queue.submit([encoder.finish()]);
-            first += part;
+        for (block, bytes) in self.params.iter().enumerate() {
+            gpu.write(&gpu.params_buffer(block)?, 0, bytes);
         }
-        let mut encoder = encoder();
-        self.encode(&mut encoder, first..self.launches.len(), &params, stamps.as_ref())?;
+        let mut encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        let stamps = gpu.stamps(self.launches.iter().map(|launch| launch.kernel));
         if !self.launches.is_empty() {
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+            stamps.iter().for_each(|stamps| stamps.write(&mut pass, 0));
+            for (index, launch) in self.launches.iter().enumerate() {
+                pass.set_pipeline(&launch.pipeline);
+                pass.set_bind_group(0, &launch.bind_group, &[launch.params_offset]);
+                match &launch.size {
+                    Size::Groups([x, y, z]) => pass.dispatch_workgroups(*x, *y, *z),
+                    Size::Indirect(buffer, offset) => {
+                        pass.dispatch_workgroups_indirect(buffer.raw()?, *offset)
+                    }
+                }
+                stamps.iter().for_each(|stamps| stamps.write(&mut pass, index + 1));
+            }
+            drop(pass);
             stamps.iter().for_each(|stamps| stamps.resolve(&mut encoder));
         }
         let sizes: Vec<(u64, u64)> = self
@@ -151,47 +160,6 @@ impl<'g> Recording<'g> {
         let index = gpu.queue.submit([encoder.finish()]);
         Ok(Submission { gpu, staging, stamps, sizes, index })
     }
-
-    /// Puts launches into an encoder.
-    fn encode(
-        &self,
-        encoder: &mut wgpu::CommandEncoder,
-        range: Range<usize>,
-        params: &Buffer,
-        stamps: Option<&Stamps>,
-    ) -> Result<(), EngineError> {
-        if range.is_empty() {
-            return Ok(());
-        }
-        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-        if range.start == 0 {
-            stamps.iter().for_each(|stamps| stamps.write(&mut pass, 0));
-        }
-        for (index, launch) in range.clone().zip(&self.launches[range]) {
-            let of = &launch.bind_group;
-            let buffers: Vec<&Buffer> = of.buffers.iter().collect();
-            let group = self.gpu.bind_group(of.kernel, of.variant, &launch.pipeline, params, &buffers)?;
-            pass.set_pipeline(&launch.pipeline.raw);
-            pass.set_bind_group(0, &group, &[launch.params_offset as u32]);
-            match &launch.size {
-                Size::Groups([x, y, z]) => pass.dispatch_workgroups(*x, *y, *z),
-                Size::Indirect(buffer, offset) => pass.dispatch_workgroups_indirect(buffer.raw()?, *offset),
-            }
-            stamps.iter().for_each(|stamps| stamps.write(&mut pass, index + 1));
-        }
-        Ok(())
-    }
-}
-
-/// How many launches go to the device before the last part, part by part.
-fn parts(launches: usize) -> impl Iterator<Item = usize> {
-    let mut left = launches;
-    let sizes = (0..usize::BITS - 1 - FIRST_PART.ilog2()).map(|n| FIRST_PART << n);
-    sizes.take_while(move |&size| {
-        let cut = launches > WHOLE && left > 2 * size;
-        left -= if cut { size } else { 0 };
-        cut
-    })
 }
 
 impl Submission<'_> {
@@ -233,17 +201,13 @@ impl Submission<'_> {
 }
 
 impl Gpu {
-    /// The parameter buffer, grown to `bytes` where it is smaller.
-    fn params_buffer(&self, bytes: u64) -> Result<Buffer, EngineError> {
-        let mut slot = self.params.borrow_mut();
-        match &*slot {
-            Some(buffer) if buffer.bytes() >= bytes => Ok(buffer.clone()),
-            _ => {
-                let made =
-                    self.buffer("parameters", bytes.next_power_of_two().max(1 << 15), Usage::Uniform)?;
-                Ok(slot.insert(made).clone())
-            }
+    /// The `block`-th buffer of parameter blocks.
+    fn params_buffer(&self, block: usize) -> Result<Buffer, EngineError> {
+        let mut made = self.params.borrow_mut();
+        while made.len() <= block {
+            made.push(self.buffer("parameters", PARAMS_BYTES as u64, Usage::Uniform)?);
         }
+        Ok(made[block].clone())
     }
 
     /// A read-back buffer of at least `bytes`, from those that are free.
@@ -258,23 +222,5 @@ impl Gpu {
                 mapped_at_creation: false,
             })
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{FIRST_PART, WHOLE, parts};
-
-    #[test]
-    fn a_long_recording_is_cut_into_growing_parts_that_leave_a_last_one() {
-        for launches in 0..2000 {
-            let before: Vec<usize> = parts(launches).collect();
-            let sum: usize = before.iter().sum();
-            assert_eq!(before.is_empty(), launches <= WHOLE, "{launches}");
-            assert!(sum < launches.max(1), "{launches}: {before:?}");
-            assert!(before.first().is_none_or(|&first| first == FIRST_PART));
-            assert!(before.windows(2).all(|two| two[1] == 2 * two[0]), "{launches}: {before:?}");
-        }
-        assert_eq!(parts(93).collect::<Vec<_>>(), [8, 16, 32]);
     }
 }
