@@ -141,8 +141,8 @@ fn an_affinity_for_a_loss_that_cannot_be_used() {
     }
     let group =
         ["--rank", "0", "--world-size", "2", "--leader", "127.0.0.1:7447", "--identity", certificates];
-    let in_group = |file: &str| run(&[&group[..], &["--affinity", file]].concat());
-    refused("affinity of one process", &run(&["--affinity", other]), &["--affinity", "loses none"]);
+    let in_group = |file: &str| run(&[&group[..], &["--lost-affinity", file]].concat());
+    refused("affinity of one process", &run(&["--lost-affinity", other]), &["--lost-affinity", "loses none"]);
     refused("an affinity that is missing", &in_group(missing.to_str().expect("UTF-8")), &["none.npz"]);
     refused(
         "an affinity of another shape",

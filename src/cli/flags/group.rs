@@ -41,7 +41,7 @@ pub(crate) struct GroupFlags {
     /// Counts of `exflow profile`, given to process 0: experts of a rank that is lost go where those are that they
     /// follow [default: spread evenly; `exflow serve` counts by itself]
     #[arg(long, value_name = "A.npz")]
-    affinity: Option<PathBuf>,
+    lost_affinity: Option<PathBuf>,
     /// How long the other processes are waited for
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]
     join_timeout: Duration,
@@ -60,14 +60,14 @@ impl GroupFlags {
         } else {
             options.ranks = options.ranks.max(options.devices.len());
         }
-        if self.affinity.is_some() && group.is_none() {
+        if self.lost_affinity.is_some() && group.is_none() {
             return Err(Failure::Input(
-                "--affinity says where a lost rank's experts go, and one process loses none; give --rank, --world-size and \
+                "--lost-affinity says where a lost rank's experts go, and one process loses none; give --rank, --world-size and \
                  --leader, or leave it out"
                     .into(),
             ));
         }
-        options.affinity = self.affinity.as_deref().map(read_affinity).transpose()?.map(Arc::new);
+        options.affinity = self.lost_affinity.as_deref().map(read_affinity).transpose()?.map(Arc::new);
         options.group = group;
         Ok(())
     }
