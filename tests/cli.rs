@@ -110,6 +110,33 @@ fn devices_in_both_formats() {
 }
 
 #[test]
+fn compiled_kernels_are_kept_and_a_broken_file_is_made_anew() {
+    let caches = tempfile::tempdir().expect("a folder");
+    let run = |args: &[&str]| {
+        let output = command(args).env("XDG_CACHE_HOME", caches.path()).output().expect("exflow runs");
+        assert!(output.status.success(), "{args:?}:\n{}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    let kept = || {
+        let value: Value =
+            serde_json::from_str(&run(&["devices", "--format", "json"])).expect("one JSON document");
+        value["devices"][0]["compiled_kernels"].clone()
+    };
+    let before = kept();
+    let Some(path) = before["path"].as_str() else { return }; // an interface that offers nothing of the kind
+    assert!(before["bytes"].is_null() && Path::new(path).starts_with(caches.path()), "{before}");
+    let model = tiny();
+    let generate = || run(&["generate", "-m", utf8(model.path()), "--prompt-ids", "1,2,3", "-n", "4"]);
+    let first = generate();
+    let bytes = std::fs::read(path).expect("a file");
+    assert_eq!(kept()["bytes"], bytes.len());
+    std::fs::write(path, &bytes[..bytes.len() / 2]).expect("writes");
+    assert_eq!(generate(), first);
+    assert_eq!(std::fs::read(path).expect("a file").len(), bytes.len());
+    assert_eq!(generate(), first);
+}
+
+#[test]
 fn generate_in_both_formats() {
     let folder = tiny();
     let model = utf8(folder.path());

@@ -37,7 +37,7 @@ pub use cluster::{Cluster, work};
 pub use error::EngineError;
 pub use exflow_placement::{Affinity, PlacementTable, Rank, RoutingTrace, Strategy};
 pub use generate::{Completion, Generation, Hop, Request, TokenEvent};
-pub use gpu::{DeviceMemory, DeviceReport, Probe, devices, prepare_process, probe};
+pub use gpu::{DeviceMemory, DeviceReport, KeptPipelines, Probe, devices, prepare_process, probe};
 pub use logits::{LayerRouting, LogitsDump};
 pub use model::{ModelSpec, spec};
 pub use options::{

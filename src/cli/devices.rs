@@ -58,6 +58,10 @@ fn describe(device: &DeviceReport) -> String {
     if let Some(threads) = launch_threads(device) {
         let _ = write!(text, "; LP_NUM_THREADS {threads}");
     }
+    if let Some(kept) = &device.kept {
+        let bytes = kept.bytes.map_or("nothing yet".to_owned(), |bytes| byte_text(bytes as f64));
+        let _ = write!(text, "\n   compiled kernels kept in {}: {bytes}", kept.path.display());
+    }
     text.push('\n');
     text
 }
@@ -95,6 +99,7 @@ fn as_json(device: &DeviceReport) -> serde_json::Value {
         "subgroup": device.subgroup,
         "features": device.features,
         "kernels": kernels(device),
+        "compiled_kernels": device.kept,
         "lp_num_threads": launch_threads(device),
     })
 }

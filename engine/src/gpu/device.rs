@@ -1,6 +1,7 @@
 //! One device: the adapter that a rank runs on, with its queue and caches.
 
 use super::idle::{self, Idle};
+use super::kept::Kept;
 use super::pipelines::{PipelineCache, Pipelines};
 use super::report::Candidate;
 use crate::EngineError;
@@ -14,6 +15,10 @@ pub(crate) struct Gpu {
     pub(super) device: wgpu::Device,
     pub(super) queue: wgpu::Queue,
     pub(super) pipelines: RefCell<Pipelines>,
+    /// Pipelines that were there when this rank began.
+    known: usize,
+    /// What the driver compiled of them, with its file.
+    pub(super) kept: Option<Kept>,
     pub(super) staging: RefCell<Vec<wgpu::Buffer>>,
     pub(super) params: RefCell<Vec<super::Buffer>>,
     pub(super) failure: Arc<Mutex<Option<String>>>,
@@ -38,7 +43,7 @@ impl Gpu {
     /// takes its turn among equally good ones.
     pub(crate) fn open(wanted: Option<&str>, rank: usize) -> Result<Self, EngineError> {
         let Candidate { adapter, report } = super::report::choose(wanted, rank)?;
-        let Idle { device, queue, pipelines, failure } =
+        let Idle { device, queue, pipelines, kept, failure } =
             idle::take(report.index, &report.name).map_or_else(|| make(&adapter, &report.name), Ok)?;
         Ok(Self {
             is_cpu: report.kind == "cpu",
@@ -46,7 +51,9 @@ impl Gpu {
                 && report.subgroup.is_some_and(|(smallest, _)| smallest >= 8),
             name: report.name,
             adapter: report.index,
+            known: pipelines.len(),
             pipelines: RefCell::new(pipelines.into()),
+            kept,
             staging: RefCell::default(),
             params: RefCell::default(),
             failure,
@@ -133,9 +140,12 @@ impl Drop for Gpu {
         let sound = self.device.poll(idle).is_ok() && self.check().is_ok();
         if sound && !std::thread::panicking() {
             let pipelines = std::mem::take(&mut self.pipelines.get_mut().pipelines);
+            if pipelines.len() > self.known {
+                self.kept.iter().for_each(Kept::save);
+            }
             let (device, queue) = (self.device.clone(), self.queue.clone());
-            let failure = self.failure.clone();
-            idle::put(self.adapter, &self.name, Idle { device, queue, pipelines, failure });
+            let (kept, failure) = (self.kept.take(), self.failure.clone());
+            idle::put(self.adapter, &self.name, Idle { device, queue, pipelines, kept, failure });
         }
     }
 }
@@ -147,6 +157,7 @@ fn make(adapter: &wgpu::Adapter, name: &str) -> Result<Idle, EngineError> {
         required_limits: adapter.limits(),
         required_features: adapter.features()
             & (wgpu::Features::SUBGROUP
+                | wgpu::Features::PIPELINE_CACHE
                 | wgpu::Features::TIMESTAMP_QUERY
                 | wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES),
         ..Default::default()
@@ -164,5 +175,6 @@ fn make(adapter: &wgpu::Adapter, name: &str) -> Result<Idle, EngineError> {
             first.get_or_insert_with(|| error.to_string());
         }
     }));
-    Ok(Idle { device, queue, pipelines: PipelineCache::default(), failure })
+    let kept = Kept::open(&device, &adapter.get_info());
+    Ok(Idle { device, queue, pipelines: PipelineCache::default(), kept, failure })
 }

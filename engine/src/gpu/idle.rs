@@ -1,6 +1,7 @@
 //! Devices whose rank has ended, kept with their pipelines for the next rank of this process: compiling those is most of
 //! what a small model's start takes, and drivers (lavapipe of Mesa 22.3) keep memory of each device that ever was.
 
+use super::kept::Kept;
 use super::pipelines::PipelineCache;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -9,6 +10,7 @@ pub(super) struct Idle {
     pub(super) device: wgpu::Device,
     pub(super) queue: wgpu::Queue,
     pub(super) pipelines: PipelineCache,
+    pub(super) kept: Option<Kept>,
     /// Where the device's error callback leaves the first error.
     pub(super) failure: Arc<Mutex<Option<String>>>,
 }

@@ -85,7 +85,7 @@ impl Gpu {
                 constants: if kernel.has_workgroup_override() { &workgroup } else { &[] },
                 zero_initialize_workgroup_memory: false,
             },
-            cache: None,
+            cache: self.kept.as_ref().map(|kept| &kept.raw),
         });
         Ok(Pipeline { raw, layout, params_size: u64::from(module.params_size) })
     }

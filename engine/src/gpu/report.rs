@@ -26,6 +26,8 @@ pub struct DeviceReport {
     pub memory: Option<super::DeviceMemory>,
     /// Optional features that matter here.
     pub features: Vec<String>,
+    /// Where its compiled kernels are kept, where its interface offers that.
+    pub kept: Option<super::KeptPipelines>,
 }
 
 pub(super) struct Candidate {
@@ -148,6 +150,7 @@ fn report(index: usize, adapter: &wgpu::Adapter) -> DeviceReport {
         max_buffer_bytes: limits.max_buffer_size,
         subgroup: (info.subgroup_max_size > 0).then_some((info.subgroup_min_size, info.subgroup_max_size)),
         features: known.iter().filter(|(f, _)| has.contains(*f)).map(|(_, n)| (*n).to_owned()).collect(),
+        kept: super::kept::report(&info).filter(|_| has.contains(wgpu::Features::PIPELINE_CACHE)),
         memory: super::memory::of(adapter, info.device_type == wgpu::DeviceType::Cpu),
         name: info.name,
     }
