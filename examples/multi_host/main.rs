@@ -52,7 +52,7 @@ fn host_process(host: usize, model: &Path) -> Outcome {
     check("four hosts", &expected, &all)?;
     let victim = std::env::var(VICTIM)?;
     let rest = run(&mut cluster, &requests, &mut |tokens| match tokens {
-        30 => Command::new("kill").args(["-KILL", victim.as_str()]).status().map(|_| ()),
+        30 => Command::new("sh").args(["-c", &format!("kill -KILL {victim}")]).status().map(|_| ()),
         _ => Ok(()),
     })?;
     check("three of them", &expected, &rest)?;

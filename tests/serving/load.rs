@@ -118,7 +118,7 @@ fn ten_thousand_requests_of_32_clients() {
     let metrics = metrics.expect("text");
     let finished = format!("exflow_requests_total{{outcome=\"finished\"}} {}", 1 + WARM + REQUESTS);
     assert!(metrics.contains(&finished), "{metrics}");
-    let kill = Command::new("kill").args(["-TERM", &running.child.id().to_string()]).status();
+    let kill = Command::new("sh").args(["-c", &format!("kill -TERM {}", running.child.id())]).status();
     assert!(kill.expect("kill").success());
     let deadline = Instant::now() + Duration::from_secs(30);
     let status = loop {

@@ -85,7 +85,7 @@ fn a_process_that_is_stopped_for_a_while_is_waited_for() {
         with_child(|mut comm, child| {
             run_rounds(&mut comm, 0, 10, 50).expect("both live");
             let signal = |name: &str| {
-                let sent = Command::new("kill").args([name, &child.0.id().to_string()]).status();
+                let sent = Command::new("sh").args(["-c", &format!("kill {name} {}", child.0.id())]).status();
                 assert!(sent.expect("kill").success());
             };
             signal("-STOP");
