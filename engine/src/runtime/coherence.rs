@@ -46,9 +46,13 @@ impl Coherence {
         self.waiting.entry(layer).or_default().push(arrived);
     }
 
-    /// Keeps what there is no room for yet.
-    pub(crate) fn keep(&mut self, layer: u16, arrived: Arrived) {
-        self.early.push((layer, arrived));
+    /// Keeps what there is no room for yet; false where `most` are kept already.
+    pub(crate) fn keep(&mut self, layer: u16, arrived: Arrived, most: usize) -> bool {
+        let fits = self.early.len() < most;
+        if fits {
+            self.early.push((layer, arrived));
+        }
+        fits
     }
 
     /// What was kept, to be looked at again.
@@ -100,5 +104,18 @@ mod tests {
         assert!(coherence.is_complete(0, 7, 4) && !coherence.is_complete(1, 7, 4));
         coherence.forget(7);
         assert!(!coherence.is_complete(0, 7, 1) && coherence.take(0).is_empty());
+    }
+
+    #[test]
+    fn what_comes_early_is_kept_up_to_a_bound() {
+        let arrived = |sequence| Arrived { sequence, position: 0, values: Vec::new() };
+        let mut coherence = Coherence::default();
+        assert!(coherence.keep(0, arrived(1), 2) && coherence.keep(1, arrived(2), 2));
+        assert!(!coherence.keep(0, arrived(3), 2), "two are kept");
+        coherence.forget(1);
+        assert!(coherence.keep(0, arrived(3), 2));
+        let kept: Vec<_> = coherence.take_early().iter().map(|(layer, a)| (*layer, a.sequence)).collect();
+        assert_eq!(kept, [(1, 2), (0, 3)]);
+        assert!(coherence.take_early().is_empty());
     }
 }

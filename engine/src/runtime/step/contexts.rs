@@ -3,7 +3,7 @@
 use super::super::bounds;
 use super::super::coherence::{Arrived, blocks_for};
 use super::super::frames::{KvRow, Reader, Writer};
-use super::super::sequence::Standing;
+use super::super::sequence::{BLOCK, Standing};
 use super::{Routed, Row, Stepper};
 use crate::EngineError;
 use crate::model::scratch::KV_CHUNK;
@@ -58,18 +58,29 @@ impl Stepper<'_> {
             if position as usize >= self.spec().max_positions {
                 return Err(EngineError::Internal(format!("rank {from} sent keys of position {position}")));
             }
-            self.place(layer, Arrived { sequence, position, values });
+            if !self.place(layer, Arrived { sequence, position, values }) {
+                let what =
+                    format!("rank {from} sent more keys and values that nobody ordered than a cache holds");
+                return Err(EngineError::Internal(what));
+            }
         }
         Ok(())
     }
 
     /// A peer may be a step ahead, with orders carried out that this rank has still to carry out; what it made by them is
-    /// kept until then. What is of sequences that ended is dropped.
-    fn place(&mut self, layer: u16, arrived: Arrived) {
+    /// kept until then: never more than the cache holds, as the peer has it in its own, which is as large. What is of
+    /// sequences that ended is dropped. False: there is too much of it.
+    fn place(&mut self, layer: u16, arrived: Arrived) -> bool {
         match self.sequences.standing(arrived.sequence, arrived.position) {
-            Standing::Granted => self.coherence.receive(layer, arrived),
-            Standing::Early => self.coherence.keep(layer, arrived),
-            Standing::Ended => {}
+            Standing::Granted => {
+                self.coherence.receive(layer, arrived);
+                true
+            }
+            Standing::Early => {
+                let most = self.sequences.blocks().1 as usize * BLOCK * self.spec().layers;
+                self.coherence.keep(layer, arrived, most)
+            }
+            Standing::Ended => true,
         }
     }
 
