@@ -106,30 +106,28 @@ impl Inbox {
 
     // What the rank's thread calls.
 
-    /// Starts a round: checks the payloads, keeps this rank's own, counts those for the others and returns them.
+    /// Starts a round: checks the payloads, keeps this rank's own, counts those for the others and puts them into
+    /// `outgoing`, beginning with this rank's successor, so that not all ranks send to the same one first.
     pub(crate) fn start(
         &self,
         round: RoundId,
-        send: Vec<Bytes>,
-    ) -> Result<Vec<(Rank, Bytes)>, TransportError> {
+        mut send: Vec<Bytes>,
+        outgoing: &mut Vec<(Rank, Bytes)>,
+    ) -> Result<(), TransportError> {
         let mut state = self.lock();
         self.check_open(&state)?;
         self.check_payloads(&state, &send)?;
         state.rounds.check_start(round).map_err(|error| self.misuse(error.to_string()))?;
-        let mut outgoing = Vec::with_capacity(send.len().saturating_sub(1));
-        let mut own = Bytes::new();
-        for (to, payload) in send.into_iter().enumerate() {
-            if to == self.rank.index() {
-                own = payload;
-                continue;
+        let (me, world) = (self.rank.index(), send.len());
+        for to in (me + 1..world).chain(0..me).map(Rank::from) {
+            if !state.rounds.is_absent(to) {
+                let payload = std::mem::take(&mut send[to.index()]);
+                self.count(&mut state, to, round.class, true, payload.len());
+                outgoing.push((to, payload));
             }
-            let to = Rank::from(to);
-            if state.rounds.is_absent(to) {
-                continue;
-            }
-            self.count(&mut state, to, round.class, true, payload.len());
-            outgoing.push((to, payload));
         }
+        let own = std::mem::take(&mut send[me]);
+        state.rounds.spare(send);
         state.stats.count_exchange(self.rank, round.class);
         state.rounds.start(round, own, self.now()).map_err(|error| self.misuse(error.to_string()))?;
         let wake = state.holding > 0;
@@ -137,7 +135,7 @@ impl Inbox {
         if wake {
             self.room.notify_waiters();
         }
-        Ok(outgoing)
+        Ok(())
     }
 
     /// Waits for a started round.

@@ -15,12 +15,14 @@ pub mod launch;
 pub mod link;
 pub mod local;
 mod os;
+mod pool;
 pub mod proto;
 pub mod quic;
 mod stats;
 
 pub use comm::{ByteClass, Communicator, Message, RoundId};
 pub use error::{LossCause, TransportError};
+pub use pool::Pool;
 pub use proto::membership::Refusal;
 pub use proto::round::Violation;
 pub use stats::{ClassStats, LinkStats, RoundStats, WireStats};

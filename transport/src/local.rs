@@ -32,6 +32,8 @@ impl Default for LocalOptions {
 pub struct LocalCommunicator {
     rank: Rank,
     inboxes: Arc<[Inbox]>,
+    /// Of the exchange that is being started.
+    outgoing: Vec<(Rank, Bytes)>,
 }
 
 /// `n` ranks in this process, in order, with the default bounds.
@@ -55,7 +57,12 @@ pub fn world_with(n: usize, options: LocalOptions) -> Vec<LocalCommunicator> {
         header_bytes: 0,
     };
     let inboxes: Arc<[Inbox]> = (0..n).map(|rank| Inbox::new(Rank::from(rank), n, limits)).collect();
-    (0..n).map(|rank| LocalCommunicator { rank: Rank::from(rank), inboxes: Arc::clone(&inboxes) }).collect()
+    let communicator = |rank| LocalCommunicator {
+        rank: Rank::from(rank),
+        inboxes: Arc::clone(&inboxes),
+        outgoing: Vec::with_capacity(n),
+    };
+    (0..n).map(communicator).collect()
 }
 
 impl LocalCommunicator {
@@ -83,7 +90,8 @@ impl Communicator for LocalCommunicator {
     }
 
     fn start_exchange(&mut self, round: RoundId, send: Vec<Bytes>) -> Result<(), TransportError> {
-        for (to, payload) in self.inbox().start(round, send)? {
+        self.inboxes[self.rank.index()].start(round, send, &mut self.outgoing)?;
+        for (to, payload) in self.outgoing.drain(..) {
             self.inboxes[to.index()].take_here(self.rank, round, payload);
         }
         Ok(())

@@ -18,7 +18,7 @@
 //! guards against a reader that has lost its place.
 
 use super::round::Violation;
-use crate::ByteClass;
+use crate::{ByteClass, Pool};
 use bytes::{Buf, Bytes, BytesMut};
 use exflow_placement::Rank;
 
@@ -118,13 +118,15 @@ pub struct Decoder {
     head: [u8; HEADER_BYTES],
     have: usize,
     expected: Option<usize>,
-    body: BytesMut,
+    /// Of a payload of which a part has come.
+    body: Option<BytesMut>,
+    pool: Pool,
 }
 
 impl Decoder {
     /// A decoder that refuses payloads longer than `cap` bytes.
     pub fn new(cap: u32) -> Self {
-        Self { cap, head: [0; HEADER_BYTES], have: 0, expected: None, body: BytesMut::new() }
+        Self { cap, head: [0; HEADER_BYTES], have: 0, expected: None, body: None, pool: Pool::default() }
     }
 
     /// Whether the stream may end here, between two frames.
@@ -148,24 +150,23 @@ impl Decoder {
     }
 
     /// The payload of the header that was given last, once all of it has come. A payload that lies in one
-    /// piece of input is not copied.
+    /// piece of input is not copied; any other is put together in memory that is used again ([`Pool`]).
     pub fn payload(&mut self, input: &mut Bytes) -> Option<Bytes> {
         let length = self.expected?;
-        if self.body.is_empty() && input.len() >= length {
+        if self.body.is_none() && input.len() >= length {
             self.expected = None;
             return Some(input.split_to(length));
         }
-        if self.body.capacity() < length {
-            self.body.reserve(length);
-        }
-        let take = input.len().min(length - self.body.len());
-        self.body.extend_from_slice(&input[..take]);
+        let mut body = self.body.take().unwrap_or_else(|| self.pool.buffer(length));
+        let take = input.len().min(length - body.len());
+        body.extend_from_slice(&input[..take]);
         input.advance(take);
-        if self.body.len() < length {
+        if body.len() < length {
+            self.body = Some(body);
             return None;
         }
         self.expected = None;
-        Some(self.body.split().freeze())
+        Some(self.pool.seal(body))
     }
 }
 
@@ -202,7 +203,7 @@ mod tests {
         let mut decoder = Decoder::new(1024);
         let mut input = Bytes::copy_from_slice(&header(u32::MAX).encode());
         assert_eq!(decoder.header(&mut input), Err(Violation::Oversized { length: u32::MAX, cap: 1024 }));
-        assert_eq!(decoder.body.capacity(), 0);
+        assert!(decoder.body.is_none());
     }
 
     #[test]

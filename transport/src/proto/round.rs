@@ -129,6 +129,9 @@ pub struct Rounds {
     fates: Vec<Fate>,
     absent: Vec<bool>,
     early: Vec<usize>,
+    /// Memory of rounds that are over, for the next ones.
+    spare_places: Vec<Vec<Place>>,
+    spare_payloads: Vec<Vec<Bytes>>,
 }
 
 impl Rounds {
@@ -144,6 +147,8 @@ impl Rounds {
             fates: vec![Fate::Alive; world],
             absent: vec![false; world],
             early: vec![0; world],
+            spare_places: Vec::new(),
+            spare_payloads: Vec::new(),
         }
     }
 
@@ -320,6 +325,14 @@ impl Rounds {
         })
     }
 
+    /// Gives a vector's memory to a round that will be given out.
+    pub fn spare(&mut self, mut payloads: Vec<Bytes>) {
+        if self.spare_payloads.len() < self.limits.max_open {
+            payloads.clear();
+            self.spare_payloads.push(payloads);
+        }
+    }
+
     /// Looks whether a started round is complete, lost or too late; a round that is given out is over.
     pub fn poll(&mut self, number: u64, now: Duration) -> RoundPoll {
         let index = match number.checked_sub(self.oldest) {
@@ -364,10 +377,11 @@ impl Rounds {
     fn take(&mut self, index: usize) -> Vec<Bytes> {
         let slot = &mut self.slots[index];
         slot.finished = true;
-        let payloads = std::mem::take(&mut slot.places)
-            .into_iter()
-            .map(|place| if let Place::Full(_, payload) = place { payload } else { Bytes::new() })
-            .collect();
+        let mut places = std::mem::take(&mut slot.places);
+        let mut payloads = self.spare_payloads.pop().unwrap_or_default();
+        let content = |place| if let Place::Full(_, payload) = place { payload } else { Bytes::new() };
+        payloads.extend(places.drain(..).map(content));
+        self.spare_places.push(places);
         while self.slots.front().is_some_and(|slot| slot.finished) {
             self.slots.pop_front();
             self.oldest += 1;
@@ -380,7 +394,8 @@ impl Rounds {
         let index = (number - self.oldest) as usize;
         while self.slots.len() <= index {
             let place = |absent: &bool| if *absent { Place::Absent } else { Place::Empty };
-            let places: Vec<Place> = self.absent.iter().map(place).collect();
+            let mut places = self.spare_places.pop().unwrap_or_default();
+            places.extend(self.absent.iter().map(place));
             let missing = self.absent.iter().filter(|absent| !**absent).count();
             self.slots.push_back(Slot { started: None, finished: false, missing, places });
         }

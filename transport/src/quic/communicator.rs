@@ -47,6 +47,8 @@ pub struct QuicCommunicator {
     bulk_numbers: Vec<u64>,
     /// By rank.
     ways: Vec<Way>,
+    /// Of the exchange that is being started.
+    outgoing: Vec<(Rank, Bytes)>,
     hub: Arc<Hub>,
 }
 
@@ -81,7 +83,8 @@ impl QuicCommunicator {
         let world_size = hub.roster.world_size();
         let ways = (0..world_size).map(Rank::from).map(way).collect();
         let inbox = Arc::clone(&hub.inboxes[rank.index() - hub.first.index()]);
-        Self { rank, inbox, bulk_numbers: vec![0; world_size], ways, hub: Arc::clone(hub) }
+        let outgoing = Vec::with_capacity(world_size);
+        Self { rank, inbox, bulk_numbers: vec![0; world_size], ways, outgoing, hub: Arc::clone(hub) }
     }
 
     /// Which world this is, and which life of it.
@@ -140,13 +143,10 @@ impl QuicCommunicator {
     }
 
     /// Starts a round and gives its frames to the writers of the links.
-    fn hand_over(&self, round: RoundId, send: Vec<Bytes>) -> Result<(), TransportError> {
-        let mut outgoing = self.inbox.start(round, send)?;
-        // Each rank begins with its successor, so that not all send to the same rank first.
-        let successor = self.rank.index().min(outgoing.len());
-        outgoing.rotate_left(successor);
+    fn hand_over(&mut self, round: RoundId, send: Vec<Bytes>) -> Result<(), TransportError> {
+        self.inbox.start(round, send, &mut self.outgoing)?;
         let header = self.header(round);
-        for (to, payload) in outgoing {
+        for (to, payload) in self.outgoing.drain(..) {
             match &self.ways[to.index()] {
                 Way::Here(inbox) => inbox.take_here(self.rank, round, payload),
                 Way::Link(sender) => put(&sender.rows, header, payload),

@@ -5,11 +5,11 @@ use super::heart::Heart;
 use super::join::{Link, Pair, loss_cause};
 use super::wire::{self, CLOSE_PROTOCOL};
 use crate::inbox::Inbox;
-use crate::proto::frame::{Decoder, FrameHeader, MESSAGE};
+use crate::proto::frame::{Decoder, FrameHeader, HEADER_BYTES, MESSAGE};
 use crate::proto::membership::{HELLO_CAP, WorldName};
 use crate::proto::pulse::Beat;
 use crate::proto::round::Violation;
-use crate::{ByteClass, LossCause, RoundId};
+use crate::{ByteClass, LossCause, Pool, RoundId};
 use bytes::Bytes;
 use exflow_placement::Rank;
 use quinn::{Connection, ConnectionError, RecvStream, SendStream};
@@ -109,9 +109,10 @@ async fn write_rows(
     inbox: Arc<Inbox>,
     peer: Rank,
 ) {
+    let mut heads = heads();
     while let Some((header, payload)) = queue.recv().await {
         let bytes = payload.len();
-        let mut parts = [Bytes::copy_from_slice(&header.encode()), payload];
+        let mut parts = [head(&mut heads, &header), payload];
         if send.write_all_chunks(&mut parts).await.is_err() {
             return; // The rows reader of the same connection reports why.
         }
@@ -129,9 +130,10 @@ async fn write_bulk(
     peer: Rank,
     background: Background,
 ) {
+    let mut heads = heads();
     while let Some((header, mut payload)) = queue.recv().await {
         let bytes = payload.len();
-        if send.write_chunk(Bytes::copy_from_slice(&header.encode())).await.is_err() {
+        if send.write_chunk(head(&mut heads, &header)).await.is_err() {
             return;
         }
         while !payload.is_empty() {
@@ -144,6 +146,17 @@ async fn write_bulk(
         inbox.bulk_sent(peer, bytes);
     }
     drain(send).await;
+}
+
+/// Memory for the headers of a stream, about a hundred in a block.
+fn heads() -> Pool {
+    Pool::new(100 * HEADER_BYTES)
+}
+
+fn head(heads: &mut Pool, header: &FrameHeader) -> Bytes {
+    let mut buffer = heads.buffer(HEADER_BYTES);
+    buffer.extend_from_slice(&header.encode());
+    heads.seal(buffer)
 }
 
 /// Ends the stream and waits until all of it is acknowledged.
