@@ -41,7 +41,7 @@ pub use gpu::{DeviceMemory, DeviceReport, KeptPipelines, Probe, devices, prepare
 pub use logits::{LayerRouting, LogitsDump};
 pub use model::{ModelSpec, spec};
 pub use options::{
-    ClusterOptions, Combine, Domain, Dtype, Feed, GroupOptions, KvDtype, NoProgress, Observer,
+    ClusterOptions, Combine, Domain, Dtype, Feed, GroupOptions, KvDtype, NoProgress, Observer, Overlap,
     PlacementSource, Prefill, Progress, Quant, Schedule, TransportKind,
 };
 pub use runtime::FinishReason;

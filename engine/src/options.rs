@@ -106,6 +106,19 @@ words! {
     }
 }
 words! {
+    /// What runs while rows are on their way, in rounds. It moves work in time and never changes a bit.
+    Overlap, "overlap" {
+        /// Nothing: experts start when all rows have come. Of use only to find out what the rest is worth.
+        Off = "off",
+        /// The rows that stay start before others come.
+        Own = "own",
+        /// Those, and each peer's rows as soon as they come.
+        Peers = "peers",
+        /// Rows that stay always; the rest where it was measured to pay while running.
+        Auto = "auto"
+    }
+}
+words! {
     /// Where prompts are prefilled.
     Prefill, "way to prefill" {
         /// Each on its home, which sends the keys and values to where its tokens may go.
@@ -196,9 +209,8 @@ pub struct ClusterOptions {
     pub prefill: Prefill,
     /// How far from its home a sequence's tokens may live, under `coherent`.
     pub domain: Domain,
-    /// In rounds: whether a rank starts the experts of its own rows before others' have come. Off it is of use only to
-    /// find out what it is worth.
-    pub overlap: bool,
+    /// What runs while rows are on their way, in rounds.
+    pub overlap: Overlap,
     /// Shapes what each rank sends (QUIC only); `None`: as fast as it goes.
     pub link: Option<LinkSpec>,
     /// Where each expert goes.
@@ -306,7 +318,7 @@ impl ClusterOptions {
             schedule: Schedule::Rounds,
             prefill: Prefill::Home,
             domain: Domain::World,
-            overlap: true,
+            overlap: Overlap::Auto,
             link: None,
             placement: PlacementSource::RoundRobin,
             affinity: None,

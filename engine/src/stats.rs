@@ -142,6 +142,8 @@ pub struct RunStats {
     pub compute_ms_per_step: f64,
     /// Where a decoded token's time goes.
     pub token_time: TokenTime,
+    /// In rounds: launches of rows of some peers that did not wait for those of the others, all ranks together.
+    pub peer_starts: u64,
     /// In flow: rows in one submission, mean; 0 in rounds.
     pub rows_per_hop: f64,
     /// In flow: share of the time that ranks worked, mean; 0 in rounds.
@@ -242,6 +244,7 @@ pub(crate) fn summarise(
         traffic: traffic(&wire, options.ranks),
         compute_ms_per_step: compute_ms(reports, flow),
         token_time: TokenTime::of(reports, flow, tpot_ms),
+        peer_starts: reports.iter().map(|r| r.peer_starts).sum(),
         rows_per_hop: ratio(sum(|r| r.hop_rows), sum(|r| r.hops)),
         busy_share: {
             let (busy, idle) =

@@ -2,7 +2,7 @@
 
 use super::{StudyError, decode_rate, grid_inputs};
 use exflow_engine::plan::{Load, Measurements, Prediction, Setting, Shape, Workload, predict};
-use exflow_engine::{Cluster, Combine, Progress, Request, RoutingTrace, Schedule, Strategy};
+use exflow_engine::{Cluster, Combine, Overlap, Progress, Request, RoutingTrace, Schedule, Strategy};
 use exflow_placement::{PlacementTable, Rank, SolveOptions};
 use serde::Serialize;
 use std::fmt::Write;
@@ -30,10 +30,10 @@ pub struct Candidate {
     pub table: String,
     /// The table.
     pub placement: PlacementTable,
-    /// What it is called among ablations, with which it may run without overlap.
+    /// What it is called among ablations, which may overlap less.
     pub ablation: Option<&'static str>,
-    /// Whether own rows start before others have come.
-    pub overlap: bool,
+    /// What runs while rows are on their way, in rounds.
+    pub overlap: Overlap,
 }
 
 impl std::fmt::Display for Candidate {
@@ -213,7 +213,7 @@ pub fn candidates(tables: &[(String, PlacementTable)], schedules: &[Schedule]) -
                     table: table.clone(),
                     placement: placement.clone(),
                     ablation: None,
-                    overlap: true,
+                    overlap: Overlap::Auto,
                 });
             }
         }

@@ -3,8 +3,8 @@
 use crate::common::tiny::Tiny;
 use crate::common::{Setup, generate, prepare, request, tokens};
 use exflow::engine::{
-    Cluster, ClusterOptions, Combine, Domain, Feed, NoProgress, Prefill, RunStats, Schedule, Strategy,
-    TransportKind,
+    Cluster, ClusterOptions, Combine, Domain, Feed, NoProgress, Overlap, Prefill, RunStats, Schedule,
+    Strategy, TransportKind,
 };
 use std::path::Path;
 
@@ -97,13 +97,33 @@ fn vanilla_prompts_may_be_replicated_and_overlap_left_out() {
     let mut alone = Setup::one_rank(folder.path()).start();
     for schedule in [Schedule::Rounds, Schedule::Flow] {
         stats_of_equal_run(&shape, folder.path(), &mut alone, "without overlap", |options| {
-            (options.schedule, options.overlap) = (schedule, false);
+            (options.schedule, options.overlap) = (schedule, Overlap::Off);
         });
         let stats = stats_of_equal_run(&shape, folder.path(), &mut alone, "vanilla", |options| {
             (options.strategy, options.schedule) = (Strategy::Vanilla, schedule);
             options.prefill = Prefill::Replicated;
         });
         assert_eq!(stats.bytes.kv, 0);
+    }
+}
+
+#[test]
+fn rows_may_start_peer_by_peer() {
+    for (top_k, strategy) in [(1, Strategy::Coherent), (2, Strategy::Coherent), (2, Strategy::Vanilla)] {
+        let shape = Tiny { seed: 98, top_k, layers: 3, experts: 8, positions: 400, ..Tiny::default() };
+        let folder = shape.write();
+        let mut alone = Setup::one_rank(folder.path()).start();
+        for overlap in [Overlap::Peers, Overlap::Own, Overlap::Auto] {
+            let what = format!("top-{top_k}, {strategy}, {overlap}");
+            let stats = stats_of_equal_run(&shape, folder.path(), &mut alone, &what, |options| {
+                (options.strategy, options.overlap) = (strategy, overlap);
+            });
+            // Three peers' rows hardly ever come at the same instant.
+            assert!(
+                overlap == Overlap::Auto || (stats.peer_starts > 0) == (overlap == Overlap::Peers),
+                "{what}"
+            );
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! The one interface between the runtime and whatever carries its bytes.
 
-use crate::{TransportError, WireStats};
+use crate::{Arrivals, TransportError, WireStats};
 use bytes::Bytes;
 use exflow_placement::Rank;
 use serde::{Deserialize, Serialize};
@@ -123,6 +123,12 @@ pub trait Communicator: Send {
 
     /// Waits for the frames of an exchange begun by [`Communicator::start_exchange`].
     fn finish_exchange(&mut self, round: RoundId) -> Result<Vec<Bytes>, TransportError>;
+
+    /// Frames of an exchange begun by [`Communicator::start_exchange`] that have come and were not given out yet, as they
+    /// come; where there are none, waits for one, or with `wait` off gives none. After the last, and only then, the
+    /// exchange is over and [`Arrivals::whole`] says so. It fails as [`Communicator::finish_exchange`] does, perhaps after
+    /// some frames were given out: what was made from them is then to be thrown away.
+    fn arrivals(&mut self, round: RoundId, wait: bool) -> Result<Arrivals, TransportError>;
 
     /// Every rank's payload at every rank.
     fn all_gather(&mut self, round: RoundId, payload: Bytes) -> Result<Vec<Bytes>, TransportError> {

@@ -1,7 +1,7 @@
 //! Where a driver's thread and a rank's thread meet: the state of the rounds, what has arrived, the counts.
 
-use crate::proto::round::{RoundFailure, RoundLimits, RoundPoll, Rounds};
-use crate::{ByteClass, RoundId, TransportError, WireStats};
+use crate::proto::round::{FramesPoll, RoundFailure, RoundLimits, RoundPoll, Rounds};
+use crate::{Arrivals, ByteClass, RoundId, TransportError, WireStats};
 use bytes::Bytes;
 use exflow_placement::Rank;
 use std::collections::VecDeque;
@@ -154,7 +154,28 @@ impl Inbox {
         }
     }
 
-    /// The same for a thread that drives the sockets itself.
+    /// Frames of a started round that have come; with `wait` waits for one where there is none.
+    pub(crate) fn arrivals(&self, round: RoundId, wait: bool) -> Result<Arrivals, TransportError> {
+        let began = Instant::now();
+        let mut state = self.lock();
+        let result = loop {
+            if state.closed {
+                break Err(TransportError::Closed { rank: self.rank });
+            }
+            let now = self.now();
+            let left = match state.rounds.poll_frames(round.number, now) {
+                FramesPoll::Some(arrivals) => break Ok(arrivals),
+                FramesPoll::Failed(failure) => break Err(self.error(failure, Some(round))),
+                FramesPoll::Pending { .. } if !wait => break Ok(Arrivals::default()),
+                FramesPoll::Pending { deadline } => deadline.saturating_sub(now),
+            };
+            state = self.arrived.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        };
+        state.stats.count_wait(self.rank, round.class, began.elapsed());
+        result
+    }
+
+    /// [`Inbox::finish`] for a thread that drives the sockets itself.
     pub(crate) async fn finish_here(&self, round: RoundId) -> Result<Vec<Bytes>, TransportError> {
         let began = Instant::now();
         // Where all others' frames have come already, this rank's must leave before it stops driving.

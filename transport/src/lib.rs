@@ -24,5 +24,5 @@ pub use comm::{ByteClass, Communicator, Message, RoundId};
 pub use error::{LossCause, TransportError};
 pub use pool::Pool;
 pub use proto::membership::Refusal;
-pub use proto::round::Violation;
+pub use proto::round::{Arrivals, Violation};
 pub use stats::{ClassStats, LinkStats, RoundStats, WireStats};

@@ -2,7 +2,7 @@
 
 use crate::inbox::{Inbox, InboxLimits};
 use crate::proto::round::RoundLimits;
-use crate::{ByteClass, Communicator, LossCause, Message, RoundId, TransportError, WireStats};
+use crate::{Arrivals, ByteClass, Communicator, LossCause, Message, RoundId, TransportError, WireStats};
 use bytes::Bytes;
 use exflow_placement::Rank;
 use std::sync::Arc;
@@ -99,6 +99,10 @@ impl Communicator for LocalCommunicator {
 
     fn finish_exchange(&mut self, round: RoundId) -> Result<Vec<Bytes>, TransportError> {
         self.inbox().finish(round)
+    }
+
+    fn arrivals(&mut self, round: RoundId, wait: bool) -> Result<Arrivals, TransportError> {
+        self.inbox().arrivals(round, wait)
     }
 
     fn send_bulk(&mut self, to: Rank, payload: Bytes) -> Result<(), TransportError> {

@@ -45,6 +45,11 @@ fn every_payload_arrives_and_is_counted() {
 }
 
 #[test]
+fn frames_of_a_round_are_had_as_they_come() {
+    support::bounded(|| support::take_frames_one_by_one(local::world(3)));
+}
+
+#[test]
 fn messages_come_in_order_beside_rounds() {
     support::bounded(|| support::talk(local::world(3)));
 }

@@ -48,6 +48,11 @@ fn messages_come_in_order_beside_rounds() {
 }
 
 #[test]
+fn frames_of_a_round_are_had_as_they_come() {
+    bounded(|| support::take_frames_one_by_one(quic::loopback_world(3, quick()).expect("world")));
+}
+
+#[test]
 fn large_payloads_and_open_rounds_work() {
     bounded(|| {
         let world = quic::loopback_world(3, quick()).expect("world");

@@ -1,7 +1,7 @@
 //! What every rank of a world must know and share before it loads: rank 0 decides it and sends it in its welcome.
 
 use crate::EngineError;
-use crate::options::{ClusterOptions, Combine, Dtype, KvDtype, Prefill, Quant, Schedule};
+use crate::options::{ClusterOptions, Combine, Dtype, KvDtype, Overlap, Prefill, Quant, Schedule};
 use exflow_placement::{PlacementTable, Strategy};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -16,7 +16,7 @@ pub(crate) struct Plan {
     pub(crate) kv_dtype: KvDtype,
     pub(crate) schedule: Schedule,
     pub(crate) prefill: Prefill,
-    pub(crate) overlap: bool,
+    pub(crate) overlap: Overlap,
     /// `[R]` the group that each rank's sequences are bounded to; empty: to none.
     pub(crate) groups: Vec<u16>,
     /// Blocks of KV cache on every rank.
@@ -49,6 +49,7 @@ impl Plan {
         options.kv_dtype = self.kv_dtype;
         options.schedule = self.schedule;
         options.prefill = self.prefill;
+        options.overlap = self.overlap;
     }
 }
 

@@ -7,6 +7,7 @@ mod flow;
 mod frames;
 mod measure;
 mod outlet;
+mod overlap;
 mod rounds;
 mod scheduler;
 mod sequence;

@@ -57,6 +57,8 @@ pub(crate) struct RankStats {
     pub(crate) idle_seconds: f64,
     /// In rounds: seconds that this step has waited for contexts so far.
     pub(crate) context_seconds: f64,
+    /// In rounds: launches of a peer's rows that did not wait for the others'.
+    pub(crate) peer_starts: u64,
     /// What decoded tokens' time went into.
     pub(crate) waited: Waited,
     /// In flow: frames of sequences that had ended.

@@ -3,13 +3,14 @@
 use super::coherence::Coherence;
 use super::measure::Measured;
 use super::outlet::Outlet;
+use super::overlap::Peers;
 use super::scheduler::Scheduler;
 use super::sequence::{Admission, FinishReason, Order, Sampled, Sequences};
 use super::stats::RankStats;
 use super::step::Stepper;
 use crate::EngineError;
 use crate::model::decoder::Decoder;
-use crate::options::{Combine, Prefill, Schedule};
+use crate::options::{Combine, Overlap, Prefill, Schedule};
 use crate::sampling::Logprobs;
 use exflow_placement::{PlacementTable, Rank, Strategy};
 use exflow_transport::{Communicator, WireStats};
@@ -72,7 +73,7 @@ pub(crate) struct WorkerOptions {
     pub(crate) combine: Combine,
     pub(crate) schedule: Schedule,
     pub(crate) prefill: Prefill,
-    pub(crate) overlap: bool,
+    pub(crate) overlap: Overlap,
     /// `[R]` the group that each rank's sequences are bounded to; empty: to none.
     pub(crate) groups: Vec<u16>,
     pub(crate) cache_blocks: usize,
@@ -93,6 +94,8 @@ pub(crate) struct Worker {
     pub(super) stats: RankStats,
     pub(super) reported: WireStats,
     pub(super) round: u64,
+    /// Of prompts, and of decode steps.
+    pub(super) peers: [Peers; 2],
     pub(super) stopping: bool,
     /// Whether another epoch follows at once.
     pub(super) again: bool,
@@ -133,6 +136,7 @@ impl Worker {
             coherence: Coherence::default(),
             stats: RankStats::default(),
             round: 0,
+            peers: Default::default(),
             stopping: false,
             again: false,
             behind: false,
@@ -165,6 +169,7 @@ impl Worker {
             coherence: &mut self.coherence,
             stats: &mut self.stats,
             round: &mut self.round,
+            peers: &mut self.peers,
         }
     }
 

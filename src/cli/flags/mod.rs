@@ -7,8 +7,8 @@ use super::output;
 use super::plan::Chosen;
 use clap::ValueEnum;
 use exflow::engine::{
-    Cluster, ClusterOptions, Combine, Domain, Dtype, KvDtype, PlacementSource, Prefill, Progress, Quant,
-    Schedule, Strategy, TransportKind,
+    Cluster, ClusterOptions, Combine, Domain, Dtype, KvDtype, Overlap, PlacementSource, Prefill, Progress,
+    Quant, Schedule, Strategy, TransportKind,
 };
 use exflow::transport::link::LinkSpec;
 use std::path::{Path, PathBuf};
@@ -36,6 +36,10 @@ pub(crate) struct RankFlags {
     /// --strategy auto picks]
     #[arg(long, value_enum)]
     pub(crate) schedule: Option<ScheduleFlag>,
+    /// What runs while rows are on their way, in rounds. off: nothing; own: rows that stay; peers: also each peer's rows as
+    /// soon as they come; auto: own, and peers where it is measured to pay
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(crate) overlap: OverlapFlag,
     /// Where prompts are prefilled. home: on one rank, which sends the keys and values to where tokens may go; replicated:
     /// on every rank, which sends none (with --combine exact)
     #[arg(long, value_enum, default_value = "home")]
@@ -83,6 +87,7 @@ impl RankFlags {
             options.schedule = Schedule::Rounds;
         }
         (options.prefill, options.domain) = (self.prefill.into(), self.domain.into());
+        options.overlap = self.overlap.into();
         options.link = self.link;
         options.placement = self.placement.clone();
         options.adapter = self.adapter.clone();
@@ -215,6 +220,25 @@ impl From<ScheduleFlag> for Schedule {
         match flag {
             ScheduleFlag::Rounds => Self::Rounds,
             ScheduleFlag::Flow => Self::Flow,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OverlapFlag {
+    Off,
+    Own,
+    Peers,
+    Auto,
+}
+
+impl From<OverlapFlag> for Overlap {
+    fn from(flag: OverlapFlag) -> Self {
+        match flag {
+            OverlapFlag::Off => Self::Off,
+            OverlapFlag::Own => Self::Own,
+            OverlapFlag::Peers => Self::Peers,
+            OverlapFlag::Auto => Self::Auto,
         }
     }
 }

@@ -87,6 +87,30 @@ pub enum RoundPoll {
     Failed(RoundFailure),
 }
 
+/// Result of looking at the single frames of a round.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FramesPoll {
+    /// Frames of peers that had not been given out.
+    Some(Arrivals),
+    /// None have come since; look again when one has, at the latest at this time.
+    Pending {
+        /// When the round times out.
+        deadline: Duration,
+    },
+    /// It will not be finished.
+    Failed(RoundFailure),
+}
+
+/// Frames of a round that have come.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Arrivals {
+    /// Each peer's frame once, by rank among those given out together; this rank's own is not among them.
+    pub frames: Vec<(Rank, Bytes)>,
+    /// Whether every peer's frame has now been given out: the round is whole and over. Until then it may still fail, and
+    /// nothing that was made from its frames may leave this rank.
+    pub whole: bool,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Tag {
     class: ByteClass,
@@ -100,12 +124,16 @@ enum Place {
     Absent,
     Reserved(Tag),
     Full(Tag, Bytes),
+    /// Had before the round was whole.
+    Given(Tag),
 }
 
 #[derive(Debug)]
 struct Slot {
     started: Option<(Tag, Duration)>,
     finished: bool,
+    /// Whether its frames are asked for one by one.
+    piecewise: bool,
     missing: usize,
     places: Vec<Place>,
 }
@@ -233,8 +261,7 @@ impl Rounds {
         self.reserve(peer, id, length, self.limits.early_bytes)
     }
 
-    /// Takes a frame of a peer of this process, whose payload is there already; true when that completes a round that is
-    /// open here.
+    /// Takes a frame of a peer of this process, whose payload is there already; true as in [`Rounds::deliver`].
     pub fn take_here(&mut self, peer: Rank, id: RoundId, payload: Bytes) -> Result<bool, Violation> {
         if id.number < self.oldest {
             return Err(Violation::Replayed { number: id.number });
@@ -276,7 +303,8 @@ impl Rounds {
         Ok(Admission::Take)
     }
 
-    /// Puts the payload of an admitted frame in its place; true when that completes a round that is open here.
+    /// Puts the payload of an admitted frame in its place; true where somebody may wait for it: it completes a round
+    /// that is open here, or one whose frames are asked for one by one.
     pub fn deliver(&mut self, peer: Rank, number: u64, payload: Bytes) -> bool {
         let Some(slot) = number.checked_sub(self.oldest).and_then(|at| self.slots.get_mut(at as usize))
         else {
@@ -289,7 +317,7 @@ impl Rounds {
         }
         *place = Place::Full(tag, payload);
         slot.missing -= 1;
-        slot.missing == 0 && slot.started.is_some()
+        (slot.missing == 0 || slot.piecewise) && slot.started.is_some()
     }
 
     /// Notes that nothing more will come from `peer`. The first reason given stays.
@@ -333,35 +361,84 @@ impl Rounds {
         }
     }
 
-    /// Looks whether a started round is complete, lost or too late; a round that is given out is over.
+    /// Looks whether a started round is complete, lost or too late; a round that is given out is over. Frames that were
+    /// had one by one come back empty.
     pub fn poll(&mut self, number: u64, now: Duration) -> RoundPoll {
-        let index = match number.checked_sub(self.oldest) {
-            Some(at) if (at as usize) < self.slots.len() => at as usize,
-            _ => return RoundPoll::Failed(RoundFailure::NotOpen),
+        let (index, since) = match self.open(number) {
+            Ok(open) => open,
+            Err(failure) => return RoundPoll::Failed(failure),
         };
-        let slot = &self.slots[index];
-        let Some((_, since)) = slot.started.filter(|_| !slot.finished) else {
-            return RoundPoll::Failed(RoundFailure::NotOpen);
-        };
-        // A frame of a wrong exchange makes the round wrong even where it is complete.
-        if let Some(failure) = self.failure(index) {
-            return RoundPoll::Failed(failure);
-        }
-        if slot.missing == 0 {
+        if self.slots[index].missing == 0 {
             return RoundPoll::Ready(self.take(index));
         }
-        let deadline = since + self.limits.timeout;
-        if now < deadline {
-            return RoundPoll::Pending { deadline };
+        match self.deadline(index, since, now) {
+            Ok(deadline) => RoundPoll::Pending { deadline },
+            Err(failure) => RoundPoll::Failed(failure),
         }
-        let missing = self.missing(index);
-        RoundPoll::Failed(RoundFailure::Timeout { missing, waited: now.saturating_sub(since) })
+    }
+
+    /// Looks for frames of a started round that have come and were not given out yet. The last of them end the round.
+    pub fn poll_frames(&mut self, number: u64, now: Duration) -> FramesPoll {
+        let (index, since) = match self.open(number) {
+            Ok(open) => open,
+            Err(failure) => return FramesPoll::Failed(failure),
+        };
+        let slot = &mut self.slots[index];
+        slot.piecewise = true;
+        let mut frames = Vec::new();
+        for (peer, place) in slot.places.iter_mut().enumerate() {
+            if let Place::Full(tag, payload) = place {
+                let (tag, payload) = (*tag, std::mem::take(payload));
+                *place = Place::Given(tag);
+                if peer != self.rank.index() {
+                    frames.push((Rank::from(peer), payload));
+                }
+            }
+        }
+        let whole = slot.missing == 0;
+        if whole {
+            let all = self.take(index);
+            self.spare(all);
+        }
+        if whole || !frames.is_empty() {
+            return FramesPoll::Some(Arrivals { frames, whole });
+        }
+        match self.deadline(index, since, now) {
+            Ok(deadline) => FramesPoll::Pending { deadline },
+            Err(failure) => FramesPoll::Failed(failure),
+        }
+    }
+
+    /// Index and start of a round that is open and can still become whole.
+    fn open(&self, number: u64) -> Result<(usize, Duration), RoundFailure> {
+        let index = number.checked_sub(self.oldest).map(|at| at as usize);
+        let slot = index.and_then(|index| self.slots.get(index)).filter(|slot| !slot.finished);
+        let (Some(index), Some((_, since))) = (index, slot.and_then(|slot| slot.started)) else {
+            return Err(RoundFailure::NotOpen);
+        };
+        // A frame of a wrong exchange makes the round wrong even where it is complete.
+        match self.failure(index) {
+            Some(failure) => Err(failure),
+            None => Ok((index, since)),
+        }
+    }
+
+    /// Until when an open round may be waited for.
+    fn deadline(&self, index: usize, since: Duration, now: Duration) -> Result<Duration, RoundFailure> {
+        let deadline = since + self.limits.timeout;
+        match now < deadline {
+            true => Ok(deadline),
+            false => {
+                let (missing, waited) = (self.missing(index), now.saturating_sub(since));
+                Err(RoundFailure::Timeout { missing, waited })
+            }
+        }
     }
 
     fn failure(&self, index: usize) -> Option<RoundFailure> {
         let slot = &self.slots[index];
         (0..self.world).find_map(|peer| {
-            let there = matches!(&slot.places[peer], Place::Full(tag, _) if slot.started.is_some_and(|s| s.0 == *tag));
+            let there = matches!(&slot.places[peer], Place::Full(tag, _) | Place::Given(tag) if slot.started.is_some_and(|s| s.0 == *tag));
             if there { None } else { failure_of(Rank::from(peer), &self.fates[peer]) }
         })
     }
@@ -369,7 +446,7 @@ impl Rounds {
     fn missing(&self, index: usize) -> Vec<Rank> {
         let places = self.slots[index].places.iter().enumerate();
         places
-            .filter(|(_, place)| !matches!(place, Place::Full(..) | Place::Absent))
+            .filter(|(_, place)| !matches!(place, Place::Full(..) | Place::Given(_) | Place::Absent))
             .map(|(peer, _)| Rank::from(peer))
             .collect()
     }
@@ -397,7 +474,7 @@ impl Rounds {
             let mut places = self.spare_places.pop().unwrap_or_default();
             places.extend(self.absent.iter().map(place));
             let missing = self.absent.iter().filter(|absent| !**absent).count();
-            self.slots.push_back(Slot { started: None, finished: false, missing, places });
+            self.slots.push_back(Slot { started: None, finished: false, piecewise: false, missing, places });
         }
         index
     }

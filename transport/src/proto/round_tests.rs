@@ -35,6 +35,43 @@ fn a_round_is_given_out_once_by_rank() {
 }
 
 #[test]
+fn frames_are_had_one_by_one_and_the_last_says_that_the_round_is_whole() {
+    let some = |frames: &[(u16, &'static [u8])], whole| {
+        let frame = |&(peer, bytes): &(u16, &'static [u8])| (Rank(peer), Bytes::from_static(bytes));
+        FramesPoll::Some(Arrivals { frames: frames.iter().map(frame).collect(), whole })
+    };
+    let mut rounds = rounds(4);
+    give(&mut rounds, 3, 0, b"three");
+    assert_eq!(rounds.poll_frames(0, Duration::ZERO), FramesPoll::Failed(RoundFailure::NotOpen));
+    rounds.start(id(0), Bytes::from_static(b"own"), Duration::ZERO).expect("start");
+    assert_eq!(rounds.poll_frames(0, Duration::ZERO), some(&[(3, b"three")], false));
+    assert_eq!(rounds.poll_frames(0, Duration::ZERO), FramesPoll::Pending { deadline: LIMITS.timeout });
+    assert!(give(&mut rounds, 1, 0, b"one"), "somebody waits for single frames");
+    assert_eq!(rounds.admit(Rank(3), id(0), 1), Err(Violation::Duplicate { number: 0 }));
+    assert_eq!(rounds.poll_frames(0, Duration::ZERO), some(&[(1, b"one")], false));
+    let late = rounds.poll_frames(0, LIMITS.timeout);
+    let timeout = RoundFailure::Timeout { missing: vec![Rank(2)], waited: LIMITS.timeout };
+    assert_eq!(late, FramesPoll::Failed(timeout));
+    give(&mut rounds, 2, 0, b"");
+    assert_eq!(rounds.poll_frames(0, Duration::ZERO), some(&[(2, b"")], true));
+    assert_eq!(rounds.poll_frames(0, Duration::ZERO), FramesPoll::Failed(RoundFailure::NotOpen));
+    assert_eq!(rounds.admit(Rank(1), id(0), 1), Err(Violation::Replayed { number: 0 }));
+}
+
+#[test]
+fn a_round_whose_frames_were_given_out_may_still_fail() {
+    let mut rounds = rounds(3);
+    rounds.start(id(0), Bytes::new(), Duration::ZERO).expect("start");
+    give(&mut rounds, 1, 0, b"one");
+    assert!(matches!(rounds.poll_frames(0, Duration::ZERO), FramesPoll::Some(Arrivals { whole: false, .. })));
+    rounds.lose_peer(Rank(1), LossCause::Left);
+    assert!(matches!(rounds.poll_frames(0, Duration::ZERO), FramesPoll::Pending { .. }), "its frame was had");
+    rounds.lose_peer(Rank(2), LossCause::Left);
+    let lost = FramesPoll::Failed(RoundFailure::Lost(Rank(2), LossCause::Left));
+    assert_eq!(rounds.poll_frames(0, Duration::ZERO), lost);
+}
+
+#[test]
 fn replays_duplicates_strangers_and_giants_are_refused_by_name() {
     let mut rounds = rounds(3);
     give(&mut rounds, 1, 0, b"a");
@@ -130,6 +167,9 @@ struct Net {
     sent: u64,
     now: u64,
     fifo: bool,
+    /// Whether ranks take the frames of every other round one by one; and how many they have had of the current one.
+    piecewise: bool,
+    had: Vec<usize>,
 }
 
 fn content(from: usize, to: usize, number: u64) -> Bytes {
@@ -137,7 +177,7 @@ fn content(from: usize, to: usize, number: u64) -> Bytes {
 }
 
 impl Net {
-    fn new(world: usize, delays: Vec<u64>, fifo: bool) -> Self {
+    fn new(world: usize, delays: Vec<u64>, (fifo, piecewise): (bool, bool)) -> Self {
         Self {
             ranks: (0..world).map(|rank| Rounds::new(Rank::from(rank), world, LIMITS)).collect(),
             current: vec![0; world],
@@ -150,6 +190,8 @@ impl Net {
             sent: 0,
             now: 0,
             fifo,
+            piecewise,
+            had: vec![0; world],
         }
     }
 
@@ -183,7 +225,12 @@ impl Net {
     fn advance(&mut self, rank: usize, total: u64) {
         while !self.dead[rank] && self.failed[rank].is_none() && self.current[rank] < total {
             let number = self.current[rank];
-            match self.ranks[rank].poll(number, Duration::from_micros(self.now)) {
+            let now = Duration::from_micros(self.now);
+            let whole = match self.piecewise && number % 2 == 1 {
+                true => self.look_at_frames(rank, number, now),
+                false => self.ranks[rank].poll(number, now),
+            };
+            match whole {
                 RoundPoll::Pending { .. } => return,
                 RoundPoll::Failed(failure) => self.failed[rank] = Some(failure),
                 RoundPoll::Ready(payloads) => {
@@ -196,6 +243,32 @@ impl Net {
                     }
                     for (from, to, number) in std::mem::take(&mut self.held) {
                         self.arrive(from, to, number);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes the frames that are there, checks each, and says when the round is whole, with nothing left to check.
+    fn look_at_frames(&mut self, rank: usize, number: u64, now: Duration) -> RoundPoll {
+        match self.ranks[rank].poll_frames(number, now) {
+            FramesPoll::Pending { deadline } => RoundPoll::Pending { deadline },
+            FramesPoll::Failed(failure) => RoundPoll::Failed(failure),
+            FramesPoll::Some(Arrivals { frames, whole }) => {
+                for (from, payload) in &frames {
+                    assert_eq!(
+                        *payload,
+                        content(from.index(), rank, number),
+                        "round {number}: {from} to {rank}"
+                    );
+                }
+                self.had[rank] += frames.len();
+                match whole {
+                    false => self.look_at_frames(rank, number, now),
+                    true => {
+                        let others = self.ranks.len() - 1;
+                        assert_eq!(std::mem::take(&mut self.had[rank]), others, "each peer's frame once");
+                        RoundPoll::Ready(Vec::new())
                     }
                 }
             }
@@ -233,9 +306,9 @@ proptest! {
     fn every_rank_gets_every_byte_at_any_speed(
         world in 1_usize..6,
         delays in proptest::collection::vec(0_u64..5000, 1..40),
-        fifo in any::<bool>(),
+        ways in any::<(bool, bool)>(),
     ) {
-        let mut net = Net::new(world, delays, fifo);
+        let mut net = Net::new(world, delays, ways);
         net.run(12, None);
         if world > 1 {
             prop_assert_eq!(net.current, vec![12; world]);
@@ -249,9 +322,10 @@ proptest! {
         delays in proptest::collection::vec(0_u64..5000, 1..40),
         victim in 0_usize..6,
         time in 0_u64..30_000,
+        piecewise in any::<bool>(),
     ) {
         let victim = victim % world;
-        let mut net = Net::new(world, delays, true);
+        let mut net = Net::new(world, delays, (true, piecewise));
         net.run(12, Some((victim, time)));
         for rank in (0..world).filter(|rank| *rank != victim && net.dead[victim]) {
             match &net.failed[rank] {

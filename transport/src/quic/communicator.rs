@@ -7,7 +7,7 @@ use super::links::{LinkSender, Outgoing};
 use crate::inbox::Inbox;
 use crate::proto::frame::{FrameHeader, MESSAGE};
 use crate::proto::membership::{Member, Roster, WorldName};
-use crate::{ByteClass, Communicator, Message, RoundId, TransportError, WireStats};
+use crate::{Arrivals, ByteClass, Communicator, Message, RoundId, TransportError, WireStats};
 use bytes::Bytes;
 use exflow_placement::Rank;
 use std::net::SocketAddr;
@@ -197,6 +197,10 @@ impl Communicator for QuicCommunicator {
 
     fn finish_exchange(&mut self, round: RoundId) -> Result<Vec<Bytes>, TransportError> {
         self.inbox.finish(round)
+    }
+
+    fn arrivals(&mut self, round: RoundId, wait: bool) -> Result<Arrivals, TransportError> {
+        self.inbox.arrivals(round, wait)
     }
 
     fn send_bulk(&mut self, to: Rank, payload: Bytes) -> Result<(), TransportError> {

@@ -176,3 +176,37 @@ pub fn talk<C: Communicator + 'static>(world: Vec<C>) {
         assert_eq!(stats.exchanges(ByteClass::Dispatch), 2, "messages are no exchanges");
     }
 }
+
+/// The last of three ranks starts a round only when another has had the frame of the third: single frames are given
+/// out before a round is whole, each once, and the rounds after it go on as ever.
+pub fn take_frames_one_by_one<C: Communicator + 'static>(world: Vec<C>) {
+    let had = Arc::new(Barrier::new(2));
+    on_threads(world, move |mut comm| {
+        let rank = comm.rank().index();
+        let first = round(0, ByteClass::Dispatch);
+        let frame = |from: usize, to: usize| Bytes::from(vec![(10 * from + to) as u8; 5 + from]);
+        if rank == 2 {
+            had.wait();
+        }
+        comm.start_exchange(first, (0..3).map(|to| frame(rank, to)).collect()).expect("start");
+        let mut frames = Vec::new();
+        loop {
+            let arrivals = comm.arrivals(first, true).expect("frames");
+            frames.extend(arrivals.frames);
+            if rank == 0 && frames.len() == 1 {
+                assert_eq!(frames[0], (Rank(1), frame(1, 0)), "rank 2 has not even started");
+                assert!(!arrivals.whole);
+                assert_eq!(comm.arrivals(first, false).expect("a look").frames, []);
+                had.wait();
+            }
+            if arrivals.whole {
+                break;
+            }
+        }
+        frames.sort_by_key(|(from, _)| *from);
+        let others = (0..3).filter(|from| *from != rank).map(|from| (Rank::from(from), frame(from, rank)));
+        assert_eq!(frames, others.collect::<Vec<_>>());
+        assert!(comm.arrivals(first, false).is_err(), "it is over");
+        run_rounds(&mut comm, 1, 4, 50).expect("rounds");
+    });
+}

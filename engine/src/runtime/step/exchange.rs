@@ -4,9 +4,10 @@ use super::super::frames::{Choice, PartialFrame, Reader, RowFrame, Writer};
 use super::experts::Work;
 use super::{Routed, Row, Stepper, floats};
 use crate::EngineError;
-use crate::options::Combine;
+use crate::options::{Combine, Overlap};
 use exflow_placement::{Rank, Route};
 use exflow_transport::{ByteClass, RoundId};
+use std::time::Instant;
 
 impl Stepper<'_> {
     pub(super) fn next_round(&mut self, class: ByteClass, layer: usize) -> RoundId {
@@ -69,6 +70,71 @@ impl Stepper<'_> {
         }
         self.put_arrived(layer, &arrived, own)?;
         Ok(arrived)
+    }
+
+    /// Runs the experts of the dispatched rows: those of a peer that come alone before the others' where that pays,
+    /// the rest together. Returns the rows in the order in which they lie behind this rank's own.
+    pub(super) fn run_as_they_come(
+        &mut self,
+        round: RoundId,
+        (layer, decode): (usize, bool),
+        own: usize,
+        work: &mut Work,
+    ) -> Result<Vec<RowFrame>, EngineError> {
+        let peers = self.comm.world_size() - self.comm.absent().len() - 1;
+        if peers < 2 || self.overlap == Overlap::Own {
+            let arrived = self.arrive(round, layer, own)?;
+            self.run_arrived(layer, &arrived, own, work)?;
+            return Ok(arrived);
+        }
+        let _span = tracing::debug_span!("arrive", layer, round = round.number).entered();
+        let hidden = self.spec().hidden;
+        let (mut arrived, mut started): (Vec<RowFrame>, usize) = (Vec::new(), 0);
+        let (mut first, mut waited) = (None, false);
+        loop {
+            let mut came = self.comm.arrivals(round, false)?;
+            if came.frames.is_empty() && !came.whole {
+                if started < arrived.len() && self.peers[usize::from(decode)].start_now(self.overlap) {
+                    self.start_arrived((layer, decode), &arrived[started..], own + started, work)?;
+                    started = arrived.len();
+                    self.stats.peer_starts += 1;
+                }
+                waited |= first.is_some();
+                came = self.comm.arrivals(round, true)?;
+            }
+            for (from, bytes) in &came.frames {
+                arrived.extend(Reader::new(bytes, *from).rows(hidden)?);
+            }
+            if came.whole {
+                break;
+            }
+            if !arrived.is_empty() {
+                first.get_or_insert_with(Instant::now);
+            }
+        }
+        if !arrived.is_empty() {
+            self.peers[usize::from(decode)]
+                .waited(first.filter(|_| waited).map_or(0.0, |first| first.elapsed().as_secs_f64()));
+        }
+        if started < arrived.len() {
+            self.start_arrived((layer, decode), &arrived[started..], own + started, work)?;
+        }
+        Ok(arrived)
+    }
+
+    /// Puts rows at `at` on the device and starts their experts.
+    fn start_arrived(
+        &mut self,
+        (layer, decode): (usize, bool),
+        rows: &[RowFrame],
+        at: usize,
+        work: &mut Work,
+    ) -> Result<(), EngineError> {
+        let began = Instant::now();
+        self.put_arrived(layer, rows, at)?;
+        self.run_arrived(layer, rows, at, work)?;
+        self.peers[usize::from(decode)].started(began.elapsed().as_secs_f64());
+        Ok(())
     }
 
     /// Puts the residual streams of arrived rows behind this rank's own.

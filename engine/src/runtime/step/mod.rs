@@ -15,11 +15,12 @@ pub(crate) use timing::TOGETHER_ROWS;
 use super::bounds;
 use super::coherence::Coherence;
 use super::experts::PairList;
+use super::overlap::Peers;
 use super::sequence::{Sampled, Sequence, Sequences};
 use super::stats::RankStats;
 use super::worker::Captured;
 use crate::model::decoder::{Decoder, ExpertBatch, LocalFfn};
-use crate::options::{Combine, Prefill};
+use crate::options::{Combine, Overlap, Prefill};
 use crate::{EngineError, ModelSpec};
 use exflow_placement::{ExpertId, LayerId, PlacementTable, Rank, Route, Strategy};
 use exflow_transport::Communicator;
@@ -59,14 +60,16 @@ pub(crate) struct Stepper<'a> {
     pub(crate) strategy: Strategy,
     pub(crate) combine: Combine,
     pub(crate) prefill: Prefill,
-    /// Whether own rows start before others have come.
-    pub(crate) overlap: bool,
+    /// What runs while rows are on their way, in rounds.
+    pub(crate) overlap: Overlap,
     /// `[R]` the group that each rank's sequences are bounded to; empty: to none.
     pub(crate) groups: &'a [u16],
     pub(crate) sequences: &'a Sequences,
     pub(crate) coherence: &'a mut Coherence,
     pub(crate) stats: &'a mut RankStats,
     pub(crate) round: &'a mut u64,
+    /// Of prompts, and of decode steps.
+    pub(crate) peers: &'a mut [Peers; 2],
 }
 
 impl Row {
@@ -245,13 +248,15 @@ impl Stepper<'_> {
         let dispatched = self.dispatch(layer, &rows, &routed, decode)?;
         self.gather_contexts(layer, &rows, &routed, bulk)?;
         let mut work = Work::default();
-        let early = if self.overlap { None } else { Some(self.arrive(dispatched, layer, rows.len())?) };
-        self.run_own(layer, &rows, &routed, &mut work)?;
-        let arrived = match early {
-            Some(arrived) => arrived,
-            None => self.arrive(dispatched, layer, rows.len())?,
+        let arrived = if self.overlap == Overlap::Off {
+            let arrived = self.arrive(dispatched, layer, rows.len())?;
+            self.run_own(layer, &rows, &routed, &mut work)?;
+            self.run_arrived(layer, &arrived, rows.len(), &mut work)?;
+            arrived
+        } else {
+            self.run_own(layer, &rows, &routed, &mut work)?;
+            self.run_as_they_come(dispatched, (layer, decode), rows.len(), &mut work)?
         };
-        self.run_arrived(layer, &arrived, rows.len(), &mut work)?;
 
         let stays = strategy == Strategy::Coherent && self.groups.is_empty();
         let combines = !stays || self.spec().top_k > 1;

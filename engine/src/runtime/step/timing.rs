@@ -52,6 +52,7 @@ impl Worker {
             coherence: &mut Coherence::default(),
             stats: &mut RankStats::default(),
             round: &mut 0,
+            peers: &mut Default::default(),
         };
         with(&mut stepper)
     }

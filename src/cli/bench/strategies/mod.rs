@@ -6,7 +6,7 @@ mod tables;
 use super::super::failure::Failure;
 use super::super::{flags, output};
 use clap::ValueEnum;
-use exflow::engine::{Cluster, ClusterOptions, Schedule, Strategy};
+use exflow::engine::{Cluster, ClusterOptions, Overlap, Schedule, Strategy};
 use exflow::placement::{PlacementTable, SolveOptions};
 use exflow::progress::Bars;
 use exflow::study::{self, GridRow, SyntheticModel};
@@ -65,7 +65,7 @@ pub(crate) struct Args {
     #[arg(long)]
     no_auto: bool,
     /// In place of every strategy, schedule and table: what each part is worth, from the baseline of two exchanges a layer
-    /// to coherence, placement, both, and then with overlap, flow, the wrap and replicas added one by one
+    /// to coherence, placement, both, and then with overlap, rows peer by peer, flow, the wrap and replicas one by one
     #[arg(long, conflicts_with_all = ["strategies", "schedules", "tables"])]
     ablations: bool,
     /// A grid of a minute: the bundled model, 4 ranks, 8 sequences, wan and local, two runs
@@ -153,22 +153,24 @@ impl std::fmt::Display for TableName {
 /// Where the bundled model is, from the repository's root.
 const BUNDLED: &str = "examples/models/gpt-moe-16e";
 
-/// A row of the grid: its name among ablations, whether own rows start before others have come, and how it runs.
-type SettingArgs = (Option<&'static str>, bool, Strategy, Schedule, TableName);
+/// A row of the grid: its name among ablations, what runs while rows travel, and how it runs.
+type SettingArgs = (Option<&'static str>, Overlap, Strategy, Schedule, TableName);
 
 /// Each differs from one before it by what its name says.
-const ABLATIONS: [SettingArgs; 8] = {
+const ABLATIONS: [SettingArgs; 9] = {
+    use Overlap::{Auto, Off, Own, Peers};
     use Schedule::{Flow, Rounds};
     use Strategy::{Coherent, Vanilla};
     [
-        (Some("baseline"), false, Vanilla, Rounds, TableName::RoundRobin),
-        (Some("coherence alone"), false, Coherent, Rounds, TableName::RoundRobin),
-        (Some("placement alone"), false, Vanilla, Rounds, TableName::Chain),
-        (Some("both"), false, Coherent, Rounds, TableName::Chain),
-        (Some("+ overlap"), true, Coherent, Rounds, TableName::Chain),
-        (Some("+ flow"), true, Coherent, Flow, TableName::Chain),
-        (Some("+ wrap"), true, Coherent, Flow, TableName::Affinity),
-        (Some("+ replicas"), true, Coherent, Flow, TableName::Replicas),
+        (Some("baseline"), Off, Vanilla, Rounds, TableName::RoundRobin),
+        (Some("coherence alone"), Off, Coherent, Rounds, TableName::RoundRobin),
+        (Some("placement alone"), Off, Vanilla, Rounds, TableName::Chain),
+        (Some("both"), Off, Coherent, Rounds, TableName::Chain),
+        (Some("+ overlap"), Own, Coherent, Rounds, TableName::Chain),
+        (Some("+ peer by peer"), Peers, Coherent, Rounds, TableName::Chain),
+        (Some("+ flow"), Auto, Coherent, Flow, TableName::Chain),
+        (Some("+ wrap"), Auto, Coherent, Flow, TableName::Affinity),
+        (Some("+ replicas"), Auto, Coherent, Flow, TableName::Replicas),
     ]
 };
 
@@ -181,7 +183,7 @@ impl Args {
         let mut all = Vec::new();
         for &strategy in &self.strategies {
             for &schedule in &self.schedules {
-                all.extend(self.tables.iter().map(|&table| (None, true, strategy, schedule, table)));
+                all.extend(self.tables.iter().map(|&table| (None, Overlap::Auto, strategy, schedule, table)));
             }
         }
         all
