@@ -114,6 +114,8 @@ words! {
         Own = "own",
         /// Those, and each peer's rows as soon as they come.
         Peers = "peers",
+        /// Rows that stay; and every decode step runs in two halves, one of which computes while the other's rows travel.
+        Halves = "halves",
         /// Rows that stay always; the rest where it was measured to pay while running.
         Auto = "auto"
     }

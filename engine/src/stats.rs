@@ -123,7 +123,8 @@ pub struct RunStats {
     pub ttft_ms: f64,
     /// Mean milliseconds per token after the first.
     pub tpot_ms: f64,
-    /// All-to-all rounds (dispatch and combine) per MoE layer and decode step, counted by the transport. In flow there
+    /// All-to-all rounds (dispatch and combine) per MoE layer and decode step, counted by the transport; each half of a
+    /// step that runs in halves has its own. In flow there
     /// are none: one-way latencies that a decode token waits for, per MoE layer.
     pub exchanges_per_layer: f64,
     /// The same for prefill steps.
@@ -144,6 +145,8 @@ pub struct RunStats {
     pub token_time: TokenTime,
     /// In rounds: launches of rows of some peers that did not wait for those of the others, all ranks together.
     pub peer_starts: u64,
+    /// In rounds: share of decode steps that ran in two halves.
+    pub halved_steps: f64,
     /// In flow: rows in one submission, mean; 0 in rounds.
     pub rows_per_hop: f64,
     /// In flow: share of the time that ranks worked, mean; 0 in rounds.
@@ -219,7 +222,7 @@ pub(crate) fn summarise(
         tpot_ms,
         exchanges_per_layer: match options.schedule {
             Schedule::Flow if options.ranks > 1 => ratio(sum(|r| r.latencies), decode_tokens * layers),
-            _ => ratio(row_exchanges(&decode_wire) as f64, steps(|r| r.decode_steps) * layers),
+            _ => ratio(row_exchanges(&decode_wire) as f64, steps(|r| r.decode_parts) * layers),
         },
         prefill_exchanges_per_layer: ratio(
             row_exchanges(&prefill_wire) as f64,
@@ -245,6 +248,10 @@ pub(crate) fn summarise(
         compute_ms_per_step: compute_ms(reports, flow),
         token_time: TokenTime::of(reports, flow, tpot_ms),
         peer_starts: reports.iter().map(|r| r.peer_starts).sum(),
+        halved_steps: ratio(
+            steps(|r| r.decode_parts.saturating_sub(r.decode_steps)),
+            steps(|r| r.decode_steps),
+        ),
         rows_per_hop: ratio(sum(|r| r.hop_rows), sum(|r| r.hops)),
         busy_share: {
             let (busy, idle) =

@@ -98,7 +98,7 @@ fn the_grid_of_strategies_holds_the_cells_that_were_asked_for() {
     let rows: Value = serde_json::from_str(&out).expect("JSON");
     let names: Vec<&str> =
         rows.as_array().expect("a list").iter().filter_map(|r| r["ablation"].as_str()).collect();
-    let parts = ["+ overlap", "+ peer by peer", "+ flow", "+ wrap", "+ replicas"];
+    let parts = ["+ overlap", "+ peer by peer", "+ halves", "+ flow", "+ wrap", "+ replicas"];
     assert_eq!(names[..4], ["baseline", "coherence alone", "placement alone", "both"]);
     assert_eq!(names[4..], parts);
     for wrong in [

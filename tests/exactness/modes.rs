@@ -128,6 +128,31 @@ fn rows_may_start_peer_by_peer() {
 }
 
 #[test]
+fn steps_may_run_in_halves() {
+    for (top_k, strategy) in [(1, Strategy::Coherent), (2, Strategy::Coherent), (1, Strategy::Vanilla)] {
+        let shape = Tiny { seed: 99, top_k, layers: 3, experts: 8, positions: 400, ..Tiny::default() };
+        let folder = shape.write();
+        let mut alone = Setup::one_rank(folder.path()).start();
+        for (transport, ranks, prefill) in [
+            (TransportKind::Local, 4, Prefill::Home),
+            (TransportKind::Quic, 3, Prefill::Home),
+            (TransportKind::Local, 2, Prefill::Replicated),
+        ] {
+            let what = format!("top-{top_k}, {strategy}, {transport}, {ranks} ranks");
+            let stats = stats_of_equal_run(&shape, folder.path(), &mut alone, &what, |options| {
+                (options.strategy, options.prefill) = (strategy, prefill);
+                (options.transport, options.ranks) = (transport, ranks);
+                options.overlap = Overlap::Halves;
+            });
+            // Of the first and the last steps a few have one sequence alone.
+            assert!(stats.halved_steps > 0.7, "{what}: {}", stats.halved_steps);
+            let twice = strategy == Strategy::Vanilla || top_k > 1;
+            assert_eq!(stats.exchanges_per_layer, if twice { 2.0 } else { 1.0 }, "{what}");
+        }
+    }
+}
+
+#[test]
 fn the_cache_that_a_run_took_is_told() {
     let shape = Tiny { seed: 96, layers: 2, positions: 200, ..Tiny::default() };
     let folder = shape.write();

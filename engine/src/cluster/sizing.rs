@@ -2,7 +2,7 @@
 
 use crate::EngineError;
 use crate::model::ModelSpec;
-use crate::options::{ClusterOptions, Dtype, Quant};
+use crate::options::{ClusterOptions, Dtype, Overlap, Quant};
 use crate::runtime::{BLOCK, CHUNK, MAX_RUNNING};
 use exflow_shaders::Cache;
 use exflow_transport::proto::membership::Roster;
@@ -115,9 +115,14 @@ impl Sizes {
             // What was accepted must fit for as long as it runs.
             (None, Some(first)) => (first.min(blocks(context)), first, first),
         };
+        // The second half of a decode step has buffers of its own.
+        let halves = match options.overlap {
+            Overlap::Halves | Overlap::Auto => scratch(spec, (MAX_RUNNING / 2, MAX_RUNNING / 2)),
+            Overlap::Off | Overlap::Own | Overlap::Peers => 0,
+        };
         Self {
             weights: bytes(spec.elements(0) - embedding) + 4 * embedding,
-            scratch: scratch(spec, CHUNK.min(MAX_RUNNING.max(context))),
+            scratch: scratch(spec, (CHUNK.min(MAX_RUNNING.max(context)), MAX_RUNNING)) + halves,
             expert: bytes(spec.elements(1) - spec.elements(0)),
             layer_block,
             block: spec.layers as u64 * layer_block,
@@ -192,15 +197,15 @@ fn present<'a>(roster: &'a Roster, offers: &'a [Offer]) -> impl Iterator<Item = 
     })
 }
 
-/// Bytes of the buffers that `rows` tokens pass, by the widest of them.
-fn scratch(spec: &ModelSpec, rows: usize) -> u64 {
+/// Bytes of the buffers that `rows` tokens pass, by the widest of them, `heads` of them up to the logits.
+fn scratch(spec: &ModelSpec, (rows, heads): (usize, usize)) -> u64 {
     let attention = &spec.attention;
     let pairs = spec.top_k + 2;
     let row4 = (2 * pairs + 2) * spec.h4()
         + attention.qkv4()
         + attention.heads * attention.v4()
         + pairs * spec.largest_i4();
-    16 * (rows * row4 + MAX_RUNNING * spec.v4()) as u64
+    16 * (rows * row4 + heads * spec.v4()) as u64
 }
 
 /// Bytes as people read them.

@@ -29,7 +29,7 @@ impl Peers {
     /// Whether to start what has come, now that others are to be waited for.
     pub(crate) fn start_now(&self, overlap: Overlap) -> bool {
         match overlap {
-            Overlap::Off | Overlap::Own => false,
+            Overlap::Off | Overlap::Own | Overlap::Halves => false,
             Overlap::Peers => true,
             Overlap::Auto => {
                 matches!((self.gap.0, self.start.0), (Some(gap), Some(start)) if gap > start)
@@ -46,6 +46,111 @@ impl Peers {
     pub(crate) fn started(&mut self, seconds: f64) {
         self.start.take(seconds);
     }
+}
+
+/// Rank 0: whether decode steps run in two halves, of which one computes while the other's rows travel. Halves are
+/// tried out where they may pay, and run where they were faster; whether they may pay is seen from how much of a step is
+/// spent waiting. Between halves a step can hide no more than the wait, and no more than half of what it computes.
+#[derive(Debug)]
+pub(crate) struct Halving {
+    /// Sequences of the steps, rounded up to a power of two.
+    size: usize,
+    phase: Phase,
+    /// How the last step ran.
+    ran: Option<bool>,
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// Steps run whole; seconds waited and passed in so many of them.
+    Watch { steps: usize, waited: f64, passed: f64 },
+    /// Both are run in turn: seconds of steps run whole, and in halves.
+    Try([Vec<f64>; 2]),
+    /// One of the two, for so many more steps.
+    Keep { halves: bool, left: usize },
+}
+
+/// Steps that are watched.
+const WATCHED: usize = 6;
+/// What halves must promise to be tried out, as a share of a step, and must have gained to be kept.
+const WORTH: f64 = 0.05;
+/// Steps of a turn, and of each kind in a trial.
+const TURN: usize = 4;
+const TRIED: usize = 8;
+/// Steps after which it is all looked at again.
+const KEPT: usize = 600;
+
+impl Default for Halving {
+    fn default() -> Self {
+        Self { size: 0, phase: Phase::watch(), ran: None }
+    }
+}
+
+impl Phase {
+    fn watch() -> Self {
+        Self::Watch { steps: 0, waited: 0.0, passed: 0.0 }
+    }
+}
+
+impl Halving {
+    /// Takes note of a decode step of at most `sequences` tokens, that took `passed` seconds, of which rank 0 `waited` for
+    /// others.
+    pub(crate) fn stepped(&mut self, sequences: usize, in_halves: bool, passed: f64, waited: f64) {
+        let size = sequences.next_power_of_two();
+        if self.size != size {
+            *self = Self { size, ..Self::default() };
+        }
+        // The first step of a kind makes what the next ones use.
+        let fresh = self.ran.replace(in_halves) != Some(in_halves);
+        match &mut self.phase {
+            Phase::Watch { .. } | Phase::Try(_) if fresh => {}
+            Phase::Watch { steps, waited: all_waited, passed: all_passed } if !in_halves => {
+                (*steps, *all_waited, *all_passed) = (*steps + 1, *all_waited + waited, *all_passed + passed);
+                if *steps == WATCHED {
+                    let share = *all_waited / all_passed.max(1e-9);
+                    let promise = share.min((1.0 - share) / 2.0);
+                    self.phase = match sequences > 1 && promise > WORTH {
+                        true => Phase::Try([Vec::new(), Vec::new()]),
+                        false => Phase::Keep { halves: false, left: KEPT },
+                    };
+                }
+            }
+            Phase::Watch { .. } => {}
+            Phase::Try(seconds) => {
+                seconds[usize::from(in_halves)].push(passed);
+                if seconds.iter().all(|of| of.len() >= TRIED) {
+                    let [whole, halves] = seconds.each_mut().map(|of| median(of));
+                    self.phase = Phase::Keep { halves: halves < (1.0 - WORTH) * whole, left: KEPT };
+                }
+            }
+            Phase::Keep { left, halves } => {
+                *left -= 1;
+                if *left == 0 {
+                    let again = *halves;
+                    self.phase = if again { Phase::Try([Vec::new(), Vec::new()]) } else { Phase::watch() };
+                }
+            }
+        }
+    }
+
+    /// Whether the next steps are to run in halves.
+    pub(crate) fn wish(&self) -> bool {
+        match &self.phase {
+            Phase::Watch { .. } => false,
+            Phase::Keep { halves, .. } => *halves,
+            Phase::Try([whole, halves]) => match (whole.len() >= TRIED, halves.len() >= TRIED) {
+                (true, _) => true,
+                (_, true) => false,
+                // Whole, halves, whole, halves: what the machine does beside hits both alike.
+                _ => whole.len() / TURN > halves.len() / TURN,
+            },
+        }
+    }
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(0.0)
 }
 
 #[cfg(test)]
@@ -66,5 +171,46 @@ mod tests {
         assert!(peers.start_now(Overlap::Auto));
         (0..40).for_each(|_| peers.started(6e-4));
         assert!(!peers.start_now(Overlap::Auto), "launches became dear");
+    }
+
+    /// Runs steps as they are wished for, an order late, and returns how the last of so many ran.
+    fn run(halving: &mut Halving, steps: usize, sequences: usize, of: impl Fn(bool) -> (f64, f64)) -> bool {
+        let mut ran = false;
+        for _ in 0..steps {
+            let wish = halving.wish();
+            let (passed, waited) = of(ran);
+            halving.stepped(sequences, ran, passed, waited);
+            ran = wish;
+        }
+        ran
+    }
+
+    #[test]
+    fn halves_are_kept_where_they_were_faster() {
+        let hides = |halves| if halves { (8e-3, 4e-3) } else { (1e-2, 6e-3) };
+        let under_fills = |halves| if halves { (1.2e-2, 6e-3) } else { (1e-2, 6e-3) };
+        let mut halving = Halving::default();
+        assert!(run(&mut halving, 100, 8, hides));
+        assert!(!run(&mut halving, KEPT + 100, 8, under_fills), "it is looked at again");
+        assert!(run(&mut halving, KEPT + 100, 8, hides));
+        assert!(!run(&mut halving, 100, 2, under_fills), "fewer sequences are another matter");
+        assert!(run(&mut halving, 100, 16, hides));
+    }
+
+    #[test]
+    fn halves_are_not_even_tried_where_they_cannot_pay() {
+        for waited in [0.0, 1e-4, 9.5e-3] {
+            let mut halving = Halving::default();
+            let never = |halves: bool| {
+                assert!(!halves, "{waited}");
+                (1e-2, waited)
+            };
+            assert!(!run(&mut halving, 2 * KEPT, 8, never));
+        }
+        let mut halving = Halving::default();
+        assert!(!run(&mut halving, 100, 1, |halves| {
+            assert!(!halves, "there is but one row");
+            (1e-2, 5e-3)
+        }));
     }
 }

@@ -9,10 +9,11 @@
 use super::outlet::News;
 use super::sequence::Sampled;
 use super::stats::Waited;
-use super::step::{BULK_LAYERS, Batch, Bulk, Outcome, Row};
+use super::step::{BULK_LAYERS, Batch, Bulk, Outcome, Part, Passage, Row, Stepper};
 use super::worker::{Directive, Event, Worker};
 use crate::EngineError;
-use crate::options::Prefill;
+use crate::model::scratch::Scratch;
+use crate::options::{Overlap, Prefill};
 use bytes::Bytes;
 use exflow_placement::Rank;
 use exflow_transport::{ByteClass, RoundId, TransportError, WireStats};
@@ -38,6 +39,8 @@ struct Rounds {
     residents: BTreeMap<u32, (u32, u32)>,
     /// What was told and has still to be heard.
     unheard: Option<RoundId>,
+    /// Rank 0: whether it has ordered steps in halves.
+    halves: bool,
     /// Orders that were heard and have still to be carried out.
     held: Vec<(Rank, Directive)>,
 }
@@ -64,7 +67,8 @@ impl Worker {
             if self.stopping {
                 break;
             }
-            let directives = self.decide();
+            let mut directives = self.decide();
+            directives.extend(self.decide_halves(&mut rounds));
             for captured in outcome.captured {
                 self.tell(Event::Captured(captured));
             }
@@ -90,10 +94,12 @@ impl Worker {
         match batch.decode {
             true => {
                 self.stats.decode_steps += 1;
+                self.stats.decode_parts += 1 + u64::from(self.splits(&batch));
                 self.stats.decode_tokens += batch.tokens.len() as u64;
                 let seconds = started.elapsed().as_secs_f64();
                 self.stats.decode_seconds += seconds;
-                self.add_waits(seconds, &wire);
+                let waited = self.add_waits(seconds, &wire);
+                self.halving.stepped(batch.total, self.splits(&batch), seconds, waited);
             }
             false => self.stats.prefill_steps += 1,
         }
@@ -106,13 +112,15 @@ impl Worker {
         Ok(outcome)
     }
 
-    /// Splits a decode step's time by what it went into; the wait for contexts was noted on the way.
-    fn add_waits(&mut self, seconds: f64, wire: &WireStats) {
+    /// Splits a decode step's time by what it went into; the wait for contexts was noted on the way. Returns the wait for
+    /// rows and partials.
+    fn add_waits(&mut self, seconds: f64, wire: &WireStats) -> f64 {
         let wait = |class| wire.wait(class).as_secs_f64();
         let (dispatch, combine) = (wait(ByteClass::Dispatch), wait(ByteClass::Combine));
         let (ids, context) = (wait(ByteClass::Ids), std::mem::take(&mut self.stats.context_seconds));
         let compute = (seconds - dispatch - combine - ids - context).max(0.0);
         self.stats.waited.add(&Waited { compute, dispatch, combine, context, ids, queue: 0.0 });
+        dispatch + combine
     }
 
     /// One step over all layers, in which what was told after the last one is heard; none where that is that there is
@@ -120,35 +128,103 @@ impl Worker {
     fn run_batch(&mut self, rounds: &mut Rounds, batch: &Batch) -> Result<Option<Outcome>, EngineError> {
         let (rank, rows) = (self.comm.rank().index(), batch.tokens.len());
         let _span = tracing::debug_span!("step", rank, rows, decode = batch.decode).entered();
-        let mut rows = self.stepper().begin(batch)?;
         if self.comm.world_size() == 1 {
+            let rows = self.stepper().begin(batch)?;
             return if rows.is_empty() {
                 Ok(Some(Outcome::default()))
             } else {
                 self.stepper().run_alone(rows).map(Some)
             };
         }
-        let mut captured = Vec::new();
-        let mut bulk = Bulk::new(self.comm.world_size());
+        let batches = self.parts_of(batch);
+        let mut parts = Vec::new();
+        for (at, batch) in batches.iter().enumerate() {
+            parts.push(Part::new(self.turn(at, |stepper| stepper.begin(batch))?));
+        }
+        let bulk = Bulk::new(self.comm.world_size());
+        let alone = parts.len() == 1;
+        let mut passage = Passage { decode: batch.decode, alone, captured: Vec::new(), bulk };
         let layers = self.decoder.spec.layers;
-        for layer in 0..layers {
-            rows = self.stepper().layer(layer, rows, batch.decode, &mut captured, &mut bulk)?;
-            // Keys and values of decoded tokens are needed a step later: those of several layers travel together.
-            if !batch.decode || (layer + 1) % BULK_LAYERS == 0 || layer + 1 == layers {
-                bulk.send(self.comm.as_mut())?;
-            }
-            if self.decoder.spec.moe_index(layer).is_some() {
-                self.hear(rounds)?;
-                if self.sequences.is_over(batch.decode) {
-                    return Ok(None);
+        while parts.iter().any(|part| part.layer < layers) {
+            for at in 0..parts.len() {
+                let part = &mut parts[at];
+                let before = part.layer;
+                self.turn(at, |stepper| stepper.go_on(part, &mut passage))?;
+                if part.exchanged {
+                    self.hear(rounds)?;
+                    if self.sequences.is_over(batch.decode) {
+                        for open in parts.iter_mut().filter_map(Part::give_up) {
+                            self.comm.finish_exchange(open)?;
+                        }
+                        return Ok(None);
+                    }
+                }
+                let part = &mut parts[at];
+                self.turn(at, |stepper| stepper.enter(part, &mut passage))?;
+                // Keys and values of decoded tokens are needed a step later: those of several layers travel together.
+                let passed = (before + 1..=parts[at].layer)
+                    .any(|layer| !batch.decode || layer % BULK_LAYERS == 0 || layer == layers);
+                if passed && at + 1 == parts.len() {
+                    passage.bulk.send(self.comm.as_mut())?;
                 }
             }
         }
         // What is sampled now depends on what was sampled before.
         self.hear(rounds)?;
-        let mut outcome = self.stepper().sample(&rows)?;
-        outcome.captured.append(&mut captured);
+        let mut outcome = Outcome::default();
+        for (at, part) in parts.iter().enumerate() {
+            let Outcome { mut sampled, mut captured } =
+                self.turn(at, |stepper| stepper.sample(&part.rows))?;
+            outcome.sampled.append(&mut sampled);
+            outcome.captured.append(&mut captured);
+        }
+        outcome.captured.append(&mut passage.captured);
         Ok(Some(outcome))
+    }
+
+    /// Whether a step runs in two halves: alike on every rank.
+    fn splits(&self, batch: &Batch) -> bool {
+        batch.decode && self.in_halves && batch.total > 1 && self.comm.world_size() > 1
+    }
+
+    /// A step's tokens, in two halves where that was ordered.
+    fn parts_of(&self, batch: &Batch) -> Vec<Batch> {
+        if !self.splits(batch) {
+            return vec![batch.clone()];
+        }
+        let second = self.sequences.second_half();
+        let half = |of_second: bool, total: usize| {
+            let is_in = |(row, _): &&(Row, u32)| second.contains(&row.sequence) == of_second;
+            Batch { decode: true, tokens: batch.tokens.iter().filter(is_in).copied().collect(), total }
+        };
+        vec![half(false, batch.total - second.len()), half(true, second.len())]
+    }
+
+    /// Lets a part of a step work: the second half has buffers of its own.
+    fn turn<T>(
+        &mut self,
+        at: usize,
+        work: impl FnOnce(&mut Stepper<'_>) -> Result<T, EngineError>,
+    ) -> Result<T, EngineError> {
+        if at == 0 {
+            return work(&mut self.stepper());
+        }
+        let mut second = match self.second.take() {
+            Some(second) => second,
+            None => Scratch::new(&self.decoder.gpu, &self.decoder.spec)?,
+        };
+        std::mem::swap(&mut self.decoder.scratch, &mut second);
+        let worked = work(&mut self.stepper());
+        std::mem::swap(&mut self.decoder.scratch, &mut second);
+        self.second = Some(second);
+        worked
+    }
+
+    /// Rank 0: the order to run steps in halves, or whole again, where it is to change.
+    fn decide_halves(&self, rounds: &mut Rounds) -> Option<Directive> {
+        let is_mine = self.comm.rank() == Rank(0) && self.options.overlap == Overlap::Auto;
+        let wish = is_mine && self.halving.wish();
+        (is_mine && std::mem::replace(&mut rounds.halves, wish) != wish).then_some(Directive::Halves(wish))
     }
 
     fn prompt_batch(&self) -> Batch {

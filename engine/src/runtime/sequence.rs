@@ -6,7 +6,7 @@ use crate::EngineError;
 use crate::sampling::{Logprobs, Sampling};
 use exflow_placement::Rank;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 /// Positions per cache block.
@@ -330,7 +330,22 @@ impl Sequences {
 
     /// How many sequences the next step may decode, by what all ranks know: as many or fewer will be there.
     pub(crate) fn decodable(&self) -> usize {
-        self.running.values().filter(|s| s.may_decode(self)).count()
+        self.decoding().count()
+    }
+
+    /// They, in order of admission.
+    fn decoding(&self) -> impl Iterator<Item = &Sequence> {
+        self.running.values().filter(|s| s.may_decode(self))
+    }
+
+    /// Those of the sequences that the next step may decode that are in the second of two halves: every other one of each
+    /// home, and of homes with one alone every other home, so that few ranks are without work in either.
+    pub(crate) fn second_half(&self) -> BTreeSet<u32> {
+        let mut of_home: BTreeMap<Rank, Vec<u32>> = BTreeMap::new();
+        self.decoding().for_each(|s| of_home.entry(s.start.home).or_default().push(s.start.id));
+        let of_homes = of_home.values().enumerate();
+        let second = of_homes.flat_map(|(home, ids)| ids.iter().skip((home + 1) % 2).step_by(2));
+        second.copied().collect()
     }
 
     /// Whether there is anything to step for, once all that was sampled is heard of.
@@ -430,6 +445,30 @@ mod tests {
         assert_eq!(sequences.free(), 4);
         assert_eq!((sequences.take_peak(), sequences.take_peak()), (3, 0), "asked again, it begins anew");
         sequences.check();
+    }
+
+    #[test]
+    fn both_halves_of_a_step_have_work_for_every_rank() {
+        let mut sequences = Sequences::new(64, 64, vec![]);
+        for id in 0..8 {
+            let home = Rank(id as u16 % 4);
+            let start = Admission { id, home, prompt: vec![1], max_tokens: 9, ..Admission::default() };
+            sequences.apply(Order::Admit(start)).expect("room");
+        }
+        assert!(sequences.second_half().is_empty(), "nobody decodes yet");
+        for id in 0..8 {
+            sequences.sampled(id, 5).expect("it runs");
+        }
+        let second = sequences.second_half();
+        for home in 0..4 {
+            let of_home = [home, home + 4].iter().filter(|id| second.contains(id)).count();
+            assert_eq!(of_home, 1, "of home {home}");
+        }
+        // One of each home: two homes each.
+        (4..8).for_each(|id| drop(sequences.apply(Order::End(id))));
+        assert_eq!(sequences.second_half(), BTreeSet::from([1, 3]));
+        [1, 3].into_iter().for_each(|id| drop(sequences.apply(Order::End(id))));
+        assert_eq!(sequences.second_half(), BTreeSet::from([2]), "whatever their homes");
     }
 
     #[test]

@@ -40,6 +40,8 @@ pub(crate) struct RankStats {
     pub(crate) prefill_wire: WireStats,
     pub(crate) decode_steps: u64,
     pub(crate) prefill_steps: u64,
+    /// Decode steps, those in two halves counted twice.
+    pub(crate) decode_parts: u64,
     /// Tokens put through decode steps.
     pub(crate) decode_tokens: u64,
     pub(crate) decode_seconds: f64,

@@ -3,13 +3,14 @@
 use super::coherence::Coherence;
 use super::measure::Measured;
 use super::outlet::Outlet;
-use super::overlap::Peers;
+use super::overlap::{Halving, Peers};
 use super::scheduler::Scheduler;
 use super::sequence::{Admission, FinishReason, Order, Sampled, Sequences};
 use super::stats::RankStats;
 use super::step::Stepper;
 use crate::EngineError;
 use crate::model::decoder::Decoder;
+use crate::model::scratch::Scratch;
 use crate::options::{Combine, Overlap, Prefill, Schedule};
 use crate::sampling::Logprobs;
 use exflow_placement::{PlacementTable, Rank, Strategy};
@@ -63,7 +64,11 @@ pub(super) enum Directive {
     Order(Order),
     Report,
     Measure,
-    Stop { again: bool },
+    /// In rounds: whether decode steps run in two halves from now on.
+    Halves(bool),
+    Stop {
+        again: bool,
+    },
 }
 
 /// What a rank's loop is told at its start.
@@ -96,6 +101,11 @@ pub(crate) struct Worker {
     pub(super) round: u64,
     /// Of prompts, and of decode steps.
     pub(super) peers: [Peers; 2],
+    /// Rank 0's verdict, and what all ranks do by its order.
+    pub(super) halving: Halving,
+    pub(super) in_halves: bool,
+    /// What the second half of a step works in.
+    pub(super) second: Option<Scratch>,
     pub(super) stopping: bool,
     /// Whether another epoch follows at once.
     pub(super) again: bool,
@@ -124,6 +134,7 @@ impl Worker {
         let there = |rank: &Rank| !comm.absent().contains(rank);
         let homes = (0..options.table.ranks).map(Rank::from).filter(there).collect();
         let scheduler = Scheduler::new(homes, spec.vocab_size);
+        let options_halves = options.overlap == Overlap::Halves;
         Self {
             decoder,
             reported: comm.stats(),
@@ -137,6 +148,9 @@ impl Worker {
             stats: RankStats::default(),
             round: 0,
             peers: Default::default(),
+            halving: Halving::default(),
+            in_halves: options_halves,
+            second: None,
             stopping: false,
             again: false,
             behind: false,
@@ -242,6 +256,7 @@ impl Worker {
                 self.measure()?;
                 self.behind = true;
             }
+            Directive::Halves(on) => self.in_halves = on,
             Directive::Stop { again } => (self.stopping, self.again) = (true, again),
         }
         Ok(())

@@ -130,6 +130,7 @@ struct Sums {
     decode_wire: WireStats,
     decode_tokens: u64,
     decode_steps: u64,
+    decode_parts: u64,
     prefill_steps: u64,
     transitions: u64,
     stays: u64,
@@ -207,6 +208,7 @@ impl Meter {
         sums.stays += stats.stays;
         if rank == Rank(0) {
             sums.decode_steps += stats.decode_steps;
+            sums.decode_parts += stats.decode_parts;
             sums.prefill_steps += stats.prefill_steps;
         }
         if let Some(own) = live.ranks.get_mut(rank.index()) {
@@ -229,7 +231,7 @@ impl Meter {
         live.batch = ratio(now.decode_tokens as f64, now.decode_steps as f64);
         if now.decode_steps > 0 {
             let rounds = row_exchanges(&now.decode_wire) as f64;
-            live.exchanges_per_layer = ratio(rounds, now.decode_steps as f64 * self.layers);
+            live.exchanges_per_layer = ratio(rounds, now.decode_parts as f64 * self.layers);
         }
         let bytes = traffic(&now.wire, self.ranks);
         let rate = |row: &Vec<u64>| row.iter().map(|&b| ratio(b as f64, seconds)).collect();

@@ -37,7 +37,8 @@ pub(crate) struct RankFlags {
     #[arg(long, value_enum)]
     pub(crate) schedule: Option<ScheduleFlag>,
     /// What runs while rows are on their way, in rounds. off: nothing; own: rows that stay; peers: also each peer's rows as
-    /// soon as they come; auto: own, and peers where it is measured to pay
+    /// soon as they come; halves: decode steps in two halves, one of which computes while the other's rows travel; auto:
+    /// own, and peers and halves where they are measured to pay
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) overlap: OverlapFlag,
     /// Where prompts are prefilled. home: on one rank, which sends the keys and values to where tokens may go; replicated:
@@ -229,6 +230,7 @@ pub(crate) enum OverlapFlag {
     Off,
     Own,
     Peers,
+    Halves,
     Auto,
 }
 
@@ -238,6 +240,7 @@ impl From<OverlapFlag> for Overlap {
             OverlapFlag::Off => Self::Off,
             OverlapFlag::Own => Self::Own,
             OverlapFlag::Peers => Self::Peers,
+            OverlapFlag::Halves => Self::Halves,
             OverlapFlag::Auto => Self::Auto,
         }
     }

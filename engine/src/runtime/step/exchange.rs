@@ -5,6 +5,7 @@ use super::experts::Work;
 use super::{Routed, Row, Stepper, floats};
 use crate::EngineError;
 use crate::options::{Combine, Overlap};
+use bytes::Bytes;
 use exflow_placement::{Rank, Route};
 use exflow_transport::{ByteClass, RoundId};
 use std::time::Instant;
@@ -82,7 +83,7 @@ impl Stepper<'_> {
         work: &mut Work,
     ) -> Result<Vec<RowFrame>, EngineError> {
         let peers = self.comm.world_size() - self.comm.absent().len() - 1;
-        if peers < 2 || self.overlap == Overlap::Own {
+        if peers < 2 || matches!(self.overlap, Overlap::Own | Overlap::Halves) {
             let arrived = self.arrive(round, layer, own)?;
             self.run_arrived(layer, &arrived, own, work)?;
             return Ok(arrived);
@@ -177,22 +178,51 @@ impl Stepper<'_> {
         decode: bool,
     ) -> Result<Vec<PartialFrame>, EngineError> {
         let _span = tracing::debug_span!("combine", layer).entered();
-        let (me, hidden, stride) = (self.me(), self.spec().hidden, 4 * self.spec().h4());
+        let payloads = self.leaving_partials(work, decode)?;
+        let round = self.next_round(ByteClass::Combine, layer);
+        let received = self.comm.exchange(round, payloads)?;
+        self.read_combine(&received)
+    }
+
+    /// The same, to be finished later.
+    pub(super) fn start_combine(
+        &mut self,
+        layer: usize,
+        work: &Work,
+        decode: bool,
+    ) -> Result<RoundId, EngineError> {
+        let payloads = self.leaving_partials(work, decode)?;
+        let round = self.next_round(ByteClass::Combine, layer);
+        self.comm.start_exchange(round, payloads)?;
+        Ok(round)
+    }
+
+    pub(super) fn finish_combine(&mut self, round: RoundId) -> Result<Vec<PartialFrame>, EngineError> {
+        let received = self.comm.finish_exchange(round)?;
+        self.read_combine(&received)
+    }
+
+    /// `[R]` payloads of partials.
+    fn leaving_partials(&mut self, work: &Work, decode: bool) -> Result<Vec<Bytes>, EngineError> {
+        let (hidden, stride) = (self.spec().hidden, 4 * self.spec().h4());
         let values = if work.leaving.is_empty() { Vec::new() } else { self.read_partials(work)? };
         let mut payloads: Vec<Writer> = (0..self.comm.world_size()).map(|_| Writer::default()).collect();
         for (to, sequence, position, k, partial) in self.gather_leaving(work, &values, stride, hidden) {
             payloads[to.index()].partial(sequence, position, k, &partial);
             self.stats.crossings += u64::from(decode);
         }
-        let round = self.next_round(ByteClass::Combine, layer);
-        let payloads = payloads.into_iter().map(Writer::finish).collect();
-        let mut received = Vec::new();
-        for (from, bytes) in self.comm.exchange(round, payloads)?.iter().enumerate() {
+        Ok(payloads.into_iter().map(Writer::finish).collect())
+    }
+
+    fn read_combine(&self, received: &[Bytes]) -> Result<Vec<PartialFrame>, EngineError> {
+        let (me, hidden) = (self.me(), self.spec().hidden);
+        let mut partials = Vec::new();
+        for (from, bytes) in received.iter().enumerate() {
             if Rank::from(from) != me {
-                received.extend(Reader::new(bytes, Rank::from(from)).partials(hidden)?);
+                partials.extend(Reader::new(bytes, Rank::from(from)).partials(hidden)?);
             }
         }
-        Ok(received)
+        Ok(partials)
     }
 
     /// The partials that leave: one per expert, or one per token where a rank's partials are summed first.

@@ -4,12 +4,14 @@ mod contexts;
 mod exchange;
 mod experts;
 mod hop;
+mod parts;
 mod sample;
 mod timing;
 
 pub(crate) use contexts::Bulk;
 pub(crate) use exchange::expected;
 pub(crate) use hop::Hopped;
+pub(crate) use parts::{Part, Passage};
 pub(crate) use timing::TOGETHER_ROWS;
 
 use super::bounds;
@@ -24,7 +26,6 @@ use crate::options::{Combine, Overlap, Prefill};
 use crate::{EngineError, ModelSpec};
 use exflow_placement::{ExpertId, LayerId, PlacementTable, Rank, Route, Strategy};
 use exflow_transport::Communicator;
-use experts::Work;
 
 /// A token on this rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -36,6 +37,7 @@ pub(crate) struct Row {
 }
 
 /// Which tokens a step works on.
+#[derive(Debug, Clone)]
 pub(crate) struct Batch {
     pub(crate) decode: bool,
     /// This rank's tokens with their ids.
@@ -212,56 +214,6 @@ impl Stepper<'_> {
             list.batch
         };
         (upload(spec.shared.is_some(), pairs), upload(spec.dense.is_some(), pairs + count))
-    }
-
-    /// One layer of several ranks, with one read-back and one or two exchanges: attention and router, dispatch, experts,
-    /// combine. Returns the rows that are here afterwards.
-    pub(crate) fn layer(
-        &mut self,
-        layer: usize,
-        rows: Vec<Row>,
-        decode: bool,
-        captured: &mut Vec<Captured>,
-        bulk: &mut Bulk,
-    ) -> Result<Vec<Row>, EngineError> {
-        let _span = tracing::debug_span!("layer", layer, rows = rows.len()).entered();
-        // The context of a prompt is made in the step itself; a decoded token's may still be on its way.
-        self.await_contexts(layer, if decode { &rows } else { &[] })?;
-        // A prompt is prefilled where it lives; its tokens become coherent when they decode.
-        let strategy = if decode { self.strategy } else { Strategy::Vanilla };
-        let routed = self.attend(layer, &rows, strategy)?;
-        let Some(index) = self.spec().moe_index(layer) else {
-            self.gather_contexts(layer, &rows, &routed, bulk)?;
-            self.run_dense(layer, rows.len())?;
-            return Ok(rows);
-        };
-        if self.captures_routes(&rows)? {
-            self.capture_routes(captured, index, &rows, &routed.chosen, &routed.weights)?;
-        }
-        if decode {
-            self.count_stays(&rows, &routed);
-        }
-        if rows.first().is_some_and(|row| self.is_replicated(row)) {
-            return self.replicated_experts(layer, &rows, &routed);
-        }
-
-        let dispatched = self.dispatch(layer, &rows, &routed, decode)?;
-        self.gather_contexts(layer, &rows, &routed, bulk)?;
-        let mut work = Work::default();
-        let arrived = if self.overlap == Overlap::Off {
-            let arrived = self.arrive(dispatched, layer, rows.len())?;
-            self.run_own(layer, &rows, &routed, &mut work)?;
-            self.run_arrived(layer, &arrived, rows.len(), &mut work)?;
-            arrived
-        } else {
-            self.run_own(layer, &rows, &routed, &mut work)?;
-            self.run_as_they_come(dispatched, (layer, decode), rows.len(), &mut work)?
-        };
-
-        let stays = strategy == Strategy::Coherent && self.groups.is_empty();
-        let combines = !stays || self.spec().top_k > 1;
-        let received = if combines { self.exchange_partials(layer, &work, decode)? } else { Vec::new() };
-        self.settle(layer, &rows, &routed, &arrived, received, &mut work)
     }
 
     /// Attention and router of this rank's rows, and the plan of their routes.

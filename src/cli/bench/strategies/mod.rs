@@ -65,7 +65,7 @@ pub(crate) struct Args {
     #[arg(long)]
     no_auto: bool,
     /// In place of every strategy, schedule and table: what each part is worth, from the baseline of two exchanges a layer
-    /// to coherence, placement, both, and then with overlap, rows peer by peer, flow, the wrap and replicas one by one
+    /// to coherence, placement, both, and then with overlap, rows peer by peer, steps in halves, flow, the wrap and replicas one by one
     #[arg(long, conflicts_with_all = ["strategies", "schedules", "tables"])]
     ablations: bool,
     /// A grid of a minute: the bundled model, 4 ranks, 8 sequences, wan and local, two runs
@@ -157,8 +157,8 @@ const BUNDLED: &str = "examples/models/gpt-moe-16e";
 type SettingArgs = (Option<&'static str>, Overlap, Strategy, Schedule, TableName);
 
 /// Each differs from one before it by what its name says.
-const ABLATIONS: [SettingArgs; 9] = {
-    use Overlap::{Auto, Off, Own, Peers};
+const ABLATIONS: [SettingArgs; 10] = {
+    use Overlap::{Auto, Halves, Off, Own, Peers};
     use Schedule::{Flow, Rounds};
     use Strategy::{Coherent, Vanilla};
     [
@@ -168,6 +168,7 @@ const ABLATIONS: [SettingArgs; 9] = {
         (Some("both"), Off, Coherent, Rounds, TableName::Chain),
         (Some("+ overlap"), Own, Coherent, Rounds, TableName::Chain),
         (Some("+ peer by peer"), Peers, Coherent, Rounds, TableName::Chain),
+        (Some("+ halves"), Halves, Coherent, Rounds, TableName::Chain),
         (Some("+ flow"), Auto, Coherent, Flow, TableName::Chain),
         (Some("+ wrap"), Auto, Coherent, Flow, TableName::Affinity),
         (Some("+ replicas"), Auto, Coherent, Flow, TableName::Replicas),
