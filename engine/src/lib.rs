@@ -31,13 +31,16 @@ mod weights;
 #[cfg(test)]
 mod hostile_tests;
 
-pub use bench::{DeviceRates, KernelRate, bench_device, bench_kernels};
+pub use bench::{DeviceRates, KernelRate, bench_device, bench_kernels, tune};
 pub use chat::{ChatTemplate, Message};
 pub use cluster::{Cluster, work};
 pub use error::EngineError;
 pub use exflow_placement::{Affinity, PlacementTable, Rank, RoutingTrace, Strategy};
 pub use generate::{Completion, Generation, Hop, Request, TokenEvent};
-pub use gpu::{DeviceMemory, DeviceReport, KeptPipelines, Probe, devices, prepare_process, probe};
+pub use gpu::{
+    DeviceMemory, DeviceReport, FormTuning, KeptPipelines, Probe, TileUpTo, TuningReport, devices,
+    launch_threads_set, prepare_process, probe,
+};
 pub use logits::{LayerRouting, LogitsDump};
 pub use model::{ModelSpec, spec};
 pub use options::{

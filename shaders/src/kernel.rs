@@ -380,6 +380,11 @@ impl Kernel {
     }
 }
 
+/// Every text that kernels are made of, always in the same order: what is known of them holds as long as these are the same.
+pub fn texts() -> impl Iterator<Item = &'static str> {
+    Kernel::ALL.into_iter().map(Kernel::source).chain(SHARED.map(|(_, text)| text))
+}
+
 /// Texts that kernels import, by name under `shared/`.
 pub(crate) const SHARED: [(&str, &str); 8] = [
     ("weight", include_str!("../wgsl/shared/weight.wgsl")),

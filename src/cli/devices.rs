@@ -3,21 +3,30 @@
 use super::failure::Failure;
 use super::flags::LARGE_MODEL_BYTES;
 use super::output::{self, Format};
-use exflow::engine::{self, DeviceReport};
+use exflow::engine::{self, DeviceReport, FormTuning, TileUpTo};
 use exflow::report::byte_text;
 use serde_json::json;
 use std::fmt::Write;
 
-/// Lists every adapter of this machine, best first: what it can do, and how much memory is left
+/// Lists every adapter of this machine, best first: what it can do, which kernels it runs, and how much memory is left
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  exflow devices --format json")]
+#[command(after_help = "Example:\n  exflow devices --tune")]
 pub(crate) struct Args {
     /// How the result is written
     #[arg(long, value_enum, default_value = "text")]
     format: Format,
+    /// Measures which variants of the kernels are the quickest here, and keeps that for every later run
+    #[arg(long)]
+    pub(super) tune: bool,
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
+    if args.tune {
+        for device in engine::devices() {
+            let (name, seconds) = engine::tune(Some(&device.index.to_string()))?;
+            output::note(&format!("{name}: measured in {seconds:.1} s"));
+        }
+    }
     let devices = engine::devices();
     match args.format {
         Format::Json => output::json(&json!({ "devices": devices.iter().map(as_json).collect::<Vec<_>>() }))?,
@@ -55,8 +64,14 @@ fn describe(device: &DeviceReport) -> String {
         let _ = write!(text, "\n   {}", device.features.join(" "));
     }
     let _ = write!(text, "\n   kernels: {}", kernels(device));
+    if let Some(note) = &device.tuning.note {
+        let _ = write!(text, " (a file of measurements is ignored: {note})");
+    }
     if let Some(threads) = launch_threads(device) {
         let _ = write!(text, "; LP_NUM_THREADS {threads}");
+    }
+    for (form, of) in &device.tuning.weights {
+        let _ = write!(text, "\n   {}", variants(form, of));
     }
     if let Some(kept) = &device.kept {
         let bytes = kept.bytes.map_or("nothing yet".to_owned(), |bytes| byte_text(bytes as f64));
@@ -66,20 +81,31 @@ fn describe(device: &DeviceReport) -> String {
     text
 }
 
-/// Which variant of the kernels runs here; all of them give the same bits.
+/// What chose the variants of the kernels that run here; all of them give the same bits.
 fn kernels(device: &DeviceReport) -> &'static str {
-    let has = device.features.iter().any(|f| f == "subgroup");
-    match device.subgroup {
-        Some((smallest, _)) if has && smallest >= 8 => "subgroup",
-        _ => "plain",
-    }
+    if device.tuning.measured { "as measured here" } else { "by rules (--tune measures)" }
+}
+
+/// What runs on matrices of one form.
+fn variants(form: &str, of: &FormTuning) -> String {
+    let memory = if of.textures { "textures" } else { "buffers" };
+    let lanes = if of.subgroups { "subgroup" } else { "plain" };
+    let tiles = |tiles: &[TileUpTo]| {
+        let each: Vec<_> = tiles.iter().map(|of| format!("{} up to {}", of.tile, of.rows)).collect();
+        each.join(", ")
+    };
+    format!(
+        "{form:<4} {memory}, {lanes}; rows in a tile: {}; of experts: {}",
+        tiles(&of.linear),
+        tiles(&of.experts)
+    )
 }
 
 /// How many threads of its own lavapipe is left, on adapters that are CPUs.
 fn launch_threads(device: &DeviceReport) -> Option<String> {
-    (device.kind == "cpu").then(|| match std::env::var("LP_NUM_THREADS") {
-        Ok(set) => format!("{set}, as set"),
-        Err(_) => format!(
+    (device.kind == "cpu").then(|| match engine::launch_threads_set() {
+        Some(set) => format!("{set}, as set"),
+        None => format!(
             "0 for several ranks and models of less than {}, else its own choice",
             byte_text(LARGE_MODEL_BYTES as f64)
         ),
@@ -98,7 +124,7 @@ fn as_json(device: &DeviceReport) -> serde_json::Value {
         "memory": device.memory,
         "subgroup": device.subgroup,
         "features": device.features,
-        "kernels": kernels(device),
+        "kernels": device.tuning,
         "compiled_kernels": device.kept,
         "lp_num_threads": launch_threads(device),
     })

@@ -78,8 +78,8 @@ impl Verb {
             Self::Profile(args) => args.ranks.hosted(),
             Self::Plan(args) => args.ranks.hosted(),
             Self::Bench(args) => args.device_ranks(),
-            // Tells what the user has set.
-            Self::Devices(_) => 0,
+            // Launches are measured without a pool, whose threads others disturb.
+            Self::Devices(args) => usize::from(args.tune),
             Self::Place(_) | Self::Simulate(_) | Self::Report(_) | Self::Selftest(_) => 1,
             Self::Completions(_) | Self::Man(_) | Self::Doctor(_) | Self::Cert(_) => 1,
             Self::Worker(args) => flags::hosted(&args.model, 1),

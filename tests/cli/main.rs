@@ -138,6 +138,70 @@ fn compiled_kernels_are_kept_and_a_broken_file_is_made_anew() {
 }
 
 #[test]
+fn what_was_measured_is_what_runs() {
+    let caches = tempfile::tempdir().expect("a folder");
+    let run = |args: &[&str]| {
+        let output = command(args).env("XDG_CACHE_HOME", caches.path()).output().expect("exflow runs");
+        assert!(output.status.success(), "{args:?}:\n{}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    let kernels = || {
+        let value: Value = serde_json::from_str(&run(&["devices", "--format", "json"])).expect("JSON");
+        value["devices"][0]["kernels"].clone()
+    };
+    let rules = kernels();
+    assert_eq!(rules["measured"], false);
+    let path = rules["path"].as_str().expect("a place for the file").to_owned();
+    assert!(Path::new(&path).starts_with(caches.path()) && !Path::new(&path).exists());
+    assert!(run(&["devices", "--tune"]).contains("as measured here"));
+    assert_eq!(kernels()["measured"], true);
+
+    // Another choice than the rules' and than any measured one, by hand: the launches follow it, the text stays.
+    let model = tiny();
+    let launches = |name: &str| -> (String, Vec<(u64, bool, bool)>) {
+        let trace = caches.path().join(name);
+        let out = run(&[
+            "generate",
+            "-m",
+            utf8(model.path()),
+            "--prompt-ids",
+            "1,2,3",
+            "-n",
+            "4",
+            "--trace-out",
+            utf8(&trace),
+        ]);
+        let events: Value = serde_json::from_slice(&fs::read(&trace).expect("a trace")).expect("JSON");
+        let all = events.as_array().expect("events").iter().map(|event| &event["args"]);
+        let linear = all.filter(|args| args["kernel"].as_str().is_some_and(|name| name.contains("linear")));
+        let bool_of = |value: &Value| value.to_string().contains("true");
+        let number = |value: &Value| value.to_string().trim_matches('"').parse().expect("a number");
+        let of =
+            |args: &Value| (number(&args["tile"]), bool_of(&args["subgroup"]), bool_of(&args["texture"]));
+        (out, linear.map(of).collect())
+    };
+    let (measured, _) = launches("measured.json");
+    let mut file: Value = serde_json::from_slice(&fs::read(&path).expect("a file")).expect("JSON");
+    file["weights"]["f32"] = serde_json::json!({
+        "textures": false, "subgroups": false,
+        "linear": [{ "rows": 1, "tile": 4 }], "experts": [{ "rows": 1, "tile": 8 }],
+    });
+    fs::write(&path, file.to_string()).expect("writes");
+    let (forced, linear) = launches("forced.json");
+    assert_eq!(forced, measured, "the same text");
+    if !linear.is_empty() {
+        assert!(linear.iter().all(|launch| *launch == (4, false, false)), "{linear:?}");
+    }
+    assert!(run(&["devices"]).contains("f32  buffers, plain; rows in a tile: 4 up to 1"));
+
+    // A file about another driver is told of and passed over.
+    file["subject"]["driver"] = "another".into();
+    fs::write(&path, file.to_string()).expect("writes");
+    assert!(run(&["devices"]).contains("is ignored: measured with another version of its driver"));
+    assert_eq!((kernels()["measured"].clone(), launches("stale.json").0), (false.into(), measured));
+}
+
+#[test]
 fn completions_and_manual_know_every_verb() {
     for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
         let (out, err) = succeeded(&["completions", shell]);

@@ -2,9 +2,11 @@
 
 mod device;
 mod kernels;
+mod tune;
 
 pub use device::{DeviceRates, bench_device};
 pub use kernels::{KernelRate, bench_kernels};
+pub use tune::tune;
 
 use crate::EngineError;
 use crate::gpu::{Buffer, Gpu, Recording};

@@ -3,7 +3,7 @@
 use super::Gpu;
 use crate::EngineError;
 use bytemuck::Pod;
-use exflow_shaders::IMAGE_WIDTH;
+use exflow_shaders::{IMAGE_WIDTH, Weights};
 
 /// What a buffer is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -143,17 +143,28 @@ impl Gpu {
     }
 
     /// A matrix of units as kernels read it best: CPUs load texels much faster than 16 bytes of a buffer.
-    pub(crate) fn matrix(&self, label: &str, units: Vec<[u32; 4]>) -> Result<Buffer, EngineError> {
-        match self.prefers_image(UNIT_BYTES * units.len() as u64, 4) {
+    pub(crate) fn matrix(
+        &self,
+        label: &str,
+        form: Weights,
+        units: Vec<[u32; 4]>,
+    ) -> Result<Buffer, EngineError> {
+        let bytes = UNIT_BYTES * units.len() as u64;
+        match self.wants_textures(form) && self.fits_image(bytes, 4) {
             true => Ok(self.image_of(label, units)),
             false => self.buffer_of(label, &units),
         }
     }
 
     /// Memory for a matrix of so many units, for copies to fill.
-    pub(super) fn empty_matrix(&self, label: &str, units: usize) -> Result<Buffer, EngineError> {
+    pub(super) fn empty_matrix(
+        &self,
+        label: &str,
+        form: Weights,
+        units: usize,
+    ) -> Result<Buffer, EngineError> {
         let bytes = UNIT_BYTES * units as u64;
-        match self.prefers_image(bytes, 4) {
+        match self.wants_textures(form) && self.fits_image(bytes, 4) {
             true => Ok(self.image(label, units.clamp(1, IMAGE_WIDTH), units, 4)),
             false => self.buffer(label, bytes, Usage::Storage),
         }
@@ -161,7 +172,7 @@ impl Gpu {
 
     /// Zeroed memory of `words` words for a cache whose elements are `per_texel` words.
     pub(crate) fn cache(&self, label: &str, words: u64, per_texel: u32) -> Result<Buffer, EngineError> {
-        match self.prefers_image(4 * words, per_texel) {
+        match self.is_cpu() && self.fits_image(4 * words, per_texel) {
             true => {
                 Ok(self.image(label, IMAGE_WIDTH, words.div_ceil(u64::from(per_texel)) as usize, per_texel))
             }
@@ -191,9 +202,9 @@ impl Gpu {
         buffer
     }
 
-    fn prefers_image(&self, bytes: u64, words: u32) -> bool {
+    fn fits_image(&self, bytes: u64, words: u32) -> bool {
         let rows = bytes.div_ceil(4 * u64::from(words) * IMAGE_WIDTH as u64);
-        self.is_cpu() && bytes <= MAX_IMAGE_BYTES && rows <= u64::from(self.max_image_rows())
+        bytes <= MAX_IMAGE_BYTES && rows <= u64::from(self.max_image_rows())
     }
 
     fn image(&self, label: &str, width: usize, texels: usize, words: u32) -> Buffer {

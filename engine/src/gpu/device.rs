@@ -4,7 +4,9 @@ use super::idle::{self, Idle};
 use super::kept::Kept;
 use super::pipelines::{PipelineCache, Pipelines};
 use super::report::Candidate;
+use super::tuning::{Cut, Tuning, form_name};
 use crate::EngineError;
+use exflow_shaders::Weights;
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -30,6 +32,7 @@ pub(crate) struct Gpu {
     adapter: usize,
     is_cpu: bool,
     hands_over: bool,
+    tuning: Tuning,
 }
 
 /// Bytes that may wait for their way to the device.
@@ -45,10 +48,13 @@ impl Gpu {
         let Candidate { adapter, report } = super::report::choose(wanted, rank)?;
         let Idle { device, queue, pipelines, kept, failure } =
             idle::take(report.index, &report.name).map_or_else(|| make(&adapter, &report.name), Ok)?;
+        if let Some(note) = &report.tuning.note {
+            tracing::info!("{}: {note}; rules choose its kernels", report.name);
+        }
         Ok(Self {
             is_cpu: report.kind == "cpu",
-            hands_over: device.features().contains(wgpu::Features::SUBGROUP)
-                && report.subgroup.is_some_and(|(smallest, _)| smallest >= 8),
+            hands_over: device.features().contains(wgpu::Features::SUBGROUP) && report.has_lanes(),
+            tuning: if report.tuning.measured { report.tuning.weights } else { Tuning::new() },
             name: report.name,
             adapter: report.index,
             known: pipelines.len(),
@@ -68,6 +74,11 @@ impl Gpu {
     /// The adapter's name, for reports.
     pub(crate) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Its adapter's place among this machine's.
+    pub(crate) fn adapter(&self) -> usize {
+        self.adapter
     }
 
     /// Bytes that this device has allocated, where the driver's interface tells.
@@ -97,8 +108,18 @@ impl Gpu {
     }
 
     /// Whether lanes can hand each other values: subgroups of eight lanes at least.
-    pub(super) fn hands_over(&self) -> bool {
+    pub(crate) fn hands_over(&self) -> bool {
         self.hands_over
+    }
+
+    /// How matrices in this form are worked on.
+    pub(crate) fn cut(&self, form: Weights) -> Cut<'_> {
+        Cut { form, tuned: self.tuning.get(&form_name(form)) }
+    }
+
+    /// Whether matrices in this form are textures, where they fit into one.
+    pub(super) fn wants_textures(&self, form: Weights) -> bool {
+        self.cut(form).tuned.map_or(self.is_cpu, |of| of.textures)
     }
 
     pub(super) fn uniform_alignment(&self) -> u64 {

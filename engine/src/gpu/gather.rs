@@ -3,6 +3,7 @@
 use super::Gpu;
 use super::buffer::{Buffer, Memory, UNIT_BYTES, Usage};
 use crate::EngineError;
+use exflow_shaders::Weights;
 
 /// Consecutive units of a buffer.
 #[derive(Clone, Copy)]
@@ -13,17 +14,17 @@ pub(crate) struct Part<'a> {
 }
 
 impl Gpu {
-    /// The parts one behind the other, in memory of the kind that [`Gpu::matrix`] takes; `as_matrix` false: in a buffer.
+    /// The parts one behind the other, in memory of the kind that [`Gpu::matrix`] takes for that form; `None`: in a buffer.
     pub(crate) fn gather(
         &self,
         label: &str,
         parts: &[Part<'_>],
-        as_matrix: bool,
+        form: Option<Weights>,
     ) -> Result<Buffer, EngineError> {
         let units: usize = parts.iter().map(|part| part.units).sum();
-        let whole = match as_matrix {
-            true => self.empty_matrix(label, units)?,
-            false => self.buffer(label, UNIT_BYTES * units as u64, Usage::Storage)?,
+        let whole = match form {
+            Some(form) => self.empty_matrix(label, form, units)?,
+            None => self.buffer(label, UNIT_BYTES * units as u64, Usage::Storage)?,
         };
         let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         let mut at = 0;
@@ -101,8 +102,8 @@ mod tests {
         let unit = |i: usize| [i as u32, 1, 2, 3];
         let units = |range: std::ops::Range<usize>| range.map(unit).collect::<Vec<_>>();
         // One of several rows, one of less than a row, and a buffer.
-        let long = gpu.matrix("long", units(0..70_000)).expect("long");
-        let short = gpu.matrix("short", units(100_000..100_700)).expect("short");
+        let long = gpu.matrix("long", Weights::F32, units(0..70_000)).expect("long");
+        let short = gpu.matrix("short", Weights::F32, units(100_000..100_700)).expect("short");
         let plain = gpu.buffer_of("plain", &units(200_000..220_000)).expect("plain");
         let parts = [
             (&long, 0, 40_000, 0),
@@ -114,13 +115,13 @@ mod tests {
         let expected: Vec<[u32; 4]> =
             parts.iter().flat_map(|(_, first, n, base)| units(base + first..base + first + n)).collect();
         let parts = parts.map(|(of, first, units, _)| Part { of, first, units });
-        for as_matrix in [true, false] {
-            let whole = gpu.gather("whole", &parts, as_matrix).expect("gathered");
+        for form in [Some(Weights::F32), None] {
+            let whole = gpu.gather("whole", &parts, form).expect("gathered");
             let mut recording = Recording::new(&gpu);
             recording.read::<[u32; 4]>(&whole, 0, expected.len());
             let read = recording.submit().and_then(|submission| submission.fetch()).expect("read");
             let got: &[[u32; 4]] = bytemuck::cast_slice(&read[0]);
-            assert!(got == expected, "as_matrix: {as_matrix}");
+            assert!(got == expected, "{form:?}");
         }
     }
 }

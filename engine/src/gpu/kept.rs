@@ -65,10 +65,15 @@ pub(super) fn report(info: &wgpu::AdapterInfo) -> Option<KeptPipelines> {
 
 fn path(info: &wgpu::AdapterInfo) -> Option<PathBuf> {
     let name = wgpu::util::pipeline_cache_key(info)?;
-    Some(folder(&|variable| std::env::var_os(variable))?.join(name).with_extension("bin"))
+    Some(user_folder()?.join(name).with_extension("bin"))
 }
 
-/// exflow's folder among the user's caches.
+/// exflow's folder among this user's caches.
+pub(super) fn user_folder() -> Option<PathBuf> {
+    folder(&|variable| std::env::var_os(variable))
+}
+
+/// Where it is by the environment.
 fn folder(variable: &dyn Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
     let absolute = |name| variable(name).map(PathBuf::from).filter(|path| path.is_absolute());
     absolute("XDG_CACHE_HOME")

@@ -11,6 +11,7 @@ mod probe;
 mod recording;
 mod report;
 mod stamps;
+mod tuning;
 
 pub(crate) use buffer::{Buffer, Usage};
 pub(crate) use device::Gpu;
@@ -20,4 +21,6 @@ pub use memory::DeviceMemory;
 pub use probe::{Probe, probe};
 pub(crate) use recording::Recording;
 pub(crate) use report::chosen;
-pub use report::{DeviceReport, devices, prepare_process};
+pub use report::{DeviceReport, devices, launch_threads_set, prepare_process};
+pub(crate) use tuning::{Cut, EXPERT_ROWS, LINEAR_ROWS, Tuning, form_name};
+pub use tuning::{FormTuning, TileUpTo, TuningReport};

@@ -13,6 +13,7 @@ enum Size {
 
 struct Launch {
     kernel: Kernel,
+    variant: Variant,
     pipeline: wgpu::ComputePipeline,
     bind_group: wgpu::BindGroup,
     /// Where its parameters are in their buffer.
@@ -84,12 +85,14 @@ impl<'g> Recording<'g> {
         size: Size,
     ) {
         let (block, params_offset) = self.put(bytemuck::bytes_of(params));
-        let bound = self.gpu.params_buffer(block).and_then(|params| {
-            self.gpu.bound(kernel, self.gpu.runs(kernel, variant, buffers), &params, buffers)
-        });
+        let variant = self.gpu.runs(kernel, variant, buffers);
+        let bound = self
+            .gpu
+            .params_buffer(block)
+            .and_then(|params| self.gpu.bound(kernel, variant, &params, buffers));
         match bound {
             Ok((pipeline, bind_group)) => {
-                self.launches.push(Launch { kernel, pipeline, bind_group, params_offset, size });
+                self.launches.push(Launch { kernel, variant, pipeline, bind_group, params_offset, size });
             }
             Err(e) => drop(self.failure.get_or_insert(e)),
         }
@@ -125,7 +128,7 @@ impl<'g> Recording<'g> {
             gpu.write(&gpu.params_buffer(block)?, 0, bytes);
         }
         let mut encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        let stamps = gpu.stamps(self.launches.iter().map(|launch| launch.kernel));
+        let stamps = gpu.stamps(self.launches.iter().map(|launch| (launch.kernel, launch.variant)));
         if !self.launches.is_empty() {
             let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
             stamps.iter().for_each(|stamps| stamps.write(&mut pass, 0));

@@ -1,7 +1,10 @@
 //! Which adapters this machine has, and which one a rank takes.
 
+use super::tuning::{FormTuning, Subject, TuningReport, form_name};
 use crate::EngineError;
+use exflow_shaders::Weights;
 use serde::Serialize;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What one adapter can do.
 #[derive(Debug, Clone, Serialize)]
@@ -28,6 +31,8 @@ pub struct DeviceReport {
     pub features: Vec<String>,
     /// Where its compiled kernels are kept, where its interface offers that.
     pub kept: Option<super::KeptPipelines>,
+    /// Which variants of the matrix kernels it runs.
+    pub tuning: super::TuningReport,
 }
 
 pub(super) struct Candidate {
@@ -38,6 +43,16 @@ pub(super) struct Candidate {
 /// Every adapter of this machine, best first.
 pub fn devices() -> Vec<DeviceReport> {
     candidates().into_iter().map(|c| c.report).collect()
+}
+
+/// What lavapipe takes its number of threads from.
+const LAUNCH_THREADS: &str = "LP_NUM_THREADS";
+/// Whether this process chose it.
+static OURS: AtomicBool = AtomicBool::new(false);
+
+/// `LP_NUM_THREADS` where the user, not [`prepare_process`], has set it.
+pub fn launch_threads_set() -> Option<String> {
+    std::env::var(LAUNCH_THREADS).ok().filter(|_| !OURS.load(Ordering::Relaxed))
 }
 
 /// Sets what drivers read from the environment, where the user has not:
@@ -55,8 +70,9 @@ pub fn prepare_process(ranks: usize) {
             unsafe { std::env::set_var(name, value) };
         }
     };
-    if ranks > 0 {
-        set("LP_NUM_THREADS", "0".as_ref());
+    if ranks > 0 && std::env::var_os(LAUNCH_THREADS).is_none() {
+        set(LAUNCH_THREADS, "0".as_ref());
+        OURS.store(true, Ordering::Relaxed);
     }
     if cfg!(target_os = "linux") {
         set("XDG_RUNTIME_DIR", std::env::temp_dir().as_os_str());
@@ -141,7 +157,7 @@ fn report(index: usize, adapter: &wgpu::Adapter) -> DeviceReport {
         (wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX, "cooperative-matrix"),
     ];
     let has = adapter.features();
-    DeviceReport {
+    let mut report = DeviceReport {
         index,
         backend: format!("{:?}", info.backend).to_lowercase(),
         kind: kind(info.device_type).to_owned(),
@@ -153,5 +169,46 @@ fn report(index: usize, adapter: &wgpu::Adapter) -> DeviceReport {
         kept: super::kept::report(&info).filter(|_| has.contains(wgpu::Features::PIPELINE_CACHE)),
         memory: super::memory::of(adapter, info.device_type == wgpu::DeviceType::Cpu),
         name: info.name,
+        tuning: TuningReport::default(),
+    };
+    report.tuning = report.tuned();
+    report
+}
+
+impl DeviceReport {
+    /// Whether lanes can hand each other values: subgroups of eight lanes at least.
+    pub(super) fn has_lanes(&self) -> bool {
+        self.features.iter().any(|feature| feature == "subgroup")
+            && self.subgroup.is_some_and(|(smallest, _)| smallest >= 8)
+    }
+
+    /// What its file of measurements is about.
+    pub(super) fn subject(&self) -> Subject {
+        Subject::of(&self.name, &self.backend, &self.driver)
+    }
+
+    /// What its file of measurements says, and the rules where it says nothing.
+    fn tuned(&self) -> TuningReport {
+        let subject = self.subject();
+        let path = subject.path();
+        let (measured, note) = match path.as_ref().map_or(Ok(None), |path| subject.read(path)) {
+            Ok(found) => (found, None),
+            Err(why) => (None, Some(why)),
+        };
+        let (textures, subgroups) = (self.kind == "cpu", self.has_lanes());
+        let rule = |form| (form_name(form), FormTuning::by_rule(form, textures, subgroups));
+        let mut weights: super::Tuning = Weights::ALL.into_iter().map(rule).collect();
+        let is_measured = measured.is_some();
+        weights.extend(measured.into_iter().flatten());
+        TuningReport { path, measured: is_measured, note, weights }
+    }
+
+    /// Keeps what was measured of it in its file.
+    pub(crate) fn keep_tuning(&self, weights: &super::Tuning) -> Result<(), EngineError> {
+        let subject = self.subject();
+        let path = subject.path().ok_or_else(|| {
+            EngineError::usage("there is no folder for caches", "set XDG_CACHE_HOME or HOME to a folder")
+        })?;
+        subject.write(&path, weights)
     }
 }

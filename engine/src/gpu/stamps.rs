@@ -2,7 +2,7 @@
 
 use super::Gpu;
 use crate::EngineError;
-use exflow_shaders::Kernel;
+use exflow_shaders::{Kernel, Variant};
 
 /// More than wgpu puts into a set.
 const MOST: usize = 4096;
@@ -12,14 +12,17 @@ pub(super) struct Stamps {
     set: wgpu::QuerySet,
     resolved: wgpu::Buffer,
     read_back: wgpu::Buffer,
-    kernels: Vec<Kernel>,
+    launches: Vec<(Kernel, Variant)>,
 }
 
 impl Gpu {
     /// Timestamps for these launches, where the device has a clock and spans at level `trace` are asked for.
-    pub(super) fn stamps(&self, kernels: impl ExactSizeIterator<Item = Kernel>) -> Option<Stamps> {
+    pub(super) fn stamps(
+        &self,
+        launches: impl ExactSizeIterator<Item = (Kernel, Variant)>,
+    ) -> Option<Stamps> {
         let has_clock = self.device.features().contains(wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES);
-        let count = kernels.len() + 1;
+        let count = launches.len() + 1;
         if !has_clock || !tracing::enabled!(tracing::Level::TRACE) || count > MOST {
             return None;
         }
@@ -40,7 +43,7 @@ impl Gpu {
             set,
             resolved: buffer(wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC),
             read_back: buffer(wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST),
-            kernels: kernels.collect(),
+            launches: launches.collect(),
         })
     }
 }
@@ -53,7 +56,7 @@ impl Stamps {
 
     /// Records what brings the timestamps back.
     pub(super) fn resolve(&self, encoder: &mut wgpu::CommandEncoder) {
-        encoder.resolve_query_set(&self.set, 0..self.kernels.len() as u32 + 1, &self.resolved, 0);
+        encoder.resolve_query_set(&self.set, 0..self.launches.len() as u32 + 1, &self.resolved, 0);
         encoder.copy_buffer_to_buffer(&self.resolved, 0, &self.read_back, 0, self.resolved.size());
     }
 
@@ -73,9 +76,10 @@ impl Stamps {
             self.read_back.slice(..).get_mapped_range().map_err(|e| lost(format!("timestamps: {e}")))?;
         let ticks: Vec<u64> = bytemuck::pod_collect_to_vec(&view);
         let period_ns = f64::from(gpu.queue.get_timestamp_period());
-        for (kernel, ends) in self.kernels.iter().zip(ticks.windows(2)) {
+        for ((kernel, variant), ends) in self.launches.iter().zip(ticks.windows(2)) {
             let us = ends[1].saturating_sub(ends[0]) as f64 * period_ns / 1e3;
-            tracing::trace!(kernel = kernel.name(), us, "launch");
+            let (tile, subgroup, texture) = (variant.tile_rows(), variant.subgroup, variant.image);
+            tracing::trace!(kernel = kernel.name(), us, tile, subgroup, texture, "launch");
         }
         Ok(())
     }

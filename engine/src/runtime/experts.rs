@@ -1,7 +1,7 @@
 //! Lists of (token, expert) pairs for one launch of this rank's experts.
 
-use crate::model::decoder::{ExpertBatch, tile_for_each};
-use exflow_shaders::Weights;
+use crate::gpu::Cut;
+use crate::model::decoder::ExpertBatch;
 use exflow_shaders::params::{Pair, Tile};
 
 /// Pairs sorted by local expert and cut into tiles, ready for upload behind those of earlier batches.
@@ -13,16 +13,16 @@ pub(crate) struct PairList {
 }
 
 impl PairList {
-    /// Sorts `pairs` by expert (the order within an expert stays) and cuts them for weights of that form; the lists will
+    /// Sorts `pairs` by expert (the order within an expert stays) and cuts them as `cut` says; the lists will
     /// lie behind so many (pairs, tiles).
     pub(crate) fn new(
         mut pairs: Vec<Pair>,
         (pairs_before, tiles_before): (usize, usize),
-        form: Weights,
+        cut: Cut<'_>,
     ) -> Self {
         pairs.sort_by_key(|pair| pair.expert);
         let distinct = pairs.chunk_by(|a, b| a.expert == b.expert).count();
-        let variant = tile_for_each(pairs.len() / distinct.max(1), form);
+        let variant = cut.each(pairs.len() / distinct.max(1));
         let mut tiles = Vec::new();
         let mut first = 0;
         for group in pairs.chunk_by(|a, b| a.expert == b.expert) {
@@ -43,23 +43,24 @@ impl PairList {
     }
 
     /// Rows `rows` through one FFN that every token takes; their partials start at `first_slot`.
-    pub(crate) fn every(rows: &[u32], first_slot: u32, before: (usize, usize), form: Weights) -> Self {
+    pub(crate) fn every(rows: &[u32], first_slot: u32, before: (usize, usize), cut: Cut<'_>) -> Self {
         let pair =
             |(i, &row): (usize, &u32)| Pair { row, slot: first_slot + i as u32, weight: 1.0, expert: 0 };
-        Self::new(rows.iter().enumerate().map(pair).collect(), before, form)
+        Self::new(rows.iter().enumerate().map(pair).collect(), before, cut)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use exflow_shaders::Weights;
 
     #[test]
     fn every_pair_is_in_one_tile_of_its_expert() {
         let experts = [3, 1, 3, 3, 1, 3, 3, 3, 3, 3, 3, 3, 3];
         let pairs = experts.iter().enumerate();
         let pairs = pairs.map(|(i, &expert)| Pair { row: i as u32, slot: i as u32, weight: 1.0, expert });
-        let list = PairList::new(pairs.collect(), (10, 5), Weights::F32);
+        let list = PairList::new(pairs.collect(), (10, 5), Cut::rules(Weights::F32));
         assert_eq!(list.batch.expect("not empty").first_tile, 5);
         let mut seen = 0;
         for tile in &list.tiles {

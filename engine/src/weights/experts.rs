@@ -101,10 +101,10 @@ impl Loader<'_> {
         let like =
             like.ok_or_else(|| EngineError::Internal(format!("{label}: no experts to put together")))?;
         let units = weights.iter().map(|part| part.units).sum();
-        let weight = Matrix { buffer: self.gpu.gather(label, &weights, true)?, units, ..like };
+        let weight = Matrix { buffer: self.gpu.gather(label, &weights, Some(like.form))?, units, ..like };
         let bias = match biases.is_empty() {
             true => None,
-            false => Some(self.gpu.gather(label, &biases, false)?),
+            false => Some(self.gpu.gather(label, &biases, None)?),
         };
         Ok(Dense { weight, bias })
     }

@@ -309,7 +309,7 @@ impl Loader<'_> {
         (height, width): (usize, usize),
     ) -> Result<Matrix, EngineError> {
         let count = units.len();
-        let buffer = self.gpu.matrix(name, units)?;
+        let buffer = self.gpu.matrix(name, form, units)?;
         Ok(Matrix { buffer, form, height4: height / 4, width4: width / 4, units: count })
     }
 

@@ -1,6 +1,6 @@
 //! Experts, the shared expert and dense FFNs: lists of (row, expert) pairs through two matrices.
 
-use super::{Decoder, tile_for_each};
+use super::Decoder;
 use crate::gpu::{Buffer, Recording};
 use crate::weights::{Ffn, LayerFfn, Matrix};
 use exflow_shaders::{Kernel, Variant, params};
@@ -44,7 +44,7 @@ impl Decoder {
         };
         let pairs = rows * spec.top_k;
         let of = &experts.ffn;
-        let tile = tile_for_each(pairs / spec.experts, of.up.weight.form);
+        let tile = self.gpu.cut(of.up.weight.form).each(pairs / spec.experts);
         let variant = Variant { activation: of.spec.activation, ..tile };
         // Of a single row the router wrote the lists.
         if rows > 1 {

@@ -9,12 +9,12 @@ pub(crate) use experts::{ExpertBatch, LocalFfn};
 pub(crate) use pieces::Piece;
 
 use crate::EngineError;
-use crate::gpu::{Buffer, Gpu, Recording};
+use crate::gpu::{Buffer, Cut, Gpu, Recording};
 use crate::model::ModelSpec;
 use crate::model::scratch::Scratch;
 use crate::weights::{Dense, LayerFfn, LayerWeights, Matrix, ModelWeights, Norm};
 use exflow_shaders::params::score;
-use exflow_shaders::{Cache, Kernel, LANE_COLUMNS4, RowTile, Variant, Weights, params};
+use exflow_shaders::{Cache, Kernel, LANE_COLUMNS4, Variant, params};
 
 /// One rank's part of a model, on its device.
 pub(crate) struct Decoder {
@@ -27,32 +27,6 @@ pub(crate) struct Decoder {
     cache_slots: usize,
     /// How the cache holds them.
     pub(crate) cache_form: Cache,
-}
-
-/// The variant for `rows` rows of a matrix in this form: weights are dear to load, so that a tile pays from two rows on.
-/// Tiles of 16 pay only where no registers are needed to widen weights.
-pub(crate) fn tile_for(rows: usize, weights: Weights) -> Variant {
-    let tile = match rows {
-        0..2 => RowTile::One,
-        2 => RowTile::Two,
-        3..5 => RowTile::Four,
-        9.. if weights == Weights::F32 => RowTile::Sixteen,
-        _ => RowTile::Eight,
-    };
-    Variant { tile, weights, subgroup: true, ..Variant::default() }
-}
-
-/// The variant for matrices that have `rows` rows each on average: tiles are cut for each, and their rests are work
-/// that is thrown away.
-pub(crate) fn tile_for_each(rows: usize, weights: Weights) -> Variant {
-    let tile = match rows {
-        0..2 => RowTile::One,
-        2 => RowTile::Two,
-        3..6 => RowTile::Four,
-        64.. if weights == Weights::F32 => RowTile::Sixteen,
-        _ => RowTile::Eight,
-    };
-    Variant { tile, ..tile_for(rows, weights) }
 }
 
 impl Decoder {
@@ -86,6 +60,11 @@ impl Decoder {
     /// contents are lost.
     pub(crate) fn reserve(&mut self, rows: usize, heads: usize) -> Result<(), EngineError> {
         self.scratch.reserve(&self.gpu, &self.spec, rows, heads).map(|_| ())
+    }
+
+    /// How this rank's experts and dense FFNs are worked on.
+    pub(crate) fn cut(&self) -> Cut<'_> {
+        self.gpu.cut(self.weights.form)
     }
 
     pub(crate) fn record(&self) -> Recording<'_> {
@@ -287,7 +266,7 @@ impl Decoder {
         heads: usize,
         rows: usize,
     ) {
-        let variant = tile_for(rows, product.weight.form);
+        let variant = self.gpu.cut(product.weight.form).linear(rows);
         let (w_units, w_stride) = product.weight.form.units(4 * k4);
         let p = params::Linear {
             rows: rows as u32,

@@ -119,7 +119,7 @@ impl Stepper<'_> {
             pairs.push(Pair { row: row_index as u32, slot, weight, expert: local });
         }
         self.stats.pairs += pairs.len() as u64;
-        Ok(PairList::new(pairs, (work.pairs, work.tiles), self.decoder.weights.form))
+        Ok(PairList::new(pairs, (work.pairs, work.tiles), self.decoder.cut()))
     }
 
     pub(super) fn upload(&self, list: &PairList, work: &mut Work) {
@@ -136,7 +136,7 @@ impl Stepper<'_> {
         let identity: Vec<u32> = (0..rows as u32).collect();
         gpu.write(&s.source, 0, &identity);
         gpu.write(&s.dense_slots, 0, &identity);
-        let list = PairList::every(&identity, 0, (0, 0), self.decoder.weights.form);
+        let list = PairList::every(&identity, 0, (0, 0), self.decoder.cut());
         self.upload(&list, &mut Work::default());
         let mut r = self.decoder.record();
         if let Some(batch) = list.batch {
@@ -206,9 +206,7 @@ impl Stepper<'_> {
         self.decoder.gpu.write(&s.source, 0, &source);
         self.decoder.gpu.write(&s.slots, 0, &slots);
         let shared = match self.spec().shared {
-            Some(_) => {
-                PairList::every(&source, first_shared, (work.pairs, work.tiles), self.decoder.weights.form)
-            }
+            Some(_) => PairList::every(&source, first_shared, (work.pairs, work.tiles), self.decoder.cut()),
             None => PairList::default(),
         };
         self.upload(&shared, work);

@@ -205,7 +205,7 @@ impl Stepper<'_> {
         // A gate writes the shared expert's weights into its list, so that dense layers have one of their own.
         let upload = |wanted: bool, before: usize| {
             let list = if wanted {
-                PairList::every(&rows, pairs as u32, (before, before), self.decoder.weights.form)
+                PairList::every(&rows, pairs as u32, (before, before), self.decoder.cut())
             } else {
                 PairList::default()
             };

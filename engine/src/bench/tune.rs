@@ -1,0 +1,283 @@
+//! A short measured tuning: for each form of weights the quickest of the variants that give the same bits, kept in a file
+//! that every later process of this user goes by.
+
+use crate::EngineError;
+use crate::gpu::{
+    Buffer, Cut, EXPERT_ROWS, FormTuning, Gpu, LINEAR_ROWS, Recording, TileUpTo, Tuning, Usage, devices,
+    form_name,
+};
+use crate::weights::pack;
+use exflow_shaders::params::{self, Pair, Tile};
+use exflow_shaders::{Activation, Kernel, LANE_COLUMNS4, RowTile, Variant, Weights};
+use std::time::Instant;
+
+/// Measures the adapter that `adapter` names (the best one: `None`), keeps what was found in its file, and returns the
+/// adapter's name with the seconds that it took.
+///
+/// # Errors
+/// No such adapter, one that fails, or no folder to keep the file in.
+pub fn tune(adapter: Option<&str>) -> Result<(String, f64), EngineError> {
+    let gpu = Gpu::open(adapter, 0)?;
+    let started = Instant::now();
+    let tuning = measure(&gpu)?;
+    let report = devices().into_iter().find(|device| device.index == gpu.adapter());
+    let report = report.ok_or_else(|| EngineError::gpu("the adapter is gone", "try again"))?;
+    report.keep_tuning(&tuning)?;
+    Ok((report.name, started.elapsed().as_secs_f64()))
+}
+
+/// What another variant must gain on the one that the rules choose: less is noise.
+const GAIN: f64 = 0.9;
+/// Candidates are measured in turn so often: whoever else computes here disturbs all of them alike.
+const PASSES: usize = 3;
+/// Experts of the grouped launches, and half of the average that each of them has in rows: loads differ.
+const HALVES: [usize; 8] = [1, 2, 4, 2, 0, 2, 3, 2];
+
+fn measure(gpu: &Gpu) -> Result<Tuning, EngineError> {
+    let of = |form| Ok((form_name(form), Probe::new(gpu, form)?.tuned()?));
+    Weights::ALL.into_iter().map(of).collect()
+}
+
+/// Matrices in one form with rows for them.
+struct Probe<'g> {
+    gpu: &'g Gpu,
+    form: Weights,
+    /// vec4s of rows and of columns of a matrix.
+    side4: usize,
+    /// Two matrices for each of the experts; products take the first of them.
+    units: Vec<pack::Unit>,
+    /// `[64 * 8, side]` rows that are read, and as many that are written.
+    rows: [Buffer; 2],
+}
+
+/// Where the matrices are.
+struct Way {
+    matrix: Buffer,
+    experts: Buffer,
+    textures: bool,
+    subgroups: bool,
+}
+
+impl<'g> Probe<'g> {
+    fn new(gpu: &'g Gpu, form: Weights) -> Result<Self, EngineError> {
+        // Beyond what launches themselves cost, and within a second.
+        let side4 = if gpu.is_cpu() { 96 } else { 256 };
+        let side = 4 * side4;
+        let value = |i: usize| (i.wrapping_mul(2_654_435_761) % 2001) as f32 / 1000.0 - 1.0;
+        let values: Vec<f32> = (0..side * side).map(value).collect();
+        let shape = pack::Shape { height: side, columns: side };
+        let one = pack::pack(form, &values, shape)
+            .map_err(|value| EngineError::Internal(format!("{value} is beyond what {form:?} holds")))?;
+        let most = EXPERT_ROWS.last().map_or(0, |rows| pairs(*rows).0.len());
+        let x: Vec<f32> = (0..most * side).map(value).collect();
+        let written = gpu.buffer("rows of the tuning", 4 * (most * side) as u64, Usage::Storage)?;
+        let rows = [gpu.buffer_of("rows of the tuning", &x)?, written];
+        Ok(Self { gpu, form, side4, units: one.repeat(2 * HALVES.len()), rows })
+    }
+
+    fn way(&self, textures: bool, subgroups: bool) -> Result<Way, EngineError> {
+        let place = |units: &[pack::Unit]| match textures {
+            true => Ok(self.gpu.image_of("matrices of the tuning", units.to_vec())),
+            false => self.gpu.buffer_of("matrices of the tuning", units),
+        };
+        let matrix = place(&self.units[..self.units.len() / (2 * HALVES.len())])?;
+        Ok(Way { matrix, experts: place(&self.units)?, textures, subgroups })
+    }
+
+    /// First where matrices lie and whether lanes hand over, by one row and by eight; then the tiles.
+    fn tuned(&self) -> Result<FormTuning, EngineError> {
+        let rule = (self.gpu.is_cpu(), self.gpu.hands_over());
+        let all = [(true, true), (false, true), (false, false)];
+        let able = all.into_iter().filter(|&(_, subgroups)| self.gpu.hands_over() || !subgroups);
+        let ways: Vec<Way> =
+            able.map(|(textures, subgroups)| self.way(textures, subgroups)).collect::<Result<_, _>>()?;
+        let first = ways.iter().position(|way| (way.textures, way.subgroups) == rule).unwrap_or(0);
+        // Each of both counts as much as it gains.
+        let times = |of: usize| {
+            let both =
+                self.linear(&ways[of], RowTile::One, 1)? * self.linear(&ways[of], RowTile::Eight, 8)?;
+            Ok(both.sqrt())
+        };
+        let way = &ways[least(first, ways.len(), &times)?];
+        let rules = Cut::rules(self.form);
+        let tiles = |points: &[usize],
+                     rule: &dyn Fn(usize) -> Variant,
+                     time: &dyn Fn(RowTile, usize) -> Result<f64, EngineError>| {
+            let of = |&rows: &usize| {
+                let tile = quickest(rule(rows).tile, rows, &|tile| time(tile, rows))?.rows();
+                Ok(TileUpTo { rows, tile })
+            };
+            points.iter().map(of).collect::<Result<Vec<_>, EngineError>>()
+        };
+        Ok(FormTuning {
+            textures: way.textures,
+            subgroups: way.subgroups,
+            linear: tiles(&LINEAR_ROWS, &|rows| rules.linear(rows), &|tile, rows| {
+                self.linear(way, tile, rows)
+            })?,
+            experts: tiles(&EXPERT_ROWS, &|rows| rules.each(rows), &|tile, rows| {
+                self.experts(way, tile, rows)
+            })?,
+        })
+    }
+
+    fn variant(&self, way: &Way, tile: RowTile) -> Variant {
+        Variant { tile, weights: self.form, subgroup: way.subgroups, ..Variant::default() }
+    }
+
+    fn columns(&self) -> u32 {
+        (self.side4.div_ceil(LANE_COLUMNS4) as u32).div_ceil(self.gpu.workgroup())
+    }
+
+    /// Seconds of a product of `rows` rows.
+    fn linear(&self, way: &Way, tile: RowTile, rows: usize) -> Result<f64, EngineError> {
+        let side4 = self.side4 as u32;
+        let (w_units, w_stride) = self.form.units(4 * self.side4);
+        let p = params::Linear {
+            rows: rows as u32,
+            k4: side4,
+            n4: side4,
+            w_units: w_units as u32,
+            w_stride: w_stride as u32,
+            x_stride4: side4,
+            y_stride4: side4,
+            scale: 1.0,
+            ..params::Linear::default()
+        };
+        let [x, y] = &self.rows;
+        let buffers = [x, &way.matrix, x, x, y];
+        let groups = [rows.div_ceil(tile.rows()) as u32, self.columns(), 1];
+        let variant = self.variant(way, tile);
+        seconds(self.gpu, y, &|r| r.launch(Kernel::Linear, variant, &p, &buffers, groups))
+    }
+
+    /// Seconds of the first matrices of experts with `rows` rows each on average.
+    fn experts(&self, way: &Way, tile: RowTile, rows: usize) -> Result<f64, EngineError> {
+        let (h4, i4) = (self.side4 as u32, self.side4 as u32);
+        let (w_units, w_stride) = self.form.units(4 * self.side4);
+        let p = params::ExpertUp {
+            h4,
+            i4,
+            w_units: w_units as u32,
+            w_stride: w_stride as u32,
+            ..params::ExpertUp::default()
+        };
+        let (pairs, counts) = pairs(rows);
+        let tiles = tiles(&counts, tile.rows());
+        let groups = [tiles.len() as u32, self.columns(), 1];
+        let (pairs, tiles) = (self.gpu.buffer_of("pairs", &pairs)?, self.gpu.buffer_of("tiles", &tiles)?);
+        let [x, y] = &self.rows;
+        let buffers = [x, &way.experts, &pairs, &tiles, x, y];
+        let variant = Variant { activation: Activation::SwiGlu, ..self.variant(way, tile) };
+        seconds(self.gpu, y, &|r| r.launch(Kernel::ExpertUp, variant, &p, &buffers, groups))
+    }
+}
+
+/// The tile that takes the least time for `rows` rows, among those that could: the others waste most of their work, or
+/// load each weight many times.
+fn quickest(
+    rule: RowTile,
+    rows: usize,
+    time: &dyn Fn(RowTile) -> Result<f64, EngineError>,
+) -> Result<RowTile, EngineError> {
+    let could = |tile: &RowTile| tile.rows() <= 2 * rows && 8 * tile.rows() >= rows && *tile != rule;
+    let tiles: Vec<RowTile> = std::iter::once(rule).chain(RowTile::ALL.into_iter().filter(could)).collect();
+    Ok(tiles[least(0, tiles.len(), &|of| time(tiles[of]))?])
+}
+
+/// Which of `count` candidates takes the least time; `rule` does unless another gains something.
+fn least(
+    rule: usize,
+    count: usize,
+    time: &dyn Fn(usize) -> Result<f64, EngineError>,
+) -> Result<usize, EngineError> {
+    let mut times = vec![f64::INFINITY; count];
+    for of in (0..PASSES).flat_map(|_| 0..count) {
+        times[of] = times[of].min(time(of)?);
+    }
+    times[rule] *= GAIN;
+    Ok((0..count).fold(rule, |best, of| if times[of] < times[best] { of } else { best }))
+}
+
+/// Pairs sorted by expert, `rows` for each on average, and how many each has.
+fn pairs(rows: usize) -> (Vec<Pair>, Vec<usize>) {
+    let counts = HALVES.map(|half| (half * rows).div_ceil(2));
+    let all = counts.iter().zip(0..).flat_map(|(&count, expert)| std::iter::repeat_n(expert, count));
+    let pair = |(slot, expert): (u32, u32)| Pair { row: slot, slot, weight: 1.0, expert };
+    ((0..).zip(all).map(pair).collect(), counts.to_vec())
+}
+
+fn tiles(counts: &[usize], rows: usize) -> Vec<Tile> {
+    let mut tiles = Vec::new();
+    let mut first = 0;
+    for (&count, expert) in counts.iter().zip(0..) {
+        for at in (0..count).step_by(rows) {
+            let count = rows.min(count - at) as u32;
+            tiles.push(Tile { expert, first: (first + at) as u32, count, pad: 0 });
+        }
+        first += count;
+    }
+    tiles
+}
+
+/// A run takes about so long, and the quickest of a few counts.
+const RUN_SECONDS: f64 = 0.002;
+const RUNS: usize = 2;
+
+/// Seconds that one round of `record` takes, which writes to `seen`.
+fn seconds(gpu: &Gpu, seen: &Buffer, record: &dyn Fn(&mut Recording<'_>)) -> Result<f64, EngineError> {
+    let run = |rounds: usize| -> Result<f64, EngineError> {
+        let mut r = Recording::new(gpu);
+        (0..rounds).for_each(|_| record(&mut r));
+        r.read::<u32>(seen, 0, 1);
+        let started = Instant::now();
+        r.submit()?.fetch()?;
+        Ok(started.elapsed().as_secs_f64())
+    };
+    // The first one may make the pipeline.
+    let once = run(1)?.min(run(1)?).max(1e-6);
+    let rounds = ((RUN_SECONDS / once) as usize).clamp(1, 64);
+    if rounds == 1 {
+        return Ok(once);
+    }
+    (0..RUNS).try_fold(once, |best: f64, _| Ok(best.min(run(rounds)? / rounds as f64)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_form_gets_tiles_that_the_file_may_hold() {
+        let gpu = Gpu::open(None, 0).expect("an adapter");
+        let found = Probe::new(&gpu, Weights::Q8).and_then(|probe| probe.tuned()).expect("measures");
+        let rows = |tiles: &[TileUpTo]| tiles.iter().map(|of| of.rows).collect::<Vec<_>>();
+        assert_eq!((rows(&found.linear), rows(&found.experts)), (LINEAR_ROWS.into(), EXPERT_ROWS.into()));
+        assert_eq!(found.check(), Ok(()));
+    }
+
+    #[test]
+    fn pairs_are_in_tiles_of_their_expert() {
+        let (pairs, counts) = pairs(5);
+        assert_eq!((pairs.len(), counts.iter().sum()), (42, 42));
+        let tiles = tiles(&counts, 4);
+        let covered: u32 = tiles.iter().map(|tile| tile.count).sum();
+        assert_eq!(covered, 42);
+        for tile in tiles {
+            for pair in &pairs[tile.first as usize..][..tile.count as usize] {
+                assert_eq!(pair.expert, tile.expert);
+            }
+        }
+    }
+
+    #[test]
+    fn another_tile_has_to_gain_something() {
+        let time = |of: [f64; 5]| {
+            move |tile: RowTile| Ok(of[RowTile::ALL.iter().position(|known| *known == tile).expect("known")])
+        };
+        let chosen = |of| quickest(RowTile::Four, 4, &time(of)).expect("times");
+        assert_eq!(chosen([1.0, 1.0, 1.0, 0.92, 0.1]), RowTile::Four, "16 rows would be thrown away");
+        assert_eq!(chosen([1.0, 1.0, 1.0, 0.8, 1.0]), RowTile::Eight);
+        assert_eq!(chosen([0.8, 0.7, 1.0, 0.9, 1.0]), RowTile::Two);
+    }
+}
