@@ -13,12 +13,10 @@ pub enum Kernel {
     Linear,
     /// RMSNorm of parts of rows, in place.
     PartNorm,
-    /// Clamps rows, in place.
+    /// Clamps rows, in place; no part of a step: how fast an adapter passes over a buffer.
     Clip,
-    /// Rotary positions, in place.
-    Rope,
-    /// Keys and values into the paged cache.
-    KvAppend,
+    /// Norm, clamp and rotary positions of queries and keys in place, keys and values into the paged cache.
+    Place,
     /// Causal attention over the paged cache.
     Attention,
     /// Norm, scores of the experts, top-k and weights; of a single token also its pairs.
@@ -49,12 +47,15 @@ pub struct Variant {
     pub weights: Weights,
     /// How many columns the values of a head have at most (`attention` only; others ignore it).
     pub values: Values,
-    /// How the cache holds keys and values (`kv_append` and `attention` only; others ignore it).
+    /// The rows are queries, keys and values, of which the last two go into the cache besides (`linear` only; others
+    /// ignore it).
+    pub keeps: bool,
+    /// How the cache holds keys and values (`place`, `attention` and a `linear` that keeps only; others ignore it).
     pub cache: Cache,
-    /// Lanes hand each other what they loaded or summed, in subgroups of eight or more (`norm`, `router`, `attention` and
-    /// matrix kernels; others ignore it).
+    /// Lanes hand each other what they loaded or summed, in subgroups of eight or more (`norm`, `router`, `place`, `attention`
+    /// and matrix kernels; others ignore it).
     pub subgroup: bool,
-    /// The matrix, or the cache, is a texture (matrix kernels, `embed`, `kv_append`, `attention`; others ignore it).
+    /// The matrix, or the cache, is a texture (matrix kernels, `embed`, `place`, `attention`; others ignore it).
     pub image: bool,
 }
 
@@ -205,9 +206,11 @@ impl Variant {
             },
             values: if kernel == Kernel::Attention { self.values } else { Values::default() },
             cache: match kernel {
-                Kernel::KvAppend | Kernel::Attention => self.cache,
+                Kernel::Place | Kernel::Attention => self.cache,
+                Kernel::Linear if self.keeps => self.cache,
                 _ => Cache::F32,
             },
+            keeps: self.keeps && kernel == Kernel::Linear,
             subgroup: self.subgroup && kernel.hands_over(),
             image: self.image && kernel.takes_textures(),
         }
@@ -222,15 +225,13 @@ impl Variant {
 }
 
 impl Kernel {
-    /// Every kernel, in the order in which a decode step runs them; the probe last.
-    pub const ALL: [Kernel; 15] = [
+    /// Every kernel, in the order in which a decode step runs them; those of no step last.
+    pub const ALL: [Kernel; 14] = [
         Kernel::Embed,
         Kernel::Norm,
         Kernel::Linear,
         Kernel::PartNorm,
-        Kernel::Clip,
-        Kernel::Rope,
-        Kernel::KvAppend,
+        Kernel::Place,
         Kernel::Attention,
         Kernel::Router,
         Kernel::ExpertPermute,
@@ -238,6 +239,7 @@ impl Kernel {
         Kernel::SharedGate,
         Kernel::ExpertDown,
         Kernel::Argmax,
+        Kernel::Clip,
         Kernel::Probe,
     ];
 
@@ -249,8 +251,7 @@ impl Kernel {
             Kernel::Linear => "linear",
             Kernel::PartNorm => "part_norm",
             Kernel::Clip => "clip",
-            Kernel::Rope => "rope",
-            Kernel::KvAppend => "kv_append",
+            Kernel::Place => "place",
             Kernel::Attention => "attention",
             Kernel::Router => "router",
             Kernel::ExpertPermute => "expert_permute",
@@ -269,12 +270,13 @@ impl Kernel {
 
     /// Whether a binding may be a texture instead of a buffer.
     pub fn takes_textures(self) -> bool {
-        self.has_weights() || matches!(self, Kernel::Embed | Kernel::KvAppend | Kernel::Attention)
+        self.has_weights() || matches!(self, Kernel::Embed | Kernel::Place | Kernel::Attention)
     }
 
     /// Whether lanes may hand each other what they have.
     pub fn hands_over(self) -> bool {
-        self.has_weights() || matches!(self, Kernel::Norm | Kernel::Router | Kernel::Attention)
+        self.has_weights()
+            || matches!(self, Kernel::Norm | Kernel::Router | Kernel::Place | Kernel::Attention)
     }
 
     /// Whether the kernel reads a matrix that may lie in another type than f32.
@@ -309,9 +311,11 @@ impl Kernel {
                 );
             }
         }
-        if self == Kernel::KvAppend {
-            let image = Variant { image: true, ..plain };
-            let of = |cache| [plain, image].map(|v| Variant { cache, ..v });
+        if self == Kernel::Place {
+            let subgroup = Variant { subgroup: true, ..plain };
+            let of = |cache| {
+                [plain, subgroup, Variant { image: true, ..subgroup }].map(|v| Variant { cache, ..v })
+            };
             bases = Cache::ALL.into_iter().flat_map(of).collect();
         }
         if self == Kernel::Probe {
@@ -319,6 +323,10 @@ impl Kernel {
         }
         if self.has_weights() {
             bases.extend(Weights::ALL[1..].iter().map(|&weights| Variant { weights, ..plain }));
+        }
+        if self == Kernel::Linear {
+            let keeps = Variant { keeps: true, ..plain };
+            bases.extend([keeps, Variant { cache: Cache::F16, weights: Weights::F16, ..keeps }]);
         }
         // What CPUs run comes whole; of what others run, one type of weights stands for the rest where tiles are
         // concerned, and one tile where types are.
@@ -349,11 +357,9 @@ impl Kernel {
             self,
             Kernel::Embed
                 | Kernel::Linear
-                | Kernel::KvAppend
                 | Kernel::ExpertUp
                 | Kernel::ExpertDown
                 | Kernel::Clip
-                | Kernel::Rope
                 | Kernel::SharedGate
                 | Kernel::Probe
         )
@@ -366,8 +372,7 @@ impl Kernel {
             Kernel::Linear => include_str!("../wgsl/linear.wgsl"),
             Kernel::PartNorm => include_str!("../wgsl/part_norm.wgsl"),
             Kernel::Clip => include_str!("../wgsl/clip.wgsl"),
-            Kernel::Rope => include_str!("../wgsl/rope.wgsl"),
-            Kernel::KvAppend => include_str!("../wgsl/kv_append.wgsl"),
+            Kernel::Place => include_str!("../wgsl/place.wgsl"),
             Kernel::Attention => include_str!("../wgsl/attention.wgsl"),
             Kernel::Router => include_str!("../wgsl/router.wgsl"),
             Kernel::ExpertPermute => include_str!("../wgsl/expert_permute.wgsl"),

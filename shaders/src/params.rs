@@ -28,16 +28,17 @@ params! {
     /// Parameters of `linear.wgsl`.
     Linear {
         rows: u32, k4: u32, n4: u32, w_units: u32, w_stride: u32, x_stride4: u32, x_head4: u32, y_stride4: u32, y_offset4: u32, y_head4: u32,
-        has_bias: u32, has_residual: u32, scale: f32,
+        has_bias: u32, has_residual: u32, scale: f32, kept_from4: u32, turned4: u32, half4: u32,
     }
     /// Parameters of `part_norm.wgsl`.
     PartNorm { stride4: u32, offset4: u32, part4: u32, width: u32, eps: f32 }
     /// Parameters of `clip.wgsl`.
     Clip { width4: u32, limit: f32 }
-    /// Parameters of `rope.wgsl`.
-    Rope { rows: u32, heads: u32, stride: u32, offset: u32, head: u32, first: u32, half: u32 }
-    /// Parameters of `kv_append.wgsl`.
-    KvAppend { rows: u32, width4: u32, stride4: u32, offset4: u32 }
+    /// Parameters of `place.wgsl`.
+    Place {
+        stride4: u32, offset4: u32, d4: u32, q_heads: u32, k_heads: u32, q_span: u32, k_span: u32, cache4: u32, appends: u32,
+        normed4: u32, normed: u32, norms_queries: u32, clips: u32, limit: f32, first: u32, half: u32, eps: f32,
+    }
     /// Parameters of `attention.wgsl`.
     Attention {
         group: u32, d4: u32, v4: u32, q_stride4: u32, cache_stride4: u32, v_offset4: u32, v_head4: u32,

@@ -44,7 +44,7 @@ impl Buffer {
     }
 
     /// Whether kernels see a texture.
-    pub(super) fn is_image(&self) -> bool {
+    pub(crate) fn is_image(&self) -> bool {
         matches!(self.memory, Memory::Image(..))
     }
 

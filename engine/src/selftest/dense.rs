@@ -1,6 +1,6 @@
 //! Kernels that every row passes: embedding, norms, products, attention, head.
 
-use super::{Bench, D4, H, H4, KV, N, N4, Values, WIDTH, error};
+use super::{Bench, D4, H, H4, N, N4, Values, WIDTH, error};
 use crate::EngineError;
 use exflow_shaders::params::{self, Query};
 use exflow_shaders::{KV_BLOCK, Kernel, NO_SLOT, Variant, reference};
@@ -100,30 +100,11 @@ impl Bench {
         Ok(error(&expected, &got))
     }
 
-    pub(super) fn rope(&self, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
-        let (heads, half) = (3, 4);
-        let (x, turns) = (v.floats(rows * H), v.floats(2 * rows * half));
-        let turns: Vec<[f32; 2]> = turns.chunks_exact(2).map(|t| [t[0], t[1]]).collect();
-        let (offset, head, first) = (2, 11, 1);
-        let p = params::Rope {
-            rows: rows as u32,
-            heads,
-            stride: H as u32,
-            offset,
-            head,
-            first,
-            half: half as u32,
-        };
-        let mut expected = x.clone();
-        reference::rope(&p, &turns, &mut expected);
-        let buffers = [&self.up(&turns)?, &self.up(&x)?];
-        let groups = [(heads * half as u32).div_ceil(self.gpu.workgroup()), rows as u32, 1];
-        let got = self.run(Kernel::Rope, Variant::default(), &p, &buffers, groups, x.len())?;
-        Ok(error(&expected, &got))
-    }
-
     pub(super) fn linear(&self, variant: Variant, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
         let mut worst = 0f64;
+        if variant.keeps {
+            return self.linear_kept(variant, rows, v);
+        }
         // Whole rows with all that may be added; then two heads on parts of rows.
         for heads in [1, 2] {
             let (x_stride4, y_offset4) = if heads == 1 { (H4, 0) } else { (2 * H4 + 1, 3) };
@@ -145,6 +126,7 @@ impl Bench {
                 has_bias: 1,
                 has_residual: u32::from(heads == 1),
                 scale: 0.75,
+                ..Default::default()
             };
             let mut expected = vec![0.0; rows * 4 * y_stride4];
             reference::linear(&p, heads, &x, &w, &bias, &residual, &mut expected);
@@ -153,6 +135,69 @@ impl Bench {
             let groups = [rows.div_ceil(variant.tile_rows()) as u32, self.matrix_columns(N4), heads as u32];
             let got = self.run(Kernel::Linear, variant, &p, &buffers, groups, expected.len())?;
             worst = worst.max(error(&expected, &got));
+        }
+        Ok(worst)
+    }
+
+    /// Queries, keys and values: of heads that turn; as they are.
+    fn linear_kept(&self, variant: Variant, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
+        let slots: Vec<u32> = (0..rows as u32).map(|i| (i * 7 + 3) % 80).collect();
+        let mut worst = 0f64;
+        for (heads, d4, half4) in [(2, 4, 2), (3, 5, 0)] {
+            let (n4, cache4) = ((heads + 2) * d4, 2 * d4);
+            let (x, bias) = (v.floats(rows * H), v.floats(4 * n4));
+            let (weights, w) = self.matrix(variant, &v.floats(4 * n4 * H), (4 * n4, H))?;
+            let turns = v.floats(rows * 8 * half4.max(1));
+            let (w_units, w_stride) = variant.weights.units(H);
+            let p = params::Linear {
+                rows: rows as u32,
+                k4: H4 as u32,
+                n4: n4 as u32,
+                w_units: w_units as u32,
+                w_stride: w_stride as u32,
+                x_stride4: H4 as u32,
+                y_stride4: n4 as u32,
+                has_bias: 1,
+                scale: 0.75,
+                kept_from4: (heads * d4) as u32,
+                turned4: if half4 > 0 { ((heads + 1) * d4) as u32 } else { 0 },
+                half4: half4 as u32,
+                ..Default::default()
+            };
+            let mut expected = vec![0.0; rows * 4 * n4];
+            reference::linear(&p, 1, &x, &w, &bias, &[], &mut expected);
+            let place = params::Place {
+                stride4: n4 as u32,
+                d4: d4 as u32,
+                q_heads: heads as u32,
+                k_heads: 1,
+                q_span: 1,
+                k_span: 1,
+                cache4: cache4 as u32,
+                appends: 1,
+                half: 4 * half4 as u32,
+                ..Default::default()
+            };
+            let (parts, form, words) = (heads + 2, variant.cache, 80 * variant.cache.words(4 * cache4));
+            let pairs: Vec<[f32; 2]> = turns.chunks_exact(2).map(|t| [t[0], t[1]]).collect();
+            let mut kept = vec![0; words];
+            reference::place(&place, parts, form, &[], &[], &pairs, &slots, &mut expected, &mut kept);
+            let out = match variant.image {
+                true => self.gpu.cache("selftest", words as u64, form.texel_words())?,
+                false => self.up(&vec![0u32; words])?,
+            };
+            let y = self.up(&vec![0f32; expected.len()])?;
+            let from = [&self.up(&x)?, &weights, &self.up(&bias)?];
+            let to = [&self.up(&turns)?, &y, &self.up(&slots)?, &out];
+            let buffers = [&from[..], &to].concat();
+            let groups = [rows.div_ceil(variant.tile_rows()) as u32, self.matrix_columns(n4), 1];
+            let got = self.run::<_, u32>(Kernel::Linear, variant, &p, &buffers, groups, words)?;
+            let mut made = self.read(&y, expected.len())?;
+            worst = worst.max(error(&expected, &made));
+            // What was made is what went into the cache, word for word.
+            let still = params::Place { half: 0, ..place };
+            reference::place(&still, parts, form, &[], &[], &[], &slots, &mut made, &mut kept);
+            worst = worst.max(f64::from(u8::from(got != kept)));
         }
         Ok(worst)
     }
@@ -205,26 +250,103 @@ impl Bench {
         Ok(worst)
     }
 
-    pub(super) fn kv_append(
-        &self,
-        variant: Variant,
-        rows: usize,
-        v: &mut Values,
-    ) -> Result<f64, EngineError> {
-        let source = v.floats(rows * 3 * KV);
+    pub(super) fn place(&self, variant: Variant, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
         let slots: Vec<u32> = (0..rows as u32).map(|i| (i * 7 + 3) % 80).collect();
-        let (width4, stride4, offset4) = (2 * KV as u32 / 4, 3 * KV as u32 / 4, KV as u32 / 4);
-        let p = params::KvAppend { rows: rows as u32, width4, stride4, offset4 };
-        let mut expected = vec![0; 80 * variant.cache.words(2 * KV)];
-        reference::kv_append(&p, variant.cache, &source, &slots, &mut expected);
-        let out = match variant.image {
-            true => self.gpu.cache("selftest", expected.len() as u64, variant.cache.texel_words())?,
-            false => self.up(&vec![0u32; expected.len()])?,
+        let head = params::Place {
+            offset4: 1,
+            q_heads: 4,
+            k_heads: 2,
+            q_span: 1,
+            k_span: 1,
+            appends: 1,
+            eps: 1e-5,
+            ..Default::default()
         };
-        let buffers = [&self.up(&source)?, &self.up(&slots)?, &out];
-        let groups = [self.columns(width4 as usize), rows as u32, 1];
-        let got = self.run::<_, u32>(Kernel::KvAppend, variant, &p, &buffers, groups, expected.len())?;
-        Ok(f64::from(u8::from(got != expected)))
+        let cases = [
+            // Heads normed one by one, of whose columns some turn.
+            (params::Place { d4: 8, normed4: 8, normed: 30, norms_queries: 1, first: 2, half: 7, ..head }, 8),
+            // Projections normed as one.
+            (
+                params::Place {
+                    d4: 12,
+                    q_span: 4,
+                    k_span: 2,
+                    normed4: 12,
+                    normed: 48,
+                    norms_queries: 1,
+                    clips: 1,
+                    limit: 0.7,
+                    half: 24,
+                    ..head
+                },
+                3,
+            ),
+            // A latent and its rotary key: no values.
+            (params::Place { d4: 8, k_heads: 1, normed4: 5, normed: 18, first: 20, half: 6, ..head }, 5),
+            // Positions alone.
+            (params::Place { d4: 16, half: 32, ..head }, 8),
+            // What comes from elsewhere.
+            (params::Place { d4: 13, q_heads: 0, k_heads: 0, ..head }, 1),
+        ];
+        let mut worst = 0f64;
+        for (p, parts) in cases {
+            let q_parts = (p.q_heads / p.q_span) as usize;
+            let heads = p.q_heads as usize + (parts - q_parts) * p.k_span as usize;
+            let d4 = p.d4 as usize;
+            let cache4 = (heads - p.q_heads as usize) * d4;
+            let stride4 = heads * d4 + 2;
+            let p = params::Place { stride4: stride4 as u32, cache4: cache4 as u32, ..p };
+            let mut x = v.floats(rows * 4 * stride4);
+            for column in (p.normed as usize)..4 * p.normed4 as usize {
+                for head in 0..heads {
+                    let at = 4 * (p.offset4 as usize + head * d4) + column;
+                    x.iter_mut().skip(at).step_by(4 * stride4).for_each(|value| *value = 0.0);
+                }
+            }
+            let q_weight = v.floats(4 * (p.q_span * p.normed4).max(1) as usize);
+            let k_weight = v.floats(4 * (p.k_span * p.normed4).max(1) as usize);
+            let turns = v.floats(2 * rows * (p.half as usize).max(1));
+            let turns: Vec<[f32; 2]> = turns.chunks_exact(2).map(|t| [t[0], t[1]]).collect();
+            let mut expected = x.clone();
+            let words = 80 * variant.cache.words(4 * cache4);
+            let form = variant.cache;
+            let lists = (&q_weight[..], &k_weight[..], &turns[..], &slots[..]);
+            reference::place(
+                &p,
+                parts,
+                form,
+                lists.0,
+                lists.1,
+                lists.2,
+                lists.3,
+                &mut expected,
+                &mut vec![0; words],
+            );
+            let out = match variant.image {
+                true => self.gpu.cache("selftest", words as u64, form.texel_words())?,
+                false => self.up(&vec![0u32; words])?,
+            };
+            let residual = self.up(&x)?;
+            let weights = [&self.up(&q_weight)?, &self.up(&k_weight)?];
+            let rest = [&self.up(&turns)?, &self.up(&slots)?, &residual, &out];
+            let buffers = [&weights[..], &rest].concat();
+            let got = self.run::<_, u32>(
+                Kernel::Place,
+                variant,
+                &p,
+                &buffers,
+                [parts as u32, rows as u32, 1],
+                words,
+            )?;
+            let mut made = self.read(&residual, x.len())?;
+            worst = worst.max(error(&expected, &made));
+            // What was made is what went into the cache, word for word.
+            let still = params::Place { normed4: 0, clips: 0, half: 0, ..p };
+            let mut kept = vec![0; words];
+            reference::place(&still, parts, form, lists.0, lists.1, &[], lists.3, &mut made, &mut kept);
+            worst = worst.max(f64::from(u8::from(got != kept)));
+        }
+        Ok(worst)
     }
 
     pub(super) fn argmax(&self, rows: usize, v: &mut Values) -> Result<f64, EngineError> {

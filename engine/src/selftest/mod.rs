@@ -91,16 +91,14 @@ impl Values {
     }
 }
 
-/// Odd widths: 9 vec4s of 34 columns, 5 experts, 3 heads of 12.
+/// Odd widths: 9 vec4s of 34 columns, 5 experts.
 const H4: usize = 9;
 const WIDTH: usize = 34;
 const N4: usize = 11;
 const EXPERTS: usize = 5;
-const HEADS: usize = 3;
 const D4: usize = 3;
 const H: usize = 4 * H4;
 const N: usize = 4 * N4;
-const KV: usize = HEADS * 4 * D4;
 
 impl Bench {
     fn check(&self, kernel: Kernel, variant: Variant, rows: usize) -> Result<KernelCheck, EngineError> {
@@ -110,10 +108,9 @@ impl Bench {
             Kernel::Norm => self.norm(variant, rows, &mut values)?,
             Kernel::PartNorm => self.part_norm(rows, &mut values)?,
             Kernel::Clip => self.clip(rows, &mut values)?,
-            Kernel::Rope => self.rope(rows, &mut values)?,
             Kernel::SharedGate => self.shared_gate(rows, &mut values)?,
             Kernel::Linear => self.linear(variant, rows, &mut values)?,
-            Kernel::KvAppend => self.kv_append(variant, rows, &mut values)?,
+            Kernel::Place => self.place(variant, rows, &mut values)?,
             Kernel::Attention => self.attention(variant, rows, &mut values)?,
             Kernel::Router => self.router(variant, rows, &mut values)?,
             Kernel::ExpertPermute => self.expert_permute(variant, rows, &mut values)?,
@@ -128,6 +125,9 @@ impl Bench {
         }
         if variant.weights != Weights::F32 {
             variant_text += &format!(", {:?} weights", variant.weights);
+        }
+        if variant.keeps {
+            variant_text += ", keeps";
         }
         if kernel == Kernel::Attention {
             variant_text += &format!(", {:?} values", variant.values);

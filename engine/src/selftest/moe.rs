@@ -194,7 +194,7 @@ impl Bench {
     }
 
     /// The first `count` elements of a buffer.
-    fn read<T: Pod>(&self, buffer: &Buffer, count: usize) -> Result<Vec<T>, EngineError> {
+    pub(super) fn read<T: Pod>(&self, buffer: &Buffer, count: usize) -> Result<Vec<T>, EngineError> {
         let mut r = Recording::new(&self.gpu);
         r.read::<T>(buffer, 0, count);
         Ok(r.submit()?.fetch()?.pop().map(|b| bytemuck::pod_collect_to_vec(&b)).unwrap_or_default())

@@ -8,12 +8,11 @@ mod embed;
 mod expert_down;
 mod expert_permute;
 mod expert_up;
-mod kv_append;
 mod linear;
 mod norm;
 mod part_norm;
+mod place;
 mod probe;
-mod rope;
 mod router;
 mod shared_gate;
 
@@ -24,12 +23,11 @@ pub use embed::embed;
 pub use expert_down::expert_down;
 pub use expert_permute::expert_permute;
 pub use expert_up::expert_up;
-pub use kv_append::kv_append;
 pub use linear::linear;
 pub use norm::norm;
 pub use part_norm::part_norm;
+pub use place::place;
 pub use probe::probe;
-pub use rope::rope;
 pub use router::router;
 pub use shared_gate::shared_gate;
 

@@ -15,3 +15,23 @@ fn cached_stride(width4: u32) -> u32 {
 fn cached_texel(i: u32) -> vec2<u32> {
     return vec2<u32>(i & 0x3fffu, i >> 14u);
 }
+
+// Four values as the cache holds them.
+@if(kv16) fn narrowed(value: vec4<f32>) -> Cached {
+    return vec2<u32>(pack2x16float(value.xy), pack2x16float(value.zw));
+}
+@if(!kv16 && !kv8) fn narrowed(value: vec4<f32>) -> Cached {
+    return value;
+}
+
+// The scale of columns of which `largest` is the largest size: to the nearest number of eight bits, so that 127 steps
+// of it are exact.
+fn step_of(largest: f32) -> f32 {
+    return bitcast<f32>((bitcast<u32>(largest / 127.0) + 0x8000u) & 0xffff0000u);
+}
+
+// Four values in 8 bits.
+fn steps(value: vec4<f32>, step: f32) -> u32 {
+    let whole = select(vec4<f32>(0.0), round(value / step), vec4<bool>(step > 0.0));
+    return pack4xI8(vec4<i32>(clamp(whole, vec4<f32>(-127.0), vec4<f32>(127.0))));
+}

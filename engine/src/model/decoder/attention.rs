@@ -4,7 +4,7 @@ use super::{Decoder, Part, Product};
 use crate::gpu::{Buffer, Recording};
 use crate::model::{LatentSpec, QkNorm};
 use crate::weights::{AttentionWeights, LatentWeights};
-use exflow_shaders::{Kernel, Values, Variant, params};
+use exflow_shaders::{Cache, Kernel, Values, Variant, params};
 
 /// Sees every position.
 const NO_WINDOW: u32 = u32::MAX;
@@ -19,16 +19,18 @@ impl Decoder {
             (Some(latent), Some(weights), Some(buffers)) => {
                 self.project_latent(r, latent, &w.attention, weights, buffers, rows);
             }
-            _ => self.project(r, &w.attention, rows),
+            _ if self.keeps(layer) => self.project_kept(r, layer, rows),
+            _ => self.linear(
+                r,
+                Product::of(&w.attention.qkv),
+                (&s.normed, spec.h4()),
+                (&s.qkv, attention.qkv4()),
+                rows,
+            ),
         }
-        if let Some(limit) = attention.clip {
-            let p = params::Clip { width4: attention.qkv4() as u32, limit };
-            let groups = [self.columns(attention.qkv4()), rows as u32, 1];
-            r.launch(Kernel::Clip, Variant::default(), &p, &[&s.qkv], groups);
+        if !self.keeps(layer) {
+            self.place(r, layer, rows);
         }
-        self.turn(r, rows);
-        let cached = (&s.qkv, attention.qkv4(), attention.q4());
-        self.append(r, layer, cached, &s.kv_slots, rows);
         self.scores(r, layer, rows, blocks);
 
         let product =
@@ -57,20 +59,37 @@ impl Decoder {
         self.append(r, layer, (&s.kv_arrived, self.spec.attention.cache4(), 0), &s.kv_arrived_slots, rows);
     }
 
-    fn project(&self, r: &mut Recording<'_>, w: &AttentionWeights, rows: usize) {
-        let (s, attention) = (&self.scratch, &self.spec.attention);
-        self.linear(r, Product::of(&w.qkv), (&s.normed, self.spec.h4()), (&s.qkv, attention.qkv4()), rows);
-        let (Some((queries, keys)), Some(kind)) = (&w.qk_norm, attention.qk_norm) else { return };
-        let (d, d4) = (attention.head_dim, attention.d4());
-        for (weight, heads, offset4) in
-            [(queries, attention.heads, 0), (keys, attention.kv_heads, attention.q4())]
-        {
-            let (parts, part4, width) = match kind {
-                QkNorm::Head => (heads, d4, d),
-                QkNorm::Projection => (1, heads * d4, heads * d),
-            };
-            self.part_norm(r, (&s.qkv, attention.qkv4(), offset4), weight, (parts, part4, width), rows);
-        }
+    /// Whether the product that makes queries, keys and values can put them where they belong: nothing stands between but
+    /// positions, whose pairs are half a head apart, and no columns of several lanes share a scale.
+    fn keeps(&self, layer: usize) -> bool {
+        let (attention, w) = (&self.spec.attention, &self.layer(layer).attention);
+        let plain = attention.latent.is_none() && attention.clip.is_none() && w.qk_norm.is_none();
+        let turns = attention.rope.as_ref().is_none_or(|rope| {
+            2 * rope.pairs() == attention.head_dim && attention.head_dim.is_multiple_of(8)
+        });
+        // One text reads the matrix and writes the cache: both are textures, or none is.
+        let alike = w.qkv.weight.buffer.is_image() == self.cache[layer].is_image();
+        plain && turns && alike && self.cache_form != Cache::Q8
+    }
+
+    /// Queries, keys and values in one launch, all where they belong.
+    fn project_kept(&self, r: &mut Recording<'_>, layer: usize, rows: usize) {
+        let (s, w, attention) = (&self.scratch, &self.layer(layer).attention, &self.spec.attention);
+        let (product, n4) = (Product::of(&w.qkv), attention.qkv4());
+        let turned = attention.rope.as_ref().map_or(0, |_| attention.heads + attention.kv_heads);
+        let p = params::Linear {
+            kept_from4: attention.q4() as u32,
+            turned4: (turned * attention.d4()) as u32,
+            half4: attention.rope.as_ref().map_or(0, |rope| rope.pairs() / 4) as u32,
+            ..product.of_rows(self.spec.h4(), n4, rows)
+        };
+        let variant =
+            Variant { keeps: true, cache: self.cache_form, ..self.gpu.cut(product.weight.form).linear(rows) };
+        let bias = product.bias.unwrap_or(self.absent());
+        let groups = [rows.div_ceil(variant.tile_rows()) as u32, self.matrix_columns(n4), 1];
+        let from = [&s.normed, &product.weight.buffer, bias];
+        let to = [&s.turns, &s.qkv, &s.kv_slots, &self.cache[layer]];
+        r.launch(Kernel::Linear, variant, &p, &[&from[..], &to].concat(), groups);
     }
 
     /// Queries against the latent, and the latent with its rotary key.
@@ -108,8 +127,6 @@ impl Decoder {
         let to = Part { stride4, offset4: attention.q4(), head4: 0 };
         let from = (&s.normed, h4, h4, 0);
         self.linear_parts(r, Product::of(&w.qkv), from, (&s.qkv, attention.cache4(), to), 1, rows);
-        let width = (1, spec.kv_rank.div_ceil(4), spec.kv_rank);
-        self.part_norm(r, (&s.qkv, stride4, attention.q4()), &latent.norm, width, rows);
     }
 
     /// RMSNorm in place of (parts, vec4s and columns of a part) of rows of (buffer, stride, offset).
@@ -132,25 +149,57 @@ impl Decoder {
         r.launch(Kernel::PartNorm, Variant::default(), &p, &[weight, x], [parts as u32, rows as u32, 1]);
     }
 
-    /// Rotary positions of queries and keys, which stand side by side.
-    fn turn(&self, r: &mut Recording<'_>, rows: usize) {
-        let (s, attention) = (&self.scratch, &self.spec.attention);
-        let Some(rope) = &attention.rope else { return };
-        let heads = attention.heads + attention.kv_heads;
-        let first = attention.latent.map_or(0, |latent| latent.kv_rank.next_multiple_of(4));
-        let p = params::Rope {
-            rows: rows as u32,
-            heads: heads as u32,
-            stride: 4 * attention.qkv4() as u32,
-            offset: 0,
-            head: 4 * attention.d4() as u32,
-            first: first as u32,
-            half: rope.pairs() as u32,
+    /// Norms, clamps and turns queries and keys, and puts keys and values into the cache.
+    fn place(&self, r: &mut Recording<'_>, layer: usize, rows: usize) {
+        let (s, w, attention) = (&self.scratch, &self.layer(layer).attention, &self.spec.attention);
+        let (heads, kv_heads, d4) = (attention.heads, attention.kv_heads, attention.d4());
+        let cached = (&s.qkv, attention.qkv4(), attention.q4());
+        // Weights of queries and of keys, what of a head they norm, and how many heads are normed as one.
+        let (weights, normed, spans) = match (&w.latent, attention.latent, &w.qk_norm, attention.qk_norm) {
+            (Some(weights), Some(latent), _, _) => ((None, Some(&weights.norm)), latent.kv_rank, (1, 1)),
+            (_, _, Some((queries, keys)), kind) => {
+                let whole = kind == Some(QkNorm::Projection);
+                let spans = if whole { (heads, kv_heads) } else { (1, 1) };
+                ((Some(queries), Some(keys)), attention.head_dim, spans)
+            }
+            _ => ((None, None), 0, (1, 1)),
         };
-        let groups = [self.columns(heads * rope.pairs()), rows as u32, 1];
-        r.launch(Kernel::Rope, Variant::default(), &p, &[&s.turns, &s.qkv], groups);
+        if normed == 0 && attention.rope.is_none() && attention.clip.is_none() {
+            return self.append(r, layer, cached, &s.kv_slots, rows);
+        }
+        // Columns that share a scale lie within a part, or are written by themselves.
+        let appends = self.cache_form != Cache::Q8 || (spans.1 * d4).is_multiple_of(8);
+        let p = params::Place {
+            stride4: attention.qkv4() as u32,
+            offset4: 0,
+            d4: d4 as u32,
+            q_heads: heads as u32,
+            k_heads: kv_heads as u32,
+            q_span: spans.0 as u32,
+            k_span: spans.1 as u32,
+            cache4: attention.cache4() as u32,
+            appends: u32::from(appends),
+            normed4: normed.div_ceil(4) as u32,
+            normed: normed as u32,
+            norms_queries: u32::from(weights.0.is_some()),
+            clips: u32::from(attention.clip.is_some()),
+            limit: attention.clip.unwrap_or(0.0),
+            first: attention.latent.map_or(0, |latent| latent.kv_rank.next_multiple_of(4)) as u32,
+            half: attention.rope.as_ref().map_or(0, |rope| rope.pairs()) as u32,
+            eps: attention.latent.map_or(self.spec.norm.eps, |latent| latent.eps),
+        };
+        let kinds = if attention.latent.is_some() { 1 } else { 2 };
+        let parts = heads / spans.0 + kinds * (kv_heads / spans.1);
+        let absent = self.absent();
+        let (q_weight, k_weight) = (weights.0.unwrap_or(absent), weights.1.unwrap_or(absent));
+        let buffers = [q_weight, k_weight, &s.turns, &s.kv_slots, &s.qkv, &self.cache[layer]];
+        r.launch(Kernel::Place, self.cache_lanes(), &p, &buffers, [parts as u32, rows as u32, 1]);
+        if !appends {
+            self.append(r, layer, cached, &s.kv_slots, rows);
+        }
     }
 
+    /// Keys and values at (buffer, stride, offset) into the cache as they are.
     fn append(
         &self,
         r: &mut Recording<'_>,
@@ -159,16 +208,25 @@ impl Decoder {
         slots: &Buffer,
         rows: usize,
     ) {
-        let width4 = self.spec.attention.cache4();
-        let p = params::KvAppend {
-            rows: rows as u32,
-            width4: width4 as u32,
+        let width4 = self.spec.attention.cache4() as u32;
+        let p = params::Place {
             stride4: stride4 as u32,
             offset4: offset4 as u32,
+            d4: width4,
+            q_span: 1,
+            k_span: 1,
+            cache4: width4,
+            appends: 1,
+            ..params::Place::default()
         };
-        let groups = [self.columns(width4), rows as u32, 1];
-        let variant = Variant { cache: self.cache_form, ..Variant::default() };
-        r.launch(Kernel::KvAppend, variant, &p, &[source, slots, &self.cache[layer]], groups);
+        let absent = self.absent();
+        let buffers = [absent, absent, absent, slots, source, &self.cache[layer]];
+        r.launch(Kernel::Place, self.cache_lanes(), &p, &buffers, [1, rows as u32, 1]);
+    }
+
+    /// The variant of kernels that have a workgroup for each row and touch the cache.
+    fn cache_lanes(&self) -> Variant {
+        Variant { cache: self.cache_form, ..self.lanes() }
     }
 
     pub(super) fn scores(&self, r: &mut Recording<'_>, layer: usize, rows: usize, blocks: usize) {
@@ -189,8 +247,7 @@ impl Decoder {
             has_sinks: u32::from(sinks.is_some()),
             scale: attention.scale,
         };
-        let variant =
-            Variant { values: Values::of(attention.value_dim), cache: self.cache_form, ..self.lanes() };
+        let variant = Variant { values: Values::of(attention.value_dim), ..self.cache_lanes() };
         let sinks = sinks.as_ref().unwrap_or(self.absent());
         let buffers = [&s.qkv, &self.cache[layer], &s.queries, &s.block_table, sinks, &s.attended];
         r.launch(Kernel::Attention, variant, &p, &buffers, [attention.heads as u32, rows as u32, 1]);

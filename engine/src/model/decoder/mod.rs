@@ -267,21 +267,13 @@ impl Decoder {
         rows: usize,
     ) {
         let variant = self.gpu.cut(product.weight.form).linear(rows);
-        let (w_units, w_stride) = product.weight.form.units(4 * k4);
         let p = params::Linear {
-            rows: rows as u32,
-            k4: k4 as u32,
-            n4: n4 as u32,
-            w_units: w_units as u32,
-            w_stride: w_stride as u32,
             x_stride4: x_stride4 as u32,
             x_head4: x_head4 as u32,
             y_stride4: part.stride4 as u32,
             y_offset4: part.offset4 as u32,
             y_head4: part.head4 as u32,
-            has_bias: u32::from(product.bias.is_some()),
-            has_residual: u32::from(product.residual.is_some()),
-            scale: product.scale,
+            ..product.of_rows(k4, n4, rows)
         };
         let absent = self.absent();
         let (bias, residual) = (product.bias.unwrap_or(absent), product.residual.unwrap_or(absent));
@@ -302,6 +294,24 @@ struct Product<'a> {
 impl<'a> Product<'a> {
     fn of(dense: &'a Dense) -> Self {
         Self { weight: &dense.weight, bias: dense.bias.as_ref(), residual: None, scale: 1.0 }
+    }
+
+    /// The parameters of a product of whole rows.
+    fn of_rows(&self, k4: usize, n4: usize, rows: usize) -> params::Linear {
+        let (w_units, w_stride) = self.weight.form.units(4 * k4);
+        params::Linear {
+            rows: rows as u32,
+            k4: k4 as u32,
+            n4: n4 as u32,
+            w_units: w_units as u32,
+            w_stride: w_stride as u32,
+            x_stride4: k4 as u32,
+            y_stride4: n4 as u32,
+            has_bias: u32::from(self.bias.is_some()),
+            has_residual: u32::from(self.residual.is_some()),
+            scale: self.scale,
+            ..params::Linear::default()
+        }
     }
 }
 
