@@ -4,6 +4,7 @@ mod group;
 mod host;
 mod journal;
 mod member;
+mod moving;
 mod placing;
 mod plan;
 mod sizing;
@@ -54,6 +55,8 @@ pub struct Cluster {
     journal: Journal,
     /// Epochs since a token was told, and the tokens told then.
     fruitless: (u32, u64),
+    /// Whether experts move.
+    moves: bool,
 }
 
 /// So many epochs may fail one after the other without a token between them.
@@ -91,6 +94,7 @@ impl Cluster {
             events,
             journal: Journal::default(),
             fruitless: (0, 0),
+            moves: false,
         };
         let mut here: BTreeSet<Rank> = (0..world.comms.len()).map(Rank::from).collect();
         cluster.begin(world)?;
@@ -265,6 +269,9 @@ impl Cluster {
             return self.go_on().map(|()| None);
         }
         self.journal.note(&event);
+        if let Event::Moved(end) = &event {
+            self.moved(end);
+        }
         Ok(Some(event))
     }
 
@@ -344,6 +351,7 @@ impl Cluster {
         for admission in self.journal.replay() {
             self.command(Command::Submit(admission))?;
         }
+        self.stop_moving();
         let reports = self.journal.take_reports();
         self.report_for(reports.into_iter());
         Ok(())

@@ -50,7 +50,7 @@ pub use options::{
 pub use runtime::FinishReason;
 pub use sampling::{Logprobs, MAX_LOGPROBS, Sampling};
 pub use selftest::{KernelCheck, selftest};
-pub use service::{Engine, EngineOptions, LiveRank, LiveStats, RequestCounts, Tokens};
+pub use service::{Engine, EngineOptions, LiveRank, LiveStats, MoveCounts, RequestCounts, Tokens};
 pub use stats::{BytesByClass, RunStats, TokenTime};
 pub use text::{TextCodec, TextStream};
 pub use weights::check_safetensors;

@@ -288,3 +288,12 @@ pub(crate) fn traffic(wire: &WireStats, ranks: usize) -> Vec<Vec<u64>> {
     };
     (0..ranks).map(|from| (0..ranks).map(|to| between(from, to)).collect()).collect()
 }
+
+/// Bytes as people read them.
+pub(crate) fn gib(bytes: u64) -> String {
+    match bytes {
+        0..1_048_576 => format!("{:.1} KiB", bytes as f64 / 1024.0),
+        1_048_576..1_073_741_824 => format!("{:.1} MiB", bytes as f64 / 1_048_576.0),
+        _ => format!("{:.1} GiB", bytes as f64 / 1_073_741_824.0),
+    }
+}

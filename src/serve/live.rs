@@ -40,7 +40,7 @@ pub(super) async fn model(State(app): State<Arc<App>>) -> Json<Value> {
         "placement": options.placement.to_string(),
         "adapters": app.engine.adapters(),
         "cache_positions": app.engine.cache_positions(),
-        "assignment": assignment(app.engine.placement(), spec.moe_layers(), spec.experts),
+        "assignment": assignment(&app.engine.placement(), spec.moe_layers(), spec.experts),
         "predicted_ms_per_token": app.options.predicted_ms_per_token,
         "routes_counted": app.engine.engine_options().count_routes,
     }))

@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod modes;
+mod moves;
 mod splits;
 
 use common::reference::{Forward, Reference};

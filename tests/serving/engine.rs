@@ -119,7 +119,7 @@ fn the_way_of_each_token_is_the_routers() {
     let affinity = engine.affinity();
     // Every position that was run: the prompt's three and five of the output.
     assert_eq!(affinity.tokens(), 8.0);
-    let table = engine.placement().clone();
+    let table = engine.placement();
     drop(engine);
 
     let ids: Vec<u32> = [9, 8, 7].into_iter().chain(output[..5].iter().copied()).collect();

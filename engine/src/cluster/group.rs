@@ -6,7 +6,7 @@ use super::sizing::Offer;
 use crate::EngineError;
 use crate::model::ModelSpec;
 use crate::options::{ClusterOptions, GroupOptions, PlacementSource, TransportKind};
-use exflow_placement::{Affinity, Rank};
+use exflow_placement::{Affinity, PlacementTable, Rank};
 use exflow_transport::identity::Identity;
 use exflow_transport::proto::membership::{Digest, Party, Roster};
 use exflow_transport::quic::{self, JoinEvent, JoinOptions, Life, Listener, QuicOptions, Ruling, Suspects};
@@ -105,6 +105,15 @@ impl Group {
         if let Self::Led(leader) = self {
             let mut decision = leader.decision();
             (decision.options, decision.base) = (Some(options.clone()), None);
+        }
+    }
+
+    /// Has further worlds begin with another table.
+    pub(crate) fn place(&self, table: &PlacementTable) {
+        if let Self::Led(leader) = self
+            && let Some(base) = leader.decision().base.as_mut()
+        {
+            base.place(table.clone());
         }
     }
 

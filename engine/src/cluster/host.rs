@@ -1,15 +1,17 @@
 //! The ranks of this process: their devices and weights, kept over epochs, and the threads that run them.
 
 use super::plan::Plan;
+use super::sizing::Sizes;
 use crate::EngineError;
 use crate::gpu::Gpu;
 use crate::model::ModelSpec;
 use crate::model::decoder::Decoder;
 use crate::options::{ClusterOptions, Progress};
-use crate::runtime::{BLOCK, Command, Event, Outlet, Worker, WorkerOptions};
-use crate::weights::{self, ModelWeights, Store};
+use crate::runtime::{BLOCK, Command, Event, Outlet, Stock, Worker, WorkerOptions};
+use crate::weights::{self, ModelWeights, Shelf, Store};
 use exflow_placement::{ExpertId, LayerId, PlacementTable, Rank};
 use exflow_transport::Communicator;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 use std::thread::JoinHandle;
 
@@ -17,9 +19,9 @@ use std::thread::JoinHandle;
 pub(crate) struct Host {
     pub(crate) options: ClusterOptions,
     pub(crate) spec: ModelSpec,
-    store: Store,
+    store: Arc<Store>,
     /// In order; taken out while they run.
-    hosted: Vec<Option<Hosted>>,
+    hosted: Vec<Option<Decoder>>,
 }
 
 /// Experts of this process's ranks, over all layers.
@@ -35,13 +37,6 @@ impl std::fmt::Display for Loaded {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} experts read, {} kept", self.read, self.kept)
     }
-}
-
-/// One rank between two epochs.
-struct Hosted {
-    decoder: Decoder,
-    /// The experts that it holds, of each MoE layer.
-    held: Vec<Vec<ExpertId>>,
 }
 
 /// Where the news of this process's ranks go.
@@ -61,7 +56,7 @@ impl Host {
         weights::check(&spec, &store)?;
         spec.digest = store.digest(&options.model);
         let hosted = (0..options.ranks).map(|_| None).collect();
-        Ok(Self { options, spec, store, hosted })
+        Ok(Self { options, spec, store: Arc::new(store), hosted })
     }
 
     /// Brings every rank's weights onto its device, the ranks side by side: all of them at first, later the experts
@@ -95,6 +90,18 @@ impl Host {
         })
     }
 
+    /// Where ranks find experts while they run, and what room there is for them.
+    fn stock(&self, plan: &Plan) -> Stock {
+        let sizes = Sizes::of(&self.options, &self.spec, Some(plan.cache_blocks));
+        Stock {
+            store: Arc::clone(&self.store),
+            held_as: (plan.dtype, plan.quant),
+            expert_bytes: sizes.expert,
+            most_bytes: self.options.memory.map(|memory| sizes.for_experts(memory, plan.cache_blocks)),
+            ranks_here: self.hosted.len() as u64,
+        }
+    }
+
     /// Starts the ranks; rank 0, where it is here, takes `commands`.
     pub(crate) fn start(
         &mut self,
@@ -107,11 +114,12 @@ impl Host {
         let mut threads = Vec::new();
         for (local, comm) in comms.into_iter().enumerate() {
             let rank = comm.rank();
-            let Some(Hosted { decoder, held }) = self.hosted.get_mut(local).and_then(Option::take) else {
+            let Some(decoder) = self.hosted.get_mut(local).and_then(Option::take) else {
                 return Err(EngineError::Internal(format!("rank {rank} has nothing loaded")));
             };
             let options = WorkerOptions {
                 table: plan.table.clone(),
+                stock: self.stock(plan),
                 strategy: plan.strategy,
                 combine: plan.combine,
                 schedule: plan.schedule,
@@ -132,7 +140,7 @@ impl Host {
                 if ended.is_err() {
                     tell_failed(&news);
                 }
-                (Hosted { decoder, held }, ended)
+                (decoder, ended)
             };
             let thread = std::thread::Builder::new().name(format!("rank {rank}")).spawn(run);
             let none = |e| EngineError::Internal(format!("no thread for rank {rank}: {e}"));
@@ -162,7 +170,7 @@ impl Drop for Panicking {
 
 /// The ranks of this process while they run.
 pub(crate) struct Running {
-    threads: Vec<JoinHandle<(Hosted, Result<bool, EngineError>)>>,
+    threads: Vec<JoinHandle<(Decoder, Result<bool, EngineError>)>>,
 }
 
 impl Running {
@@ -172,8 +180,8 @@ impl Running {
         let mut first: Result<bool, EngineError> = Ok(false);
         for (local, thread) in self.threads.into_iter().enumerate() {
             let ended = match thread.join() {
-                Ok((hosted, ended)) => {
-                    host.hosted[local] = Some(hosted);
+                Ok((decoder, ended)) => {
+                    host.hosted[local] = Some(decoder);
                     ended
                 }
                 Err(_) => Err(EngineError::Internal("a rank's thread panicked".into())),
@@ -202,7 +210,7 @@ struct Loader<'a> {
 }
 
 impl Loader<'_> {
-    fn bring(&self, rank: Rank, local: usize, hosted: &mut Option<Hosted>) -> Result<Loaded, EngineError> {
+    fn bring(&self, rank: Rank, local: usize, hosted: &mut Option<Decoder>) -> Result<Loaded, EngineError> {
         let failed = |source| match source {
             e @ (EngineError::Tensor { .. } | EngineError::File { .. } | EngineError::Usage { .. }) => e,
             other => other.at(rank),
@@ -220,15 +228,14 @@ impl Loader<'_> {
         Ok(Loaded { read, kept: all - read })
     }
 
-    fn whole(&self, rank: Rank, local: usize, held: Vec<Vec<ExpertId>>) -> Result<Hosted, EngineError> {
+    fn whole(&self, rank: Rank, local: usize, held: Vec<Vec<ExpertId>>) -> Result<Decoder, EngineError> {
         let gpu = Gpu::open(self.options.adapter_of(local), local)?;
         let total = self.spec.elements(held.iter().map(Vec::len).sum());
         let mut read = self.counter(format!("load rank {rank}"), total);
         let held_as = (self.options.dtype, self.options.quant);
         let weights = ModelWeights::load(self.spec, self.store, &gpu, &held, held_as, &mut read)?;
         let cache = (self.plan.cache_blocks * BLOCK, self.options.kv_dtype.into());
-        let decoder = Decoder::new(gpu, self.spec.clone(), weights, cache)?;
-        Ok(Hosted { decoder, held })
+        Decoder::new(gpu, self.spec.clone(), weights, cache)
     }
 
     /// Other experts than before, of which those are read that were not there, beside a cache of the plan's size.
@@ -236,17 +243,16 @@ impl Loader<'_> {
     fn replace(
         &self,
         rank: Rank,
-        there: &mut Hosted,
+        decoder: &mut Decoder,
         experts: Vec<Vec<ExpertId>>,
     ) -> Result<usize, EngineError> {
-        let count = fresh(&experts, &there.held);
+        let count = fresh(&experts, &decoder.weights.held());
         let total = self.spec.elements(count) - self.spec.elements(0);
         let mut read = self.counter(format!("load rank {rank} anew"), total);
-        let Hosted { decoder, held } = there;
         decoder.size_cache(self.plan.cache_blocks * BLOCK)?;
-        let (weights, held_as) = (&mut decoder.weights, (self.options.dtype, self.options.quant));
-        weights.replace_experts((self.spec, self.store, &decoder.gpu), held, &experts, held_as, &mut read)?;
-        *held = experts;
+        let held_as = (self.options.dtype, self.options.quant);
+        let shelf = Shelf { spec: self.spec, store: self.store, held_as };
+        decoder.weights.replace_experts(shelf, &decoder.gpu, &experts, &mut read)?;
         Ok(count)
     }
 

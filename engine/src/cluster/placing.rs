@@ -1,10 +1,11 @@
 //! Which table a world starts with: as asked for, checked against memory, and without the ranks that are absent.
 
 use super::plan::Plan;
-use super::sizing::{Offer, Sizes, gib};
+use super::sizing::{Offer, Sizes};
 use crate::EngineError;
 use crate::model::ModelSpec;
 use crate::options::{ClusterOptions, Combine, Domain, PlacementSource, Prefill};
+use crate::stats::gib;
 use exflow_placement::{PlacementTable, Rank};
 use exflow_transport::proto::membership::Roster;
 
@@ -29,6 +30,13 @@ pub(crate) struct Base {
     table: PlacementTable,
     /// Blocks of cache, once they are decided.
     cache_blocks: Option<usize>,
+}
+
+impl Base {
+    /// Further epochs begin with another table of the complete world.
+    pub(crate) fn place(&mut self, table: PlacementTable) {
+        self.table = table;
+    }
 }
 
 /// The plan of an epoch for those who are there. `base` is made by the first.

@@ -4,6 +4,7 @@ use crate::EngineError;
 use crate::model::ModelSpec;
 use crate::options::{ClusterOptions, Dtype, Overlap, Quant};
 use crate::runtime::{BLOCK, CHUNK, MAX_RUNNING};
+use crate::stats::gib;
 use exflow_shaders::Cache;
 use exflow_transport::proto::membership::Roster;
 use serde::{Deserialize, Serialize};
@@ -144,6 +145,11 @@ impl Sizes {
         present(roster, offers).map(of).collect()
     }
 
+    /// Bytes that a rank which may take `memory` has for experts beside a cache of so many blocks.
+    pub(crate) fn for_experts(&self, memory: u64, cache_blocks: usize) -> u64 {
+        memory.saturating_sub(self.weights + cache_blocks as u64 * self.block)
+    }
+
     /// Blocks of every rank's cache, alike everywhere as rank 0 counts them for all: what is left beside `held`
     /// experts where there is the least.
     pub(crate) fn cache_blocks(&self, roster: &Roster, offers: &[Offer], held: &[usize]) -> usize {
@@ -206,15 +212,6 @@ fn scratch(spec: &ModelSpec, (rows, heads): (usize, usize)) -> u64 {
         + attention.heads * attention.v4()
         + pairs * spec.largest_i4();
     16 * (rows * row4 + heads * spec.v4()) as u64
-}
-
-/// Bytes as people read them.
-pub(crate) fn gib(bytes: u64) -> String {
-    match bytes {
-        0..1_048_576 => format!("{:.1} KiB", bytes as f64 / 1024.0),
-        1_048_576..1_073_741_824 => format!("{:.1} MiB", bytes as f64 / 1_048_576.0),
-        _ => format!("{:.1} GiB", bytes as f64 / 1_073_741_824.0),
-    }
 }
 
 #[cfg(test)]

@@ -30,6 +30,7 @@ pub(crate) struct Gpu {
     name: String,
     /// The adapter's place among this machine's.
     adapter: usize,
+    handle: wgpu::Adapter,
     is_cpu: bool,
     hands_over: bool,
     tuning: Tuning,
@@ -57,6 +58,7 @@ impl Gpu {
             tuning: if report.tuning.measured { report.tuning.weights } else { Tuning::new() },
             name: report.name,
             adapter: report.index,
+            handle: adapter,
             known: pipelines.len(),
             pipelines: RefCell::new(pipelines.into()),
             kept,
@@ -84,6 +86,11 @@ impl Gpu {
     /// Bytes that this device has allocated, where the driver's interface tells.
     pub(crate) fn allocated_bytes(&self) -> Option<u64> {
         self.device.generate_allocator_report().map(|report| report.total_allocated_bytes)
+    }
+
+    /// Bytes of the adapter's memory that nobody has taken, where the driver or the system tells.
+    pub(crate) fn free_bytes(&self) -> Option<u64> {
+        super::memory::of(&self.handle, self.is_cpu)?.free_bytes
     }
 
     /// The largest storage binding in bytes.

@@ -36,6 +36,11 @@ const MAX_BIND_GROUPS: usize = 4096;
 const MAX_BINDINGS: usize = 10;
 
 impl Gpu {
+    /// Lets go of all buffers that launches were bound to: those that were replaced are freed by it.
+    pub(crate) fn forget_bindings(&self) {
+        self.pipelines.borrow_mut().bind_groups.clear();
+    }
+
     /// The pipeline of a variant that this device runs ([`Gpu::runs`]).
     fn pipeline(&self, kernel: Kernel, variant: Variant) -> Result<Pipeline, EngineError> {
         if let Some(found) = self.pipelines.borrow().pipelines.get(&(kernel, variant)) {

@@ -57,7 +57,7 @@ impl Shape {
 
     /// Bytes of a row for so many choices, frames' heads apart.
     fn row_bytes(&self, choices: usize) -> f64 {
-        16.0 + 8.0 * choices as f64 + self.hidden_bytes
+        18.0 + 8.0 * choices as f64 + self.hidden_bytes
     }
 
     fn partial_bytes(&self) -> f64 {

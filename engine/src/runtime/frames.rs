@@ -1,5 +1,6 @@
 //! What the engine's payloads look like: little-endian, counts first, lengths checked while reading.
 
+use super::tables::Edition;
 use crate::EngineError;
 use bytes::Bytes;
 use exflow_placement::Rank;
@@ -19,6 +20,8 @@ pub(crate) struct Choice {
 pub(crate) struct RowFrame {
     pub(crate) sequence: u32,
     pub(crate) position: u32,
+    /// Which placement table the token goes by.
+    pub(crate) edition: Edition,
     /// g1: the token's next residence.
     pub(crate) next: Rank,
     /// The rank that serves the choice with the largest weight.
@@ -74,8 +77,8 @@ impl Writer {
     }
 
     pub(crate) fn row(&mut self, row: &RowFrame) {
-        self.u32(row.sequence).u32(row.position).u16(row.next.0).u16(row.main.0).u16(row.expects);
-        self.u16(row.choices.len() as u16);
+        self.u32(row.sequence).u32(row.position).u16(row.edition.0).u16(row.next.0).u16(row.main.0);
+        self.u16(row.expects).u16(row.choices.len() as u16);
         for choice in &row.choices {
             self.u16(choice.k).u16(choice.expert).u32(choice.weight.to_bits());
         }
@@ -148,6 +151,7 @@ impl<'a> Reader<'a> {
         let mut rows = Vec::new();
         while !self.bytes.is_empty() {
             let (sequence, position) = (self.u32()?, self.u32()?);
+            let edition = Edition(self.u16()?);
             let (next, main, expects, count) =
                 (Rank(self.u16()?), Rank(self.u16()?), self.u16()?, self.u16()?);
             let mut choices = Vec::new();
@@ -156,7 +160,7 @@ impl<'a> Reader<'a> {
                 choices.push(Choice { k, expert, weight: f32::from_bits(self.u32()?) });
             }
             let residual = self.floats(hidden)?;
-            rows.push(RowFrame { sequence, position, next, main, expects, choices, residual });
+            rows.push(RowFrame { sequence, position, edition, next, main, expects, choices, residual });
         }
         Ok(rows)
     }
@@ -201,6 +205,7 @@ mod tests {
         let row = RowFrame {
             sequence: 7,
             position: 300,
+            edition: Edition(2),
             next: Rank(2),
             main: Rank(1),
             expects: 1,

@@ -6,6 +6,7 @@
 //! is all that its rows of the next step are made from. Orders are carried out between two steps, one step later than
 //! they are given, unless there is nothing to step for: by all ranks at the same place.
 
+use super::moving::MoveNews;
 use super::outlet::News;
 use super::sequence::Sampled;
 use super::stats::Waited;
@@ -30,6 +31,8 @@ struct Gathered {
     news: Vec<News>,
     /// Whether there is more of it than one gathering takes.
     more: bool,
+    /// To rank 0 alone: what was done of a move of experts.
+    moved: Vec<MoveNews>,
 }
 
 /// What the loop holds beside the rank's own state.
@@ -53,6 +56,7 @@ impl Worker {
         self.meet()?;
         let mut rounds = Rounds::default();
         while !self.stopping {
+            self.move_on()?;
             // One rank hears itself at once; several need a step to hear each other in.
             let steps = self.sequences.chunks().next().is_some() || self.sequences.decodable() > 0;
             if !steps || self.comm.world_size() == 1 {
@@ -234,7 +238,8 @@ impl Worker {
             let chunk = sequence.chunk();
             batch.total += chunk.len();
             if sequence.start.home == me || self.options.prefill == Prefill::Replicated {
-                let row = |at: u32| (Row::new(sequence.start.id, at), sequence.start.prompt[at as usize]);
+                let start = &sequence.start;
+                let row = |at: u32| (Row::new(start.id, at, start.edition), start.prompt[at as usize]);
                 batch.tokens.extend(chunk.map(row));
             }
         }
@@ -242,7 +247,12 @@ impl Worker {
     }
 
     fn decode_batch(&self, rounds: &mut Rounds) -> Batch {
-        let row = |(id, (token, position)): (u32, (u32, u32))| (Row::new(id, position), token);
+        let edition =
+            |id, position| self.sequences.running.get(&id).map(|sequence| sequence.edition_at(position));
+        let row = |(id, (token, position)): (u32, (u32, u32))| {
+            let edition = edition(id, position).unwrap_or(self.tables.edition());
+            (Row::new(id, position, edition), token)
+        };
         let tokens = std::mem::take(&mut rounds.residents).into_iter().map(row).collect();
         Batch { decode: true, tokens, total: self.sequences.decodable() }
     }
@@ -262,8 +272,8 @@ impl Worker {
         let (news, more) = self.outlet.take();
         let mut mine = Gathered { more, ..mine };
         let mut send = vec![encode(&mine)?; self.comm.world_size()];
-        if !news.is_empty() {
-            mine.news = news;
+        (mine.news, mine.moved) = (news, std::mem::take(&mut self.moving.news));
+        if !mine.news.is_empty() || !mine.moved.is_empty() {
             send[0] = encode(&mine)?;
         }
         let round = RoundId { number: self.round, class: ByteClass::Ids, layer: u16::MAX };
@@ -286,6 +296,7 @@ impl Worker {
                 .map_err(|e| EngineError::Internal(format!("rank {from} sent what cannot be read: {e}")))?;
             self.behind |= gathered.more;
             gathered.news.into_iter().for_each(|news| self.tell(news.event(from)));
+            gathered.moved.into_iter().for_each(|news| self.director.hear(from, news));
             gathered.sampled.into_iter().for_each(|sampled| self.count(sampled));
             rounds.held.extend(gathered.directives.into_iter().map(|directive| (from, directive)));
         }

@@ -8,6 +8,7 @@
 //! all get done.
 
 use super::sequence::{Admission, BLOCK, Order, Sequence, Sequences, blocks_at_start};
+use super::tables::Edition;
 use exflow_placement::Rank;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -29,6 +30,8 @@ const AHEAD: usize = BLOCK / 2;
 pub(crate) struct Scheduler {
     /// Ranks that prompts may be prefilled on.
     homes: Vec<Rank>,
+    /// The placement table that prompts of those who start go by.
+    pub(crate) edition: Edition,
     /// V, by which captured logits are bounded.
     vocab: usize,
     next_id: u32,
@@ -51,7 +54,8 @@ impl Scheduler {
     /// For a world in which `homes` may prefill, and a vocabulary of `vocab`.
     pub(crate) fn new(homes: Vec<Rank>, vocab: usize) -> Self {
         let (waiting, cancelled) = (BTreeMap::new(), Vec::new());
-        Self { homes, vocab, next_id: 0, waiting, cancelled, prefilling: false }
+        let edition = Edition::default();
+        Self { homes, edition, vocab, next_id: 0, waiting, cancelled, prefilling: false }
     }
 
     /// Takes a request in. Its `id` and `home` are set when it starts.
@@ -117,7 +121,7 @@ impl Scheduler {
                 break;
             }
             let mut start = next.remove();
-            start.id = self.next_id;
+            (start.id, start.edition) = (self.next_id, self.edition);
             self.next_id += 1;
             start.home = self.homes.iter().copied().min_by_key(|home| context[home]).unwrap_or(Rank(0));
             *context.entry(start.home).or_default() += start.prompt.len();

@@ -2,6 +2,7 @@
 //! the same state without asking each other. Blocks are given and taken by orders alone, in the order in which rank 0
 //! gave them: which block is whose does not depend on when a sampled id is heard of.
 
+use super::tables::Edition;
 use crate::EngineError;
 use crate::sampling::{Logprobs, Sampling};
 use exflow_placement::Rank;
@@ -21,6 +22,8 @@ pub(crate) struct Admission {
     pub(crate) request: u32,
     /// The rank that prefills it.
     pub(crate) home: Rank,
+    /// The placement table that its prompt goes by.
+    pub(crate) edition: Edition,
     pub(crate) prompt: Vec<u32>,
     pub(crate) max_tokens: u32,
     pub(crate) ignore_eos: bool,
@@ -70,6 +73,8 @@ pub(crate) struct Sampled {
     pub(crate) sequence: u32,
     pub(crate) token: u32,
     pub(crate) logprobs: Option<Logprobs>,
+    /// The placement table that it went by.
+    pub(crate) edition: Edition,
 }
 
 /// What a sampled token came to.
@@ -96,6 +101,10 @@ pub(crate) struct Sequence {
     pub(crate) start: Admission,
     /// Sampled so far, as far as it was heard of; the last one is the token of the next decode step.
     pub(crate) output: Vec<u32>,
+    /// The placement table that its next token goes by, as far as rank 0's word has come.
+    pub(crate) edition: Edition,
+    /// The one that the last token went by of which was heard.
+    pub(crate) went_by: Edition,
     /// In rounds: whether the last step sampled one more, of which only the rank that did knows yet.
     pub(crate) unheard: bool,
     /// Positions of the prompt that are in the cache.
@@ -159,6 +168,12 @@ impl Sequence {
     fn is_outgrown(&self, more: usize, remade_beyond: Option<usize>) -> bool {
         remade_beyond
             .is_some_and(|limit| self.tokens() + more > limit && (self.start.known as usize) <= limit)
+    }
+
+    /// The placement table that a position goes by which begins its way now.
+    pub(crate) fn edition_at(&self, position: u32) -> Edition {
+        let of_prompt = (position as usize) < self.start.prompt.len();
+        if of_prompt { self.start.edition } else { self.edition }
     }
 
     /// The positions of the prompt that are to be prefilled next.
@@ -248,6 +263,8 @@ impl Sequences {
                 self.unseen = self.unseen.max(start.id + 1);
                 let sequence = Sequence {
                     output: Vec::new(),
+                    edition: start.edition,
+                    went_by: start.edition,
                     unheard: false,
                     prefilled: 0,
                     ordered: 0,
@@ -307,6 +324,23 @@ impl Sequences {
         (sequence.finished, sequence.stale, sequence.unheard) = (next.finish, next.stale, false);
         let (request, told) = (sequence.start.request, sequence.start.told as usize);
         Some(Counted { request, token: next.token, finish: next.finish, new: index >= told })
+    }
+
+    /// Takes note of the placement table that a sampled token went by.
+    pub(crate) fn went_by(&mut self, id: u32, edition: Edition) {
+        if let Some(sequence) = self.running.get_mut(&id) {
+            sequence.went_by = edition;
+        }
+    }
+
+    /// Has every sequence's next token go by another placement table.
+    pub(crate) fn turn_to(&mut self, edition: Edition) {
+        self.running.values_mut().for_each(|sequence| sequence.edition = edition);
+    }
+
+    /// Whether no token is under way that goes by another placement table than this one, and none will be.
+    pub(crate) fn all_go_by(&self, edition: Edition) -> bool {
+        self.running.values().all(|sequence| sequence.went_by == edition && sequence.edition == edition)
     }
 
     /// What a token that is sampled now comes to; `None` where its sequence does not run any more.

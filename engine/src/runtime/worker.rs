@@ -2,12 +2,14 @@
 
 use super::coherence::Coherence;
 use super::measure::Measured;
+use super::moving::{Director, GLANCE, MoveEnd, MoveOrder, Moving, Stock};
 use super::outlet::Outlet;
 use super::overlap::{Halving, Peers};
 use super::scheduler::Scheduler;
 use super::sequence::{Admission, FinishReason, Order, Sampled, Sequences};
 use super::stats::RankStats;
 use super::step::Stepper;
+use super::tables::Tables;
 use crate::EngineError;
 use crate::model::decoder::Decoder;
 use crate::model::scratch::Scratch;
@@ -29,6 +31,8 @@ pub(crate) enum Command {
     Report,
     /// Have every rank measure its links and its kernels; nothing may run, and the schedule must be rounds.
     Measure,
+    /// Have experts move to where this table has them, while requests run.
+    Move(Box<PlacementTable>),
     /// End every rank; `again`: another epoch follows at once.
     Stop { again: bool },
 }
@@ -45,6 +49,8 @@ pub(crate) enum Event {
     Report(Rank, Box<RankStats>),
     /// What a rank was asked to measure.
     Measured(Rank, Box<Measured>),
+    /// Rank 0: how a move that was asked for ended.
+    Moved(Box<MoveEnd>),
     /// A rank of this process has ended in an error, which its thread returns.
     Failed,
     /// Nothing from the ranks: the driver itself is to look after something else.
@@ -66,6 +72,7 @@ pub(super) enum Directive {
     Measure,
     /// In rounds: whether decode steps run in two halves from now on.
     Halves(bool),
+    Move(MoveOrder),
     Stop {
         again: bool,
     },
@@ -73,7 +80,9 @@ pub(super) enum Directive {
 
 /// What a rank's loop is told at its start.
 pub(crate) struct WorkerOptions {
+    /// The one to begin with.
     pub(crate) table: PlacementTable,
+    pub(crate) stock: Stock,
     pub(crate) strategy: Strategy,
     pub(crate) combine: Combine,
     pub(crate) schedule: Schedule,
@@ -89,6 +98,10 @@ pub(crate) struct Worker {
     pub(super) decoder: Decoder,
     pub(super) comm: Box<dyn Communicator>,
     pub(super) options: WorkerOptions,
+    pub(super) tables: Tables,
+    pub(super) moving: Moving,
+    /// Rank 0's part of a move.
+    pub(super) director: Director,
     pub(super) outlet: Outlet,
     /// Rank 0's alone.
     pub(super) commands: Option<Receiver<Command>>,
@@ -139,6 +152,9 @@ impl Worker {
             decoder,
             reported: comm.stats(),
             comm,
+            tables: Tables::new(options.table.clone()),
+            moving: Moving::default(),
+            director: Director::default(),
             options,
             outlet,
             commands,
@@ -173,7 +189,7 @@ impl Worker {
         Stepper {
             decoder: &mut self.decoder,
             comm: self.comm.as_mut(),
-            table: &self.options.table,
+            tables: &self.tables,
             strategy: self.options.strategy,
             combine: self.options.combine,
             prefill: self.options.prefill,
@@ -194,16 +210,17 @@ impl Worker {
     /// Rank 0: what the driver asked for and what the scheduler makes of it. Waits where there is nothing else to do.
     pub(super) fn decide(&mut self) -> Vec<Directive> {
         let Some(commands) = &self.commands else { return Vec::new() };
-        let mut directives = Vec::new();
+        let (mut directives, mut moves) = (Vec::new(), Vec::new());
         let mut take = |command, scheduler: &mut Scheduler| match command {
             Command::Submit(admission) => scheduler.submit(admission),
             Command::Cancel(request) => scheduler.cancel(request),
             Command::Report => directives.push(Directive::Report),
             Command::Measure => directives.push(Directive::Measure),
+            Command::Move(table) => moves.push(*table),
             Command::Stop { again } => directives.push(Directive::Stop { again }),
         };
         if self.sequences.running.is_empty() && self.scheduler.is_idle() && !self.behind {
-            match commands.recv_timeout(IDLE) {
+            match commands.recv_timeout(if self.director.is_busy() { GLANCE } else { IDLE }) {
                 Ok(command) => take(command, &mut self.scheduler),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => take(STOP, &mut self.scheduler),
@@ -219,12 +236,15 @@ impl Worker {
                 }
             }
         }
+        let begun: Vec<_> = moves.into_iter().filter_map(|table| self.begin_move(table)).collect();
+        directives.extend(begun.into_iter().chain(self.next_of_move()).map(Directive::Move));
         directives.extend(self.scheduler.plan(&self.sequences).into_iter().map(Directive::Order));
         directives
     }
 
     pub(super) fn count(&mut self, sampled: Sampled) {
         let counted = self.sequences.sampled(sampled.sequence, sampled.token);
+        self.sequences.went_by(sampled.sequence, sampled.edition);
         let Some(counted) = counted.filter(|c| c.new && self.comm.rank() == Rank(0)) else { return };
         self.tell(Event::Token {
             request: counted.request,
@@ -257,6 +277,7 @@ impl Worker {
                 self.behind = true;
             }
             Directive::Halves(on) => self.in_halves = on,
+            Directive::Move(order) => self.carry_out_move(order)?,
             Directive::Stop { again } => (self.stopping, self.again) = (true, again),
         }
         Ok(())

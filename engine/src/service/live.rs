@@ -39,6 +39,23 @@ pub struct LiveRank {
     pub memory_bytes: Option<u64>,
 }
 
+/// Moves of experts to another table while requests run, since the start.
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+pub struct MoveCounts {
+    /// Asked for. What neither ended nor was refused is under way.
+    pub asked: u64,
+    /// Came to their end: all tokens go by the other table.
+    pub done: u64,
+    /// Not begun or given up; all tokens go by the table that they went by before.
+    pub refused: u64,
+    /// Experts that ranks read for those that are done.
+    pub experts: u64,
+    /// Seconds that these took together.
+    pub seconds: f64,
+    /// Why the last one of those refused was.
+    pub why: Option<String>,
+}
+
 /// A running engine's figures. Rates are over the last half second in which anything ran.
 #[derive(Debug, Clone, Serialize)]
 pub struct LiveStats {
@@ -80,6 +97,8 @@ pub struct LiveStats {
     pub decode_steps: u64,
     /// Prefill steps since the start.
     pub prefill_steps: u64,
+    /// Moves of experts.
+    pub moves: MoveCounts,
 }
 
 impl LiveStats {
@@ -104,6 +123,7 @@ impl LiveStats {
             ranks: vec![LiveRank::default(); ranks],
             decode_steps: 0,
             prefill_steps: 0,
+            moves: MoveCounts::default(),
         }
     }
 }

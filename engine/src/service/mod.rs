@@ -10,7 +10,7 @@ use crate::runtime::{Event, FinishReason};
 use crate::{Cluster, ClusterOptions, EngineError, ModelSpec, TextCodec};
 use exflow_placement::{Affinity, PlacementTable};
 use exflow_transport::quic::Suspects;
-pub use live::{LiveRank, LiveStats, RequestCounts};
+pub use live::{LiveRank, LiveStats, MoveCounts, RequestCounts};
 use owner::{Ask, Owner};
 use std::collections::VecDeque;
 use std::sync::mpsc::Sender;
@@ -65,7 +65,6 @@ struct Shared {
     spec: ModelSpec,
     cluster: ClusterOptions,
     options: EngineOptions,
-    table: PlacementTable,
     codec: Option<Arc<TextCodec>>,
     adapters: Vec<String>,
     cache_positions: usize,
@@ -80,6 +79,7 @@ struct State {
     next: u64,
     live: LiveStats,
     affinity: Affinity,
+    table: PlacementTable,
     /// Why no request is taken any more.
     ended: Option<Ended>,
 }
@@ -116,14 +116,19 @@ impl Engine {
         let shared = Arc::new(Shared {
             cluster: cluster.options().clone(),
             options,
-            table: cluster.placement().clone(),
             codec: cluster.codec(),
             adapters: cluster.adapters(),
             cache_positions: cluster.cache_positions(),
             suspects: cluster.suspects(),
             wake: Mutex::new(cluster.waker()),
             asks: Mutex::default(),
-            state: Mutex::new(State { next: 0, live, affinity, ended: None }),
+            state: Mutex::new(State {
+                next: 0,
+                live,
+                affinity,
+                table: cluster.placement().clone(),
+                ended: None,
+            }),
             spec,
         });
         let owner = Owner::new(cluster, shared.clone());
@@ -176,9 +181,23 @@ impl Engine {
         self.inner.shared.codec.as_deref()
     }
 
-    /// Where each expert is.
-    pub fn placement(&self) -> &PlacementTable {
-        &self.inner.shared.table
+    /// Where each expert is now.
+    pub fn placement(&self) -> PlacementTable {
+        self.inner.shared.state().table.clone()
+    }
+
+    /// Has experts move to where `table` has them, while requests run on: none of them notices, and no token changes. How
+    /// it ends is told in [`LiveStats::moves`].
+    ///
+    /// # Errors
+    /// A table that is not for this model and so many ranks.
+    pub fn move_to(&self, table: PlacementTable) -> Result<(), EngineError> {
+        let shared = &self.inner.shared;
+        let spec = &shared.spec;
+        table.check_fits(spec.moe_layers(), spec.experts, shared.cluster.ranks, Some(&spec.digest))?;
+        shared.state().live.moves.asked += 1;
+        shared.ask(Ask::Move(Box::new(table)));
+        Ok(())
     }
 
     /// What the cluster was started with.

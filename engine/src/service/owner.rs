@@ -5,9 +5,10 @@ use super::routes::Routes;
 use super::{Ended, Shared, lock};
 use crate::generate::{Request, Run, TokenEvent};
 use crate::output::Output;
-use crate::runtime::{Captured, Command, Event, FinishReason};
+use crate::runtime::{Captured, Command, Event, FinishReason, MoveEnd};
 use crate::sampling::Logprobs;
 use crate::{Cluster, EngineError};
+use exflow_placement::PlacementTable;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,6 +23,7 @@ pub(super) enum Ask {
         asked: Instant,
     },
     Cancel(u64),
+    Move(Box<PlacementTable>),
     /// End once nothing runs.
     Finish,
     /// End at once.
@@ -92,6 +94,7 @@ impl Owner {
                     self.token(request, token, logprobs, finish)?;
                 }
                 Some(Event::Captured(captured)) => self.captured(captured),
+                Some(Event::Moved(end)) => self.moved(*end),
                 Some(Event::Report(rank, stats)) => {
                     self.meter.add(rank, &stats, &mut self.shared.state().live)
                 }
@@ -113,6 +116,7 @@ impl Owner {
                     self.submit(id, request, events, asked)?
                 }
                 Some(Ask::Cancel(id)) => self.cancel(id)?,
+                Some(Ask::Move(table)) => self.move_to(*table)?,
                 Some(Ask::Finish) => self.finishing = true,
                 Some(Ask::Stop) => self.stopping = true,
             }
@@ -157,6 +161,33 @@ impl Owner {
         self.cluster.command(Command::Cancel(sequence))?;
         self.close(sequence, |requests| requests.cancelled += 1);
         Ok(())
+    }
+
+    fn move_to(&mut self, table: PlacementTable) -> Result<(), EngineError> {
+        match self.cluster.move_to(table) {
+            Err(error) if error.is_input() => {
+                self.moved(MoveEnd::refused(error.to_string()));
+                Ok(())
+            }
+            asked => asked,
+        }
+    }
+
+    fn moved(&mut self, end: MoveEnd) {
+        let mut state = self.shared.state();
+        let moves = &mut state.live.moves;
+        match end.outcome {
+            Ok(table) => {
+                moves.done += 1;
+                moves.experts += end.experts;
+                moves.seconds += end.seconds;
+                state.table = table;
+            }
+            Err(why) => {
+                moves.refused += 1;
+                moves.why = Some(why);
+            }
+        }
     }
 
     /// Forgets a request that is over.

@@ -1,12 +1,13 @@
 //! Experts, shared experts and dense FFNs: one form on the device for all that stand on disk.
 
-use super::formats;
-use super::layers::{Dense, Loader, Matrix};
-use super::names::ExpertForm;
+use super::layers::{Dense, LayerFfn, LayerWeights, Loader, Matrix, ModelWeights, form_of};
+use super::names::{ExpertForm, Names};
 use super::rows::Rows;
+use super::{Store, formats, pack};
 use crate::EngineError;
-use crate::gpu::{Buffer, Part};
-use crate::model::FfnSpec;
+use crate::gpu::{Buffer, Gpu, Part};
+use crate::model::{FfnSpec, ModelSpec};
+use crate::options::{Dtype, Quant};
 use exflow_placement::ExpertId;
 
 /// The matrices of one or more experts: `up` `[experts, matrices, I, H]`, `down` `[experts, H, I]`, biases likewise.
@@ -31,14 +32,146 @@ struct Expert {
     down_bias: Vec<f32>,
 }
 
+/// Experts of one layer as they go onto a device, packed, in ascending order of their ids.
+pub(crate) struct PackedExperts {
+    pub(crate) layer: usize,
+    ids: Vec<ExpertId>,
+    ffn: PackedFfn,
+}
+
+/// [`Ffn`] before it is on a device.
+#[derive(Default)]
+struct PackedFfn {
+    up: Vec<pack::Unit>,
+    up_bias: Vec<f32>,
+    down: Vec<pack::Unit>,
+    down_bias: Vec<f32>,
+}
+
+/// Where a rank reads experts from, and in which form it holds them.
+#[derive(Clone, Copy)]
+pub(crate) struct Shelf<'a> {
+    pub(crate) spec: &'a ModelSpec,
+    pub(crate) store: &'a Store,
+    pub(crate) held_as: (Dtype, Option<Quant>),
+}
+
+impl<'a> Shelf<'a> {
+    fn loader<G>(&self, gpu: G, read: &'a mut dyn FnMut(u64)) -> Loader<'a, G> {
+        let form = form_of(self.held_as.0, self.held_as.1);
+        Loader { spec: self.spec, names: Names::of(self.spec), store: self.store, gpu, form, read }
+    }
+
+    /// Reads experts of a layer of the model, which is a MoE layer; needs no device.
+    ///
+    /// # Errors
+    /// Tensors that cannot be read.
+    pub(crate) fn read(&self, layer: usize, ids: &[ExpertId]) -> Result<PackedExperts, EngineError> {
+        let mut ignore = |_| ();
+        let ffn = Shelf { ..*self }.loader((), &mut ignore).pack_experts(layer, ids)?;
+        self.store.release();
+        Ok(PackedExperts { layer, ids: ids.to_vec(), ffn })
+    }
+}
+
+impl Experts {
+    /// Which they are, ascending.
+    pub(crate) fn ids(&self) -> Vec<ExpertId> {
+        let held = self.local.iter().enumerate().filter(|(_, local)| local.is_some());
+        held.map(|(expert, _)| ExpertId::from(expert)).collect()
+    }
+}
+
+impl ModelWeights {
+    /// The experts that are here, of each MoE layer, ascending.
+    pub(crate) fn held(&self) -> Vec<Vec<ExpertId>> {
+        let of = |layer: &LayerWeights| match &layer.ffn {
+            LayerFfn::Moe { experts, .. } => Some(experts.ids()),
+            LayerFfn::Dense(_) => None,
+        };
+        self.layers.iter().filter_map(of).collect()
+    }
+
+    /// Gives each MoE layer the experts `experts[layer]` in place of those that are here: only those that were not are
+    /// read.
+    pub(crate) fn replace_experts(
+        &mut self,
+        shelf: Shelf<'_>,
+        gpu: &Gpu,
+        experts: &[Vec<ExpertId>],
+        read: &mut dyn FnMut(u64),
+    ) -> Result<(), EngineError> {
+        let spec = shelf.spec;
+        let mut loader = shelf.loader(gpu, read);
+        for (layer, index) in (0..spec.layers).filter_map(|layer| Some((layer, spec.moe_index(layer)?))) {
+            let there = self.experts(layer)?;
+            let before = there.ids();
+            if before != experts[index] {
+                let fresh: Vec<ExpertId> =
+                    experts[index].iter().filter(|expert| !before.contains(expert)).copied().collect();
+                let fresh = loader.experts(layer, &fresh)?;
+                *there = loader.put_together(layer, there, fresh, &experts[index])?;
+            }
+        }
+        gpu.forget_bindings();
+        Ok(())
+    }
+
+    /// Puts experts beside those of their layer that are here. Nothing may be recorded and not submitted.
+    pub(crate) fn add_experts(
+        &mut self,
+        shelf: Shelf<'_>,
+        gpu: &Gpu,
+        packed: PackedExperts,
+    ) -> Result<(), EngineError> {
+        let PackedExperts { layer, ids, ffn } = packed;
+        let mut ignore = |_| ();
+        let loader = shelf.loader(gpu, &mut ignore);
+        let there = self.experts(layer)?;
+        let mut now = there.ids();
+        now.extend(&ids);
+        now.sort_unstable();
+        now.dedup();
+        let label = loader.names.of_layer(layer, loader.names.moe);
+        let fresh =
+            Experts { local: loader.numbers(&ids), ffn: loader.upload_ffn(&label, shelf.spec.expert, ffn)? };
+        *there = loader.put_together(layer, there, fresh, &now)?;
+        gpu.forget_bindings();
+        Ok(())
+    }
+
+    /// Gives up all experts of a layer but those of `keep`, which are here. Nothing may be recorded and not submitted.
+    pub(crate) fn keep_experts(
+        &mut self,
+        shelf: Shelf<'_>,
+        gpu: &Gpu,
+        layer: usize,
+        keep: &[ExpertId],
+    ) -> Result<(), EngineError> {
+        let mut ignore = |_| ();
+        let mut loader = shelf.loader(gpu, &mut ignore);
+        let there = self.experts(layer)?;
+        if there.ids() != keep {
+            let none = loader.experts(layer, &[])?;
+            *there = loader.put_together(layer, there, none, keep)?;
+            gpu.forget_bindings();
+        }
+        Ok(())
+    }
+
+    fn experts(&mut self, layer: usize) -> Result<&mut Experts, EngineError> {
+        match self.layers.get_mut(layer).map(|layer| &mut layer.ffn) {
+            Some(LayerFfn::Moe { experts, .. }) => Ok(experts),
+            _ => Err(EngineError::Internal(format!("layer {layer} has no experts"))),
+        }
+    }
+}
+
 impl Loader<'_> {
     pub(super) fn experts(&mut self, layer: usize, held: &[ExpertId]) -> Result<Experts, EngineError> {
         let label = self.names.of_layer(layer, self.names.moe);
-        let read = |loader: &mut Self, index: usize| loader.expert(layer, held[index].index());
-        Ok(Experts {
-            local: self.numbers(held),
-            ffn: self.assemble(&label, self.spec.expert, held.len(), read)?,
-        })
+        let packed = self.pack_experts(layer, held)?;
+        Ok(Experts { local: self.numbers(held), ffn: self.upload_ffn(&label, self.spec.expert, packed)? })
     }
 
     /// Local number of each logical expert, where these are held.
@@ -50,23 +183,22 @@ impl Loader<'_> {
         local
     }
 
-    /// The experts `now`, where `there` are the experts `before`: those of both are copied on the device.
-    pub(super) fn other_experts(
-        &mut self,
+    /// The experts `now`, each of which is `there` or `fresh`: copied on the device, where some of them were there.
+    fn put_together(
+        &self,
         layer: usize,
         there: &Experts,
-        before: &[ExpertId],
+        fresh: Experts,
         now: &[ExpertId],
     ) -> Result<Experts, EngineError> {
-        let fresh: Vec<ExpertId> = now.iter().filter(|expert| !before.contains(expert)).copied().collect();
-        let read = self.experts(layer, &fresh)?;
-        if fresh.len() == now.len() {
-            return Ok(read);
+        let (before, added) = (there.ids(), fresh.ids());
+        if added == now {
+            return Ok(fresh);
         }
         let label = self.names.of_layer(layer, self.names.moe);
         let local = |experts: &Experts, expert: ExpertId| experts.local[expert.index()].map(|at| at as usize);
-        let source = |&expert: &ExpertId| match local(&read, expert) {
-            Some(at) => Some((&read.ffn, fresh.len(), at)),
+        let source = |&expert: &ExpertId| match local(&fresh, expert) {
+            Some(at) => Some((&fresh.ffn, added.len(), at)),
             None => local(there, expert).map(|at| (&there.ffn, before.len(), at)),
         };
         let sources: Vec<_> = now.iter().filter_map(source).collect();
@@ -113,7 +245,31 @@ impl Loader<'_> {
     pub(super) fn ffn(&mut self, layer: usize, part: &str, spec: FfnSpec) -> Result<Ffn, EngineError> {
         let under = self.names.of_layer(layer, part);
         let names = ["gate_proj", "up_proj", "down_proj"].map(|name| format!("{under}.{name}.weight"));
-        self.assemble(&under, spec, 1, |loader, _| loader.three(&names, spec))
+        let packed = self.pack_ffn(&under, spec, 1, |loader, _| loader.three(&names, spec))?;
+        self.upload_ffn(&under, spec, packed)
+    }
+
+    fn upload_ffn(&self, label: &str, spec: FfnSpec, packed: PackedFfn) -> Result<Ffn, EngineError> {
+        let (h, i) = (4 * self.spec.h4(), 4 * spec.i4());
+        let bias = |values: Vec<f32>| -> Result<Option<Buffer>, EngineError> {
+            if spec.bias { self.gpu.buffer_of(label, &values).map(Some) } else { Ok(None) }
+        };
+        Ok(Ffn {
+            spec,
+            up: Dense { weight: self.upload_packed(label, packed.up, (i, h))?, bias: bias(packed.up_bias)? },
+            down: Dense {
+                weight: self.upload_packed(label, packed.down, (h, i))?,
+                bias: bias(packed.down_bias)?,
+            },
+        })
+    }
+}
+
+impl<G> Loader<'_, G> {
+    fn pack_experts(&mut self, layer: usize, ids: &[ExpertId]) -> Result<PackedFfn, EngineError> {
+        let label = self.names.of_layer(layer, self.names.moe);
+        let read = |loader: &mut Self, index: usize| loader.expert(layer, ids[index].index());
+        self.pack_ffn(&label, self.spec.expert, ids.len(), read)
     }
 
     fn expert(&mut self, layer: usize, expert: usize) -> Result<Expert, EngineError> {
@@ -217,37 +373,30 @@ impl Loader<'_> {
     }
 
     /// `count` experts, each read and packed before the next one: a layer of them in f32 may be more than what it becomes.
-    fn assemble(
+    fn pack_ffn(
         &mut self,
         label: &str,
         spec: FfnSpec,
         count: usize,
         read: impl Fn(&mut Self, usize) -> Result<Expert, EngineError>,
-    ) -> Result<Ffn, EngineError> {
+    ) -> Result<PackedFfn, EngineError> {
         let (h, i, inner) = (4 * self.spec.h4(), 4 * spec.i4(), spec.intermediate);
-        let (mut up, mut up_bias, mut down, mut down_bias) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut all = PackedFfn::default();
         let hidden = self.spec.hidden;
         for index in 0..count {
             let expert = read(self, index)?;
             let size = |packed: &Vec<_>| if index == 0 { packed.len() * count } else { 0 };
             let packed = self.pack_matrix(label, &expert.up.widen(h).lengthen(inner, i), i)?;
-            up.reserve_exact(size(&packed));
-            up.extend(packed);
+            all.up.reserve_exact(size(&packed));
+            all.up.extend(packed);
             let packed = self.pack_matrix(label, &expert.down.widen(i).lengthen(hidden, h), h)?;
-            down.reserve_exact(size(&packed));
-            down.extend(packed);
+            all.down.reserve_exact(size(&packed));
+            all.down.extend(packed);
             if spec.bias {
-                up_bias.extend(Rows { values: expert.up_bias, columns: inner }.widen(i).values);
-                down_bias.extend(Rows { values: expert.down_bias, columns: hidden }.widen(h).values);
+                all.up_bias.extend(Rows { values: expert.up_bias, columns: inner }.widen(i).values);
+                all.down_bias.extend(Rows { values: expert.down_bias, columns: hidden }.widen(h).values);
             }
         }
-        let bias = |values: Vec<f32>| -> Result<Option<Buffer>, EngineError> {
-            if spec.bias { self.gpu.buffer_of(label, &values).map(Some) } else { Ok(None) }
-        };
-        Ok(Ffn {
-            spec,
-            up: Dense { weight: self.upload_packed(label, up, (i, h))?, bias: bias(up_bias)? },
-            down: Dense { weight: self.upload_packed(label, down, (h, i))?, bias: bias(down_bias)? },
-        })
+        Ok(all)
     }
 }

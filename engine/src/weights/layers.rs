@@ -73,12 +73,12 @@ pub(crate) struct ModelWeights {
     pub(crate) head: Dense,
 }
 
-/// Reads one rank's weights onto its device.
-pub(super) struct Loader<'a> {
+/// Reads one rank's weights onto its device; without one (`G` is `()`) it can read and pack, on any thread.
+pub(super) struct Loader<'a, G = &'a Gpu> {
     pub(super) spec: &'a ModelSpec,
     pub(super) names: Names,
     pub(super) store: &'a Store,
-    pub(super) gpu: &'a Gpu,
+    pub(super) gpu: G,
     /// How matrices are held.
     pub(super) form: Weights,
     pub(super) read: &'a mut dyn FnMut(u64),
@@ -128,33 +128,6 @@ impl ModelWeights {
         };
         let head = Dense { weight, bias };
         Ok(Self { form, token_embedding, position_embedding, layers, final_norm, head })
-    }
-}
-
-impl ModelWeights {
-    /// Gives each MoE layer the experts `experts[layer]` in place of `held[layer]`: only those that were not there are
-    /// read.
-    pub(crate) fn replace_experts(
-        &mut self,
-        (spec, store, gpu): (&ModelSpec, &Store, &Gpu),
-        held: &[Vec<ExpertId>],
-        experts: &[Vec<ExpertId>],
-        (dtype, quant): (Dtype, Option<Quant>),
-        read: &mut dyn FnMut(u64),
-    ) -> Result<(), EngineError> {
-        let form = form_of(dtype, quant);
-        let mut loader = Loader { spec, names: Names::of(spec), store, gpu, form, read };
-        for (layer, weights) in self.layers.iter_mut().enumerate() {
-            let (LayerFfn::Moe { experts: there, .. }, Some(index)) =
-                (&mut weights.ffn, spec.moe_index(layer))
-            else {
-                continue;
-            };
-            if held[index] != experts[index] {
-                *there = loader.other_experts(layer, there, &held[index], &experts[index])?;
-            }
-        }
-        Ok(())
     }
 }
 
@@ -228,37 +201,9 @@ impl Loader<'_> {
         Ok((weight, bias))
     }
 
-    /// A vector as one row.
-    pub(super) fn vector(&mut self, name: &str, size: usize) -> Result<Rows, EngineError> {
-        self.rows(name, &[size], size, 0..size)
-    }
-
-    /// A matrix `[rows, columns]`.
-    pub(super) fn whole(&mut self, name: &str, rows: usize, columns: usize) -> Result<Rows, EngineError> {
-        self.rows(name, &[rows, columns], columns, 0..rows * columns)
-    }
-
-    /// Slice `index` along the first axis of a tensor.
-    pub(super) fn slice(&mut self, name: &str, shape: &[usize], index: usize) -> Result<Rows, EngineError> {
-        let size: usize = shape[1..].iter().product();
-        self.rows(name, shape, shape[shape.len() - 1], index * size..(index + 1) * size)
-    }
-
     fn matrix(&mut self, name: &str, rows: usize, columns: usize) -> Result<Buffer, EngineError> {
         let padded = self.whole(name, rows, columns)?.padded();
         self.upload(name, &padded.values)
-    }
-
-    fn rows(
-        &mut self,
-        name: &str,
-        shape: &[usize],
-        columns: usize,
-        range: std::ops::Range<usize>,
-    ) -> Result<Rows, EngineError> {
-        let values = self.store.read(name, shape, range)?;
-        (self.read)(values.len() as u64);
-        Ok(Rows { values, columns })
     }
 
     /// Matrices of `height` rows each in the form that matrices are held in.
@@ -279,16 +224,6 @@ impl Loader<'_> {
         height: usize,
     ) -> Result<Matrix, EngineError> {
         self.upload_units(form, name, pack_as(form, name, rows, height)?, (height, rows.columns))
-    }
-
-    /// Matrices of `height` rows each as units of the form that matrices are held in.
-    pub(super) fn pack_matrix(
-        &self,
-        name: &str,
-        rows: &Rows,
-        height: usize,
-    ) -> Result<Vec<pack::Unit>, EngineError> {
-        pack_as(self.form, name, rows, height)
     }
 
     /// Matrices of (rows, columns) that [`Loader::pack_matrix`] made, one behind the other.
@@ -318,6 +253,46 @@ impl Loader<'_> {
     }
 }
 
+impl<G> Loader<'_, G> {
+    /// A vector as one row.
+    pub(super) fn vector(&mut self, name: &str, size: usize) -> Result<Rows, EngineError> {
+        self.rows(name, &[size], size, 0..size)
+    }
+
+    /// A matrix `[rows, columns]`.
+    pub(super) fn whole(&mut self, name: &str, rows: usize, columns: usize) -> Result<Rows, EngineError> {
+        self.rows(name, &[rows, columns], columns, 0..rows * columns)
+    }
+
+    /// Slice `index` along the first axis of a tensor.
+    pub(super) fn slice(&mut self, name: &str, shape: &[usize], index: usize) -> Result<Rows, EngineError> {
+        let size: usize = shape[1..].iter().product();
+        self.rows(name, shape, shape[shape.len() - 1], index * size..(index + 1) * size)
+    }
+
+    fn rows(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        columns: usize,
+        range: std::ops::Range<usize>,
+    ) -> Result<Rows, EngineError> {
+        let values = self.store.read(name, shape, range)?;
+        (self.read)(values.len() as u64);
+        Ok(Rows { values, columns })
+    }
+
+    /// Matrices of `height` rows each as units of the form that matrices are held in.
+    pub(super) fn pack_matrix(
+        &self,
+        name: &str,
+        rows: &Rows,
+        height: usize,
+    ) -> Result<Vec<pack::Unit>, EngineError> {
+        pack_as(self.form, name, rows, height)
+    }
+}
+
 fn pack_as(form: Weights, name: &str, rows: &Rows, height: usize) -> Result<Vec<pack::Unit>, EngineError> {
     let packed = pack::pack(form, &rows.values, pack::Shape { height, columns: rows.columns });
     packed.map_err(|value| {
@@ -327,7 +302,7 @@ fn pack_as(form: Weights, name: &str, rows: &Rows, height: usize) -> Result<Vec<
 }
 
 /// How matrices lie on the device.
-fn form_of(dtype: Dtype, quant: Option<Quant>) -> Weights {
+pub(super) fn form_of(dtype: Dtype, quant: Option<Quant>) -> Weights {
     match (quant, dtype) {
         (Some(Quant::Q8_0), _) => Weights::Q8,
         (Some(Quant::Q4_0), _) => Weights::Q4,

@@ -12,7 +12,7 @@ mod store;
 
 pub(crate) use agreement::check;
 pub(crate) use attention::{AttentionWeights, LatentWeights};
-pub(crate) use experts::Ffn;
+pub(crate) use experts::{Ffn, PackedExperts, Shelf};
 pub(crate) use layers::{Dense, LayerFfn, LayerWeights, Matrix, ModelWeights, Norm};
 pub(crate) use store::Store;
 #[cfg(test)]

@@ -6,6 +6,7 @@
 //! either before rank 0's word that the sequence exists, or after the word that it ended.
 
 use super::super::frames::{Choice, PartialFrame, RowFrame};
+use super::super::tables::Edition;
 use exflow_placement::Rank;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
@@ -17,6 +18,8 @@ pub(crate) struct Token {
     pub(crate) position: u32,
     /// Its id, which the embedding needs.
     pub(crate) id: u32,
+    /// The placement table that it goes by.
+    pub(crate) edition: Edition,
     /// The rank that served its main choice at the layer before.
     pub(crate) main: Option<Rank>,
     /// `[H]` residual stream before the FFN of the layer that it is leaving; empty before the first.
@@ -295,6 +298,7 @@ impl<K> Board<K> {
             sequence: frame.sequence,
             position: frame.position,
             id: 0,
+            edition: frame.edition,
             main: Some(frame.main),
             residual: frame.residual,
             choices: frame.choices,
@@ -318,6 +322,7 @@ impl<K> Board<K> {
         let frame = RowFrame {
             sequence: token.sequence,
             position: token.position,
+            edition: token.edition,
             next: self.me,
             main: token.main.unwrap_or(self.me),
             expects: 0,
@@ -445,11 +450,12 @@ impl<K> Board<K> {
 
 impl Token {
     /// At the beginning of a token's way.
-    pub(crate) fn new(sequence: u32, position: u32, id: u32) -> Self {
+    pub(crate) fn new(sequence: u32, position: u32, id: u32, edition: Edition) -> Self {
         Self {
             sequence,
             position,
             id,
+            edition,
             main: None,
             residual: Vec::new(),
             choices: Vec::new(),

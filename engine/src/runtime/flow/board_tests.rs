@@ -161,7 +161,8 @@ impl World {
                     place.take(kv);
                 }
                 if home == to {
-                    let token = |position| Token::new(sequence, position, sequence * 7 + position);
+                    let token =
+                        |position| Token::new(sequence, position, sequence * 7 + position, Edition(0));
                     place.board.start(true, (0..PROMPT).map(token).collect());
                 }
             }
@@ -303,7 +304,7 @@ impl World {
         assert_eq!(said.len() as u32, position + 1 - PROMPT, "one token after the other");
         said.push(id);
         if said.len() < self.want[&sequence] {
-            self.places[rank].board.start(false, vec![Token::new(sequence, position + 1, id)]);
+            self.places[rank].board.start(false, vec![Token::new(sequence, position + 1, id, Edition(0))]);
         }
     }
 }
@@ -361,6 +362,7 @@ fn row(sequence: u32, next: u16, expects: u16) -> RowFrame {
     RowFrame {
         sequence,
         position: 9,
+        edition: Edition(0),
         next: Rank(next),
         main: Rank(next),
         expects,
@@ -419,6 +421,7 @@ fn waits_are_accounted_for_by_their_cause() {
     let frame = RowFrame {
         sequence: 1,
         position: 5,
+        edition: Edition(0),
         next: Rank(0),
         main: Rank(1),
         expects: 1,

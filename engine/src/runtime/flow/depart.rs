@@ -25,9 +25,9 @@ pub(crate) fn depart(
     };
     let leaving = route.ranks().into_iter().filter(|rank| *rank != me);
     let row = |to: Rank| {
-        let (sequence, position) = (token.sequence, token.position);
+        let Token { sequence, position, edition, .. } = *token;
         let (choices, residual) = (served_by(to), residual.to_vec());
-        (to, RowFrame { sequence, position, next: route.next, main, expects, choices, residual })
+        (to, RowFrame { sequence, position, edition, next: route.next, main, expects, choices, residual })
     };
     let rows = leaving.map(row).collect();
     if stays {

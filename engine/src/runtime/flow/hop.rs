@@ -163,7 +163,7 @@ impl Worker {
                     && flow.notes.is_coherent(token.sequence);
                 let strategy = if coherent { Strategy::Coherent } else { Strategy::Vanilla };
                 let home = self.sequences.running.get(&token.sequence).map_or(me, |s| s.start.home);
-                let (table, layer) = (&self.options.table, LayerId::from(index));
+                let (table, layer) = (self.tables.of(token.edition)?, LayerId::from(index));
                 let combine = self.options.combine;
                 if prefill && self.replicates() {
                     // Every rank plans what the home would, and keeps its own copy of the token.
@@ -211,15 +211,17 @@ impl Worker {
         sampled: Vec<Sampled>,
     ) -> Result<(), EngineError> {
         for sampled in sampled {
-            let id = sampled.sequence;
+            let (id, went_by) = (sampled.sequence, sampled.edition);
             let Some(running) = self.sequences.running.get(&id) else { continue };
             let note = Note::Sampled(sampled.clone(), running.output.len() as u32);
             self.note_to_all(&note)?;
             self.count(sampled);
             flow.changed = true;
-            let next = self.sequences.running.get(&id).and_then(|s| s.next_token());
-            if let Some((token, position)) = next {
-                flow.board.start(false, vec![Token::new(id, position, token)]);
+            let next = self.sequences.running.get(&id).and_then(|s| Some((s.next_token()?, s.edition)));
+            if let Some(((token, position), edition)) = next {
+                // Who sampled its predecessor may not have rank 0's word yet.
+                let edition = edition.later(went_by);
+                flow.board.start(false, vec![Token::new(id, position, token, edition)]);
             }
         }
         for unit in units.iter().filter(|unit| unit.prefill) {

@@ -13,9 +13,9 @@ mod orders;
 
 pub(crate) use depart::latencies;
 
-use super::bounds;
 use super::coherence::Arrived;
 use super::frames::{KvRow, Reader};
+use super::moving;
 use super::step::Bulk;
 use super::worker::{STOP, Worker};
 use crate::EngineError;
@@ -82,6 +82,7 @@ impl Worker {
         };
         while !self.stopping {
             self.receive(&mut flow, Duration::ZERO)?;
+            self.move_on()?;
             self.order(&mut flow)?;
             self.send_news()?;
             let began = Instant::now();
@@ -135,7 +136,7 @@ impl Worker {
             },
             None => REST,
         };
-        self.receive(flow, wait)
+        self.receive(flow, if self.moving.is_busy() { wait.min(moving::GLANCE) } else { wait })
     }
 
     /// Takes in all messages that are there; waits for the first one up to `wait`.
@@ -224,7 +225,7 @@ impl Worker {
 
     fn domain(&self, layer: usize, home: Rank) -> Vec<Rank> {
         let before = self.decoder.spec.moe_before(layer).map(LayerId::from);
-        bounds::domain(&self.options.groups, &self.options.table, before, home)
+        self.tables.domain(&self.options.groups, before, home)
     }
 
     fn take_note(&mut self, flow: &mut Flow, from: Rank, note: Note) -> Result<(), EngineError> {
@@ -245,13 +246,20 @@ impl Worker {
             }
             Note::Holds(sequence) => flow.notes.holds(sequence, from),
             Note::News(news) => news.into_iter().for_each(|news| self.tell(news.event(from))),
+            Note::Moved(news) => self.director.hear(from, news),
             Note::Goodbye => {}
         }
         Ok(())
     }
 
-    /// What the driver is to know goes to rank 0, from a rank of another process.
+    /// What the driver is to know goes to rank 0, from a rank of another process; and what rank 0 is to know.
     fn send_news(&mut self) -> Result<(), EngineError> {
+        for news in std::mem::take(&mut self.moving.news) {
+            match self.comm.rank() {
+                Rank(0) => self.director.hear(Rank(0), news),
+                _ => self.note_to(Rank(0), &Note::Moved(news))?,
+            }
+        }
         loop {
             let (news, more) = self.outlet.take();
             if !news.is_empty() {

@@ -1,5 +1,6 @@
 //! What ranks tell each other in flow beside rows, partials, keys and values; and what of it came out of order.
 
+use super::super::moving::MoveNews;
 use super::super::outlet::News;
 use super::super::sequence::Sampled;
 use super::super::worker::Directive;
@@ -18,6 +19,8 @@ pub(crate) enum Note {
     Holds(u32),
     /// To rank 0: what its driver is to know, from a rank of another process.
     News(Vec<News>),
+    /// To rank 0: what the sender has done of a move of experts.
+    Moved(MoveNews),
     /// The sender has stopped.
     Goodbye,
 }

@@ -68,7 +68,8 @@ impl Worker {
         if elsewhere || chunk.is_empty() || flow.board.prefills(id) {
             return;
         }
-        let token = |position: u32| Token::new(id, position, sequence.start.prompt[position as usize]);
+        let start = &sequence.start;
+        let token = |position: u32| Token::new(id, position, start.prompt[position as usize], start.edition);
         flow.board.start(true, chunk.map(token).collect());
     }
 
@@ -82,6 +83,11 @@ impl Worker {
                     return self.take_command(flow, STOP);
                 }
             }
+        }
+        if self.commands.is_some()
+            && let Some(order) = self.next_of_move()
+        {
+            self.give(flow, vec![Directive::Move(order)])?;
         }
         if self.commands.is_none() || !std::mem::take(&mut flow.changed) {
             return Ok(());
@@ -102,6 +108,10 @@ impl Worker {
             Command::Report => self.give(flow, vec![Directive::Report])?,
             Command::Measure => {
                 return Err(EngineError::Internal("ranks are measured in rounds".into()));
+            }
+            Command::Move(table) => {
+                let order = self.begin_move(*table).map(Directive::Move);
+                self.give(flow, order.into_iter().collect())?;
             }
             Command::Stop { again } => self.give(flow, vec![Directive::Stop { again }])?,
         }

@@ -1,6 +1,5 @@
 //! Contexts: where the keys and values of a step's rows are, and how they get to the rest of a layer's domain.
 
-use super::super::bounds;
 use super::super::coherence::{Arrived, blocks_for};
 use super::super::frames::{KvRow, Reader, Writer};
 use super::super::sequence::{BLOCK, Standing};
@@ -158,7 +157,7 @@ impl Stepper<'_> {
         for (t, row) in rows.iter().enumerate() {
             let home = self.sequence(row.sequence)?.start.home;
             let words = self.decoder.cache_form.pack(&routed.qkv[t * stride + first..][..width]);
-            let domain = bounds::domain(self.groups, self.table, previous, home);
+            let domain = self.tables.domain(self.groups, previous, home);
             for to in domain.into_iter().filter(|to| *to != me) {
                 bulk.payloads[to.index()].kv(layer as u16, row.sequence, row.position, &words);
             }

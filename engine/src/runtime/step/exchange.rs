@@ -40,6 +40,7 @@ impl Stepper<'_> {
                 payloads[to.index()].row(&RowFrame {
                     sequence: row.sequence,
                     position: row.position,
+                    edition: row.edition,
                     next: route.next,
                     main: route.serving[0],
                     expects: expected(route, self.combine),

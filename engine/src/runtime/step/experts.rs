@@ -59,7 +59,7 @@ impl Stepper<'_> {
     ) -> Result<(), EngineError> {
         let mut choices = Vec::new();
         for (i, frame) in arrived.iter().enumerate() {
-            let row = Row::new(frame.sequence, frame.position);
+            let row = Row::new(frame.sequence, frame.position, frame.edition);
             let of = |c: &Choice| (own + i, row, frame.next, c.k, c.expert, c.weight);
             choices.extend(frame.choices.iter().map(of));
         }
@@ -182,7 +182,8 @@ impl Stepper<'_> {
         });
         let coming = arrived.iter().enumerate().filter(|(_, frame)| frame.next == me);
         let coming = coming.map(|(i, frame)| {
-            let row = Row { sequence: frame.sequence, position: frame.position, main: Some(frame.main) };
+            let row = Row::new(frame.sequence, frame.position, frame.edition);
+            let row = Row { main: Some(frame.main), ..row };
             (row, (rows.len() + i) as u32, frame.expects)
         });
         let mut here: Vec<_> = staying.chain(coming).collect();

@@ -42,8 +42,8 @@ impl Stepper<'_> {
     pub(crate) fn hop(&mut self, picked: &Picked) -> Result<Hopped, EngineError> {
         let (layers, stage) = (self.spec().layers, picked.stage);
         let tokens: Vec<&Token> = picked.tokens().collect();
-        let rows: Vec<Row> =
-            tokens.iter().map(|t| Row { sequence: t.sequence, position: t.position, main: t.main }).collect();
+        let row = |t: &&Token| Row { main: t.main, ..Row::new(t.sequence, t.position, t.edition) };
+        let rows: Vec<Row> = tokens.iter().map(row).collect();
         let ends = stage == layers;
         self.decoder.reserve(picked.rows(), if ends { rows.len() } else { 1 })?;
         let heads = if ends { self.head_rows(&rows)? } else { Vec::new() };

@@ -20,11 +20,12 @@ use super::experts::PairList;
 use super::overlap::Peers;
 use super::sequence::{Sampled, Sequence, Sequences};
 use super::stats::RankStats;
+use super::tables::{Edition, Tables};
 use super::worker::Captured;
 use crate::model::decoder::{Decoder, ExpertBatch, LocalFfn};
 use crate::options::{Combine, Overlap, Prefill};
 use crate::{EngineError, ModelSpec};
-use exflow_placement::{ExpertId, LayerId, PlacementTable, Rank, Route, Strategy};
+use exflow_placement::{ExpertId, LayerId, Rank, Route, Strategy};
 use exflow_transport::Communicator;
 
 /// A token on this rank.
@@ -32,6 +33,8 @@ use exflow_transport::Communicator;
 pub(crate) struct Row {
     pub(crate) sequence: u32,
     pub(crate) position: u32,
+    /// The placement table that it goes by.
+    pub(crate) edition: Edition,
     /// The rank that served its main choice at the layer before.
     pub(crate) main: Option<Rank>,
 }
@@ -58,7 +61,7 @@ pub(crate) struct Outcome {
 pub(crate) struct Stepper<'a> {
     pub(crate) decoder: &'a mut Decoder,
     pub(crate) comm: &'a mut dyn Communicator,
-    pub(crate) table: &'a PlacementTable,
+    pub(crate) tables: &'a Tables,
     pub(crate) strategy: Strategy,
     pub(crate) combine: Combine,
     pub(crate) prefill: Prefill,
@@ -75,8 +78,8 @@ pub(crate) struct Stepper<'a> {
 }
 
 impl Row {
-    pub(crate) fn new(sequence: u32, position: u32) -> Self {
-        Self { sequence, position, main: None }
+    pub(crate) fn new(sequence: u32, position: u32, edition: Edition) -> Self {
+        Self { sequence, position, edition, main: None }
     }
 }
 
@@ -259,22 +262,23 @@ impl Stepper<'_> {
         }
         let me = self.me();
         let route = |t: usize, index: usize| {
+            let table = self.tables.of(rows[t].edition)?;
             let range = t * top_k..(t + 1) * top_k;
             let experts: Vec<_> = chosen[range.clone()].iter().map(|&e| ExpertId::from(e as usize)).collect();
             let layer = LayerId::from(index);
-            match replicated {
+            Ok(match replicated {
                 // Every rank plans what the home would, and keeps its own copy of the row.
-                true => Route {
-                    next: me,
-                    ..self.table.route(strategy, layer, homes[t], &experts, &weights[range])
-                },
+                true => {
+                    Route { next: me, ..table.route(strategy, layer, homes[t], &experts, &weights[range]) }
+                }
                 false => {
                     let at = (homes[t], me);
-                    bounds::route(self.groups, self.table, (strategy, layer), at, &experts, &weights[range])
+                    bounds::route(self.groups, table, (strategy, layer), at, &experts, &weights[range])
                 }
-            }
+            })
         };
-        let routes = moe.map(|index| (0..count).map(|t| route(t, index)).collect()).unwrap_or_default();
+        let routes = moe.map(|index| (0..count).map(|t| route(t, index)).collect());
+        let routes = routes.unwrap_or(Ok::<_, EngineError>(Vec::new()))?;
         Ok(Routed { chosen, weights, residual, qkv, routes })
     }
 

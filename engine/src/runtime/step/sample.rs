@@ -64,7 +64,8 @@ impl Stepper<'_> {
                     }
                 };
                 let logprobs = start.logprobs.map(|top| Logprobs::of(of_row(), token, usize::from(top)));
-                outcome.sampled.push(Sampled { sequence: row.sequence, token, logprobs });
+                let (sequence, edition) = (row.sequence, row.edition);
+                outcome.sampled.push(Sampled { sequence, token, logprobs, edition });
             }
             if sequence.start.capture_logits {
                 let values = logits[i * stride..][..self.spec().vocab_size].to_vec();

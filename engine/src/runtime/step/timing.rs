@@ -42,7 +42,7 @@ impl Worker {
         let mut stepper = Stepper {
             decoder: &mut self.decoder,
             comm: self.comm.as_mut(),
-            table: &self.options.table,
+            tables: &self.tables,
             strategy: self.options.strategy,
             combine: self.options.combine,
             prefill: self.options.prefill,
@@ -120,7 +120,7 @@ impl Stepper<'_> {
 
     fn held(&self, layer: usize) -> Vec<u16> {
         let Some(index) = self.spec().moe_index(layer) else { return Vec::new() };
-        self.table.experts_of(LayerId::from(index), self.me()).into_iter().map(|e| e.0).collect()
+        self.tables.now().experts_of(LayerId::from(index), self.me()).into_iter().map(|e| e.0).collect()
     }
 
     fn curve(&mut self, piece: Piece) -> Result<Curve, EngineError> {
@@ -165,7 +165,7 @@ impl Stepper<'_> {
     /// The last positions of the sequence.
     fn rows(&self, count: usize) -> Vec<Row> {
         let first = self.context().saturating_sub(count) as u32;
-        (first..first + count as u32).map(|position| Row::new(0, position)).collect()
+        (first..first + count as u32).map(|position| Row::new(0, position, self.tables.edition())).collect()
     }
 
     fn residual(&self) -> Vec<f32> {
@@ -189,7 +189,7 @@ impl Stepper<'_> {
         let mut picked = Picked { stage, prefill: false, ..Picked::default() };
         for (i, row) in self.rows(rows).into_iter().enumerate() {
             if tokens {
-                let mut token = Token::new(row.sequence, row.position, 0);
+                let mut token = Token::new(row.sequence, row.position, 0, row.edition);
                 if stage > 0 {
                     (token.residual, token.choices) = (self.residual(), choices(i));
                 }
@@ -218,6 +218,7 @@ impl Stepper<'_> {
         RowFrame {
             sequence: row.sequence,
             position: row.position,
+            edition: row.edition,
             next: elsewhere.unwrap_or(self.me()),
             main: self.me(),
             expects: 0,

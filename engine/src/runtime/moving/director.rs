@@ -1,0 +1,197 @@
+//! Rank 0's part of a move: it orders each step when all ranks have done the one before.
+
+use super::super::sequence::Sequences;
+use super::super::tables::{Edition, Tables};
+use super::{MoveNews, MoveOrder};
+use exflow_placement::{PlacementTable, Rank};
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+/// How a move ended.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct MoveEnd {
+    /// The table that all go by now, or why they stay with the old one.
+    pub(crate) outcome: Result<PlacementTable, String>,
+    /// Experts read, on all ranks.
+    pub(crate) experts: u64,
+    pub(crate) seconds: f64,
+}
+
+impl MoveEnd {
+    /// Of a move that did not begin.
+    pub(crate) fn refused(why: String) -> Self {
+        Self { outcome: Err(why), experts: 0, seconds: 0.0 }
+    }
+}
+
+/// Rank 0's state of the move that is under way, if there is one.
+#[derive(Default)]
+pub(crate) struct Director {
+    move_: Option<Move>,
+}
+
+struct Move {
+    edition: Edition,
+    table: PlacementTable,
+    step: Step,
+    /// The ranks that have done this step.
+    done: BTreeSet<Rank>,
+    experts: u64,
+    began: Instant,
+    /// Why it was given up.
+    refused: Option<String>,
+}
+
+impl Move {
+    fn go_to(&mut self, step: Step) {
+        self.step = step;
+        self.done.clear();
+    }
+}
+
+#[derive(PartialEq, Eq)]
+enum Step {
+    Load,
+    /// Tokens of the old table are under way.
+    Turn,
+    Settle,
+}
+
+/// What rank 0 knows when it decides about a move.
+pub(crate) struct View<'a> {
+    pub(crate) tables: &'a Tables,
+    pub(crate) sequences: &'a Sequences,
+    /// Ranks that are there.
+    pub(crate) ranks: usize,
+}
+
+impl Director {
+    /// Whether experts move.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.move_.is_some()
+    }
+
+    /// Begins a move to `table`, where none is under way; says why not otherwise.
+    pub(crate) fn begin(&mut self, table: PlacementTable, tables: &Tables) -> Result<MoveOrder, String> {
+        if self.move_.is_some() {
+            return Err("experts are moving already".into());
+        }
+        let edition = tables.edition().next();
+        let (assignment, replicas) = (table.assignment.clone(), table.replicas.clone());
+        self.move_ = Some(Move {
+            edition,
+            table,
+            step: Step::Load,
+            done: BTreeSet::new(),
+            experts: 0,
+            began: Instant::now(),
+            refused: None,
+        });
+        Ok(MoveOrder::Load { edition, assignment, replicas })
+    }
+
+    /// Takes note of what a rank has done.
+    pub(crate) fn hear(&mut self, from: Rank, news: MoveNews) {
+        let Some(move_) = &mut self.move_ else { return };
+        match news {
+            MoveNews::Loaded(count) if move_.step == Step::Load => {
+                move_.experts += u64::from(count);
+                move_.done.insert(from);
+            }
+            MoveNews::Settled if move_.step == Step::Settle => drop(move_.done.insert(from)),
+            MoveNews::Refused(why) => drop(move_.refused.get_or_insert(why)),
+            // One refused before it had loaded.
+            MoveNews::Loaded(_) | MoveNews::Settled => {}
+        }
+    }
+
+    /// What comes next, if it is time for it: an order, or the end.
+    pub(crate) fn next(&mut self, view: &View<'_>) -> (Option<MoveOrder>, Option<MoveEnd>) {
+        let Some(move_) = &mut self.move_ else { return (None, None) };
+        match move_.step {
+            Step::Load if move_.refused.is_some() => {
+                move_.go_to(Step::Settle);
+                (Some(MoveOrder::GiveUp), None)
+            }
+            Step::Load if move_.done.len() == view.ranks => {
+                move_.go_to(Step::Turn);
+                (Some(MoveOrder::Turn), None)
+            }
+            // Orders are carried out later than they are given.
+            Step::Turn
+                if view.tables.edition() == move_.edition && view.sequences.all_go_by(move_.edition) =>
+            {
+                move_.go_to(Step::Settle);
+                (Some(MoveOrder::Settle), None)
+            }
+            Step::Settle if move_.done.len() == view.ranks => (None, self.end()),
+            _ => (None, None),
+        }
+    }
+
+    fn end(&mut self) -> Option<MoveEnd> {
+        let Move { table, experts, began, refused, .. } = self.move_.take()?;
+        let outcome = refused.map_or(Ok(table), Err);
+        Some(MoveEnd { outcome, experts, seconds: began.elapsed().as_secs_f64() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::sequence::{Admission, Order};
+    use super::*;
+
+    fn table(ranks: usize) -> PlacementTable {
+        PlacementTable::linear(2, 4, ranks)
+    }
+
+    #[test]
+    fn each_step_waits_for_all_ranks_and_the_last_for_every_token() {
+        let mut tables = Tables::new(table(2));
+        let mut sequences = Sequences::new(8, 64, Vec::new());
+        let start = Admission { prompt: vec![1; 3], max_tokens: 9, ..Admission::default() };
+        sequences.apply(Order::Admit(start)).expect("room");
+        sequences.sampled(0, 5);
+        let mut director = Director::default();
+        director.begin(PlacementTable::round_robin(2, 4, 2), &tables).expect("nothing moves");
+        assert!(director.begin(table(2), &tables).is_err(), "one at a time");
+        macro_rules! next {
+            () => {
+                director.next(&View { tables: &tables, sequences: &sequences, ranks: 2 })
+            };
+        }
+        director.hear(Rank(1), MoveNews::Loaded(3));
+        assert!(matches!(next!(), (None, None)));
+        director.hear(Rank(0), MoveNews::Loaded(1));
+        assert!(matches!(next!(), (Some(MoveOrder::Turn), None)));
+        assert!(matches!(next!(), (None, None)), "it has not been carried out");
+        let new = Edition(1);
+        tables.add(new, PlacementTable::round_robin(2, 4, 2));
+        tables.turn();
+        sequences.turn_to(new);
+        assert!(matches!(next!(), (None, None)), "its token goes by the old one");
+        sequences.sampled(0, 6);
+        sequences.went_by(0, new);
+        assert!(matches!(next!(), (Some(MoveOrder::Settle), None)));
+        (0..2).for_each(|rank| director.hear(Rank(rank), MoveNews::Settled));
+        let (None, Some(end)) = next!() else { panic!("it is over") };
+        assert_eq!((end.outcome.map(|table| table.assignment), end.experts), {
+            (Ok(PlacementTable::round_robin(2, 4, 2).assignment), 4)
+        });
+        assert!(!director.is_busy());
+    }
+
+    #[test]
+    fn one_refusal_ends_it_for_all() {
+        let (tables, sequences) = (Tables::new(table(2)), Sequences::new(8, 64, Vec::new()));
+        let view = View { tables: &tables, sequences: &sequences, ranks: 2 };
+        let mut director = Director::default();
+        director.begin(table(2), &tables).expect("nothing moves");
+        director.hear(Rank(1), MoveNews::Refused("no room".into()));
+        assert!(matches!(director.next(&view), (Some(MoveOrder::GiveUp), None)));
+        director.hear(Rank(0), MoveNews::Loaded(2)); // it had not heard of that yet
+        (0..2).for_each(|rank| director.hear(Rank(rank), MoveNews::Settled));
+        let (None, Some(end)) = director.next(&view) else { panic!("it is over") };
+        assert_eq!(end.outcome, Err("no room".into()));
+    }
+}

@@ -1,0 +1,268 @@
+//! Experts move to where another table has them, while requests run.
+//!
+//! Rank 0 orders it in three steps, each when all ranks have done the one before. *Load*: every rank reads the experts
+//! that the other table gives it, on a thread of its own, and puts a layer's at a time beside those that it has, between
+//! two steps; keys and values go to the domains of both tables. *Turn*: every sequence's next token goes by the other
+//! table. *Settle*, once no token goes by the old one: what only that one had is given up, again a layer at a time. A
+//! rank that has no room for both says so before it loads anything, and all go on with the table that they have.
+
+mod director;
+
+use director::View;
+pub(crate) use director::{Director, MoveEnd};
+
+use super::tables::Edition;
+use super::worker::{Event, Worker};
+use crate::EngineError;
+use crate::model::ModelSpec;
+use crate::options::{Dtype, Quant};
+use crate::stats::gib;
+use crate::weights::{PackedExperts, Shelf, Store};
+use exflow_placement::{ExpertId, LayerId, PlacementTable, Rank, Replica, Strategy};
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
+use std::time::Duration;
+
+/// While experts move a rank with nothing else to do looks so often for what is to be done.
+pub(super) const GLANCE: Duration = Duration::from_millis(5);
+
+/// What rank 0 orders about experts.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) enum MoveOrder {
+    Load {
+        edition: Edition,
+        assignment: Vec<Vec<Rank>>,
+        replicas: Vec<Replica>,
+    },
+    Turn,
+    Settle,
+    /// Stay with the old table.
+    GiveUp,
+}
+
+/// What a rank tells rank 0 about it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) enum MoveNews {
+    /// It has the experts of both tables; so many were read.
+    Loaded(u32),
+    /// It cannot have them.
+    Refused(String),
+    /// It has those of one table alone.
+    Settled,
+}
+
+/// Where a rank's experts come from, and the room that there is for them.
+#[derive(Clone)]
+pub(crate) struct Stock {
+    pub(crate) store: Arc<Store>,
+    pub(crate) held_as: (Dtype, Option<Quant>),
+    /// One expert.
+    pub(crate) expert_bytes: u64,
+    /// For all experts of a rank, where it was said what it may take.
+    pub(crate) most_bytes: Option<u64>,
+    /// Ranks of this process, which may share what is free.
+    pub(crate) ranks_here: u64,
+}
+
+/// A move under way, as one rank sees it.
+#[derive(Default)]
+pub(crate) struct Moving {
+    reading: Option<Reading>,
+    /// Layers that may hold experts which no table has any more.
+    leaving: Vec<usize>,
+    settles: bool,
+    /// What rank 0 is to be told.
+    pub(super) news: Vec<MoveNews>,
+}
+
+/// Experts on their way from disk.
+struct Reading {
+    layers: Receiver<Result<PackedExperts, EngineError>>,
+    count: u32,
+}
+
+impl Moving {
+    /// Whether there is something to do that nobody will ask for.
+    pub(super) fn is_busy(&self) -> bool {
+        self.reading.is_some() || self.settles
+    }
+}
+
+impl Worker {
+    /// Rank 0: has experts move to where `table` has them, or says why not.
+    pub(super) fn begin_move(&mut self, table: PlacementTable) -> Option<MoveOrder> {
+        let begun = self.check_move(&table).and_then(|()| self.director.begin(table, &self.tables));
+        begun.map_err(|why| self.tell(Event::Moved(Box::new(MoveEnd::refused(why))))).ok()
+    }
+
+    fn check_move(&self, table: &PlacementTable) -> Result<(), String> {
+        let spec = &self.decoder.spec;
+        if let Some(rank) = self.comm.absent().iter().find(|rank| table.experts_per_rank()[rank.index()] > 0)
+        {
+            return Err(format!("rank {rank} is not there"));
+        }
+        if self.options.strategy == Strategy::Vanilla {
+            return Ok(()); // no context leaves its home
+        }
+        let before = (0..spec.layers).map(|layer| spec.moe_before(layer).map(LayerId::from));
+        match self.tables.new_in_a_domain(&self.options.groups, table, before) {
+            Some((layer, rank)) => {
+                Err(format!("rank {rank} holds no context of layer {layer}, whose tokens would come to it"))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Rank 0: what comes next in the move that is under way, if it is time for it.
+    pub(super) fn next_of_move(&mut self) -> Option<MoveOrder> {
+        let ranks = self.comm.world_size() - self.comm.absent().len();
+        let view = View { tables: &self.tables, sequences: &self.sequences, ranks };
+        let (order, end) = self.director.next(&view);
+        if matches!(order, Some(MoveOrder::Turn)) {
+            // Who starts from now on hears of it first.
+            self.scheduler.edition = self.tables.edition().next();
+        }
+        if let Some(end) = end {
+            self.tell(Event::Moved(Box::new(end)));
+        }
+        order
+    }
+
+    /// Carries out what rank 0 ordered about experts.
+    pub(super) fn carry_out_move(&mut self, order: MoveOrder) -> Result<(), EngineError> {
+        match order {
+            MoveOrder::Load { edition, assignment, replicas } => {
+                let mut table = PlacementTable::from_assignment(assignment, self.tables.now().ranks)?;
+                table.set_replicas(replicas);
+                table.check()?;
+                let fresh = self.missing(&table);
+                match self.room_for(&fresh) {
+                    Err(why) => self.moving.news.push(MoveNews::Refused(why)),
+                    Ok(()) => {
+                        self.tables.add(edition, table);
+                        self.moving.reading = Some(self.read(fresh)?);
+                    }
+                }
+            }
+            MoveOrder::Turn => {
+                self.tables.turn();
+                self.sequences.turn_to(self.tables.edition());
+            }
+            MoveOrder::Settle | MoveOrder::GiveUp => {
+                self.tables.settle();
+                self.moving.reading = None;
+                self.moving.leaving = (0..self.decoder.spec.layers).collect();
+                self.moving.settles = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// The experts that this rank holds by a table, of each MoE layer.
+    fn experts_by(&self, table: &PlacementTable) -> Vec<Vec<ExpertId>> {
+        let me = self.comm.rank();
+        (0..table.layers).map(|layer| table.experts_of(LayerId::from(layer), me)).collect()
+    }
+
+    /// By layer of the model, the experts of a table that are not here, where there are any.
+    fn missing(&self, table: &PlacementTable) -> Vec<(usize, Vec<ExpertId>)> {
+        let (held, wanted) = (self.decoder.weights.held(), self.experts_by(table));
+        let of = |layer: usize| {
+            let index = self.decoder.spec.moe_index(layer)?;
+            let missing = wanted[index].iter().filter(|expert| !held[index].contains(expert));
+            Some((layer, missing.copied().collect::<Vec<_>>()))
+        };
+        (0..self.decoder.spec.layers).filter_map(of).filter(|(_, fresh)| !fresh.is_empty()).collect()
+    }
+
+    /// Whether experts fit beside those that are here, with the layer that is put together at the time twice.
+    fn room_for(&self, fresh: &[(usize, Vec<ExpertId>)]) -> Result<(), String> {
+        let (stock, held) = (&self.options.stock, self.decoder.weights.held());
+        let of_layer = |layer: usize| self.decoder.spec.moe_index(layer).map_or(0, |index| held[index].len());
+        let coming: usize = fresh.iter().map(|(_, fresh)| fresh.len()).sum();
+        let twice = fresh.iter().map(|(layer, fresh)| of_layer(*layer) + fresh.len()).max().unwrap_or(0);
+        let needed = (coming + twice) as u64 * stock.expert_bytes;
+        let here = held.iter().map(Vec::len).sum::<usize>() as u64 * stock.expert_bytes;
+        let told = stock.most_bytes.map(|most| most.saturating_sub(here));
+        // What is left to others, who need as much at the same time.
+        let free = self.decoder.gpu.free_bytes().map(|free| free / 10 * 9 / stock.ranks_here.max(1));
+        match told.into_iter().chain(free).min() {
+            Some(room) if needed > room => Err(format!(
+                "rank {}: {coming} experts beside those of the old table need {} for as long as they move, and there is \
+                 room for {}: {} are missing",
+                self.comm.rank(),
+                gib(needed),
+                gib(room),
+                gib(needed - room)
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn read(&self, fresh: Vec<(usize, Vec<ExpertId>)>) -> Result<Reading, EngineError> {
+        let count = fresh.iter().map(|(_, fresh)| fresh.len() as u32).sum();
+        // One that is ready and one that is being read: more would take memory that nobody has counted.
+        let (to, layers) = sync_channel(1);
+        let (stock, spec): (Stock, ModelSpec) = (self.options.stock.clone(), self.decoder.spec.clone());
+        let read = move || {
+            let shelf = Shelf { spec: &spec, store: &stock.store, held_as: stock.held_as };
+            for (layer, experts) in fresh {
+                let read = shelf.read(layer, &experts);
+                let failed = read.is_err();
+                if to.send(read).is_err() || failed {
+                    return; // nobody waits for it any more
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name(format!("reader {}", self.comm.rank()));
+        thread.spawn(read).map_err(|e| EngineError::Internal(format!("no thread to read experts: {e}")))?;
+        Ok(Reading { layers, count })
+    }
+
+    /// Between two steps: does a part of what the move takes, one layer at most.
+    pub(super) fn move_on(&mut self) -> Result<(), EngineError> {
+        if let Some(reading) = &self.moving.reading {
+            match reading.layers.try_recv() {
+                Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Disconnected) => {
+                    self.moving.news.push(MoveNews::Loaded(reading.count));
+                    self.moving.reading = None;
+                }
+                Ok(read) => {
+                    let added = read.and_then(|packed| {
+                        let shelf = shelf(&self.options.stock, &self.decoder.spec);
+                        self.decoder.weights.add_experts(shelf, &self.decoder.gpu, packed)
+                    });
+                    if let Err(error) = added {
+                        let why = format!("rank {}: {error}", self.comm.rank());
+                        self.moving.news.push(MoveNews::Refused(why));
+                        self.moving.reading = None;
+                    }
+                }
+            }
+        }
+        self.give_up_a_layer()
+    }
+
+    fn give_up_a_layer(&mut self) -> Result<(), EngineError> {
+        if !self.moving.settles {
+            return Ok(());
+        }
+        let (held, keep) = (self.decoder.weights.held(), self.experts_by(self.tables.now()));
+        while let Some(layer) = self.moving.leaving.pop() {
+            let Some(index) = self.decoder.spec.moe_index(layer) else { continue };
+            if held[index] != keep[index] {
+                let shelf = shelf(&self.options.stock, &self.decoder.spec);
+                return self.decoder.weights.keep_experts(shelf, &self.decoder.gpu, layer, &keep[index]);
+            }
+        }
+        self.moving.settles = false;
+        self.moving.news.push(MoveNews::Settled);
+        Ok(())
+    }
+}
+
+fn shelf<'a>(stock: &'a Stock, spec: &'a ModelSpec) -> Shelf<'a> {
+    Shelf { spec, store: &stock.store, held_as: stock.held_as }
+}

@@ -1,0 +1,220 @@
+//! Experts that move while requests run: no token and no logit changes, whenever they move.
+
+use crate::common::tiny::{Random, Tiny};
+use crate::common::{Setup, request};
+use exflow::engine::{
+    Cluster, ClusterOptions, Completion, Engine, EngineOptions, LiveStats, NoProgress, PlacementSource,
+    PlacementTable, Rank, Request, Schedule, Strategy, TransportKind,
+};
+use std::time::{Duration, Instant};
+
+const RANKS: usize = 3;
+
+fn until(engine: &Engine, what: &str, so: impl Fn(&LiveStats) -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !so(&engine.live()) {
+        assert!(engine.ended().is_none(), "{what}: {:?}", engine.ended());
+        assert!(Instant::now() < deadline, "{what}: {:?}", engine.live());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// A random table in which every rank has an expert of every layer, so that no context has to follow.
+fn everywhere(shape: &Tiny, random: &mut Random) -> PlacementTable {
+    let layer = |_| {
+        let first = random.below(shape.experts);
+        let rank = |e: usize| match (e + first) % shape.experts {
+            place if place < RANKS => place,
+            _ => random.below(RANKS),
+        };
+        (0..shape.experts).map(rank).map(Rank::from).collect()
+    };
+    PlacementTable::from_assignment((0..shape.layers).map(layer).collect(), RANKS).expect("a table")
+}
+
+/// Prompts of several lengths; of some the likeliest tokens with their probabilities are told, which are all of the logits
+/// that matters.
+fn requests(shape: &Tiny) -> Vec<Request> {
+    let one = |(s, length): (usize, &usize)| Request {
+        logprobs: (s % 2 == 0).then_some(20),
+        ..request(&shape.prompt(*length, s as u64), 90 + 5 * s)
+    };
+    [5, 1, 40, 8, 17].iter().enumerate().map(one).collect()
+}
+
+fn same(done: &[Completion], expected: &[Completion], what: &str) {
+    for (s, (done, expected)) in done.iter().zip(expected).enumerate() {
+        assert_eq!(done.output_ids, expected.output_ids, "{what}: tokens of {s}");
+        assert!(done.logprobs == expected.logprobs, "{what}: a probability of {s}");
+        assert_eq!(done.logprobs.is_some(), s % 2 == 0);
+    }
+}
+
+#[test]
+fn in_rounds_no_bit_changes_whenever_experts_move() {
+    for (n, strategy) in [Strategy::Coherent, Strategy::Vanilla].into_iter().enumerate() {
+        moves(1, Schedule::Rounds, strategy, TransportKind::Local, n as u64);
+        moves(2, Schedule::Rounds, strategy, TransportKind::Local, 10 + n as u64);
+    }
+}
+
+#[test]
+fn in_flow_no_bit_changes_whenever_experts_move() {
+    for (n, strategy) in [Strategy::Coherent, Strategy::Vanilla].into_iter().enumerate() {
+        moves(1, Schedule::Flow, strategy, TransportKind::Local, 20 + n as u64);
+        moves(2, Schedule::Flow, strategy, TransportKind::Local, 30 + n as u64);
+    }
+}
+
+#[test]
+fn over_quic_no_bit_changes_whenever_experts_move() {
+    moves(2, Schedule::Rounds, Strategy::Coherent, TransportKind::Quic, 40);
+    moves(2, Schedule::Flow, Strategy::Coherent, TransportKind::Quic, 50);
+}
+
+/// Moves experts again and again while requests come and run, each time after a random number of tokens.
+fn moves(top_k: usize, schedule: Schedule, strategy: Strategy, transport: TransportKind, seed: u64) {
+    let what = format!("top-{top_k}, {schedule}, {strategy:?}, {transport}, seed {seed}");
+    let shape = Tiny { top_k, positions: 160, layers: 5, seed: 300 + top_k as u64, ..Tiny::default() };
+    let folder = shape.write();
+    let requests = requests(&shape);
+    let expected =
+        Setup::one_rank(folder.path()).start().generate(&requests, &mut |_| {}).expect("one rank").sequences;
+
+    let mut random = Random::new(seed);
+    let first = everywhere(&shape, &mut random);
+    let setup = Setup { schedule, transport, ..Setup::new(folder.path(), RANKS, strategy) };
+    let setup = Setup { placement: PlacementSource::Table(first), ..setup };
+    let engine = Engine::over(setup.start(), EngineOptions::default()).expect("an engine");
+    let (mut while_running, mut last) = (0, None);
+    for round in 0..2 {
+        // The first runs along; the others come when it has some tokens.
+        let mut watched = engine.submit(requests[0].clone()).expect("taken");
+        let mut others = Vec::new();
+        let mut told = Vec::new();
+        let mut take = |watched: &mut exflow::engine::Tokens, count: usize| {
+            told.extend(watched.take(count).map(|event| event.expect("a token")));
+        };
+        for step in 0..3 {
+            take(&mut watched, 1 + random.below(18));
+            if step == 0 {
+                let submit = |request: &Request| engine.submit(request.clone()).expect("taken");
+                others.extend(requests[1..].iter().map(submit));
+            }
+            let table = everywhere(&shape, &mut random);
+            engine.move_to(table.clone()).expect("it fits");
+            let asked = engine.live().moves.asked;
+            until(&engine, &what, |live| live.moves.done + live.moves.refused == asked);
+            assert_eq!(engine.placement().assignment, table.assignment, "{what}");
+            while_running += usize::from(engine.live().running > 0);
+            last = Some(table);
+        }
+        let rest: Vec<_> = watched.map(|event| event.expect("a token")).collect();
+        told.extend(rest);
+        let ids: Vec<u32> = told.iter().map(|event| event.token).collect();
+        assert_eq!(ids, expected[0].output_ids, "{what}: tokens of 0 in round {round}");
+        let told: Vec<_> = told.into_iter().filter_map(|event| event.logprobs).collect();
+        assert!(expected[0].logprobs.as_ref() == Some(&told), "{what}: a probability of 0");
+        let others: Vec<Completion> =
+            others.into_iter().map(|tokens| tokens.complete().expect("tokens")).collect();
+        for (done, expected) in others.iter().zip(&expected[1..]) {
+            assert_eq!(done.output_ids, expected.output_ids, "{what}, round {round}");
+            assert!(done.logprobs == expected.logprobs, "{what}, round {round}: a probability");
+        }
+    }
+    let moves = engine.live().moves;
+    assert_eq!((moves.asked, moves.done, moves.refused), (6, 6, 0), "{what}: {:?}", moves.why);
+    assert!(moves.experts > 0 && while_running >= 4, "{what}: {while_running} of 6 ended while requests ran");
+    // With nothing under way, too; and what is not on a rank any more is not asked of it.
+    assert!(last.is_some());
+    engine.move_to(everywhere(&shape, &mut random)).expect("it fits");
+    until(&engine, &what, |live| live.moves.done == 7);
+    let again: Vec<Completion> = requests
+        .iter()
+        .map(|request| engine.submit(request.clone()).expect("taken").complete().expect("tokens"))
+        .collect();
+    same(&again, &expected, &what);
+    engine.finish();
+}
+
+/// A table in which layer 2 is on the first two ranks alone.
+fn narrow(shape: &Tiny) -> PlacementTable {
+    let rank = |l: usize, e: usize| Rank::from(if l == 2 { e % 2 } else { e % RANKS });
+    let layer = |l| (0..shape.experts).map(|e| rank(l, e)).collect();
+    PlacementTable::from_assignment((0..shape.layers).map(layer).collect(), RANKS).expect("a table")
+}
+
+#[test]
+fn who_would_need_a_context_that_it_lacks_is_named() {
+    let shape = Tiny { seed: 320, ..Tiny::default() };
+    let folder = shape.write();
+    let expected =
+        Setup::one_rank(folder.path()).start().generate(&requests_of_20(&shape), &mut |_| {}).expect("runs");
+    for (strategy, fits) in [(Strategy::Coherent, false), (Strategy::Vanilla, true)] {
+        let engine =
+            Engine::over(Setup::new(folder.path(), RANKS, strategy).start(), EngineOptions::default())
+                .expect("an engine");
+        engine.move_to(narrow(&shape)).expect("it is a table of this model");
+        until(&engine, "fewer ranks", |live| live.moves.done == 1);
+        engine.move_to(PlacementTable::round_robin(shape.layers, shape.experts, RANKS)).expect("a table");
+        until(&engine, "more ranks", |live| live.moves.done + live.moves.refused == 2);
+        let moves = engine.live().moves;
+        assert_eq!(moves.done == 2, fits, "{moves:?}");
+        assert!(
+            fits || moves.why.as_ref().is_some_and(|why| why.contains("rank 2 holds no context of layer 3"))
+        );
+        let done: Vec<Completion> = requests_of_20(&shape)
+            .iter()
+            .map(|request| engine.submit(request.clone()).expect("taken").complete().expect("tokens"))
+            .collect();
+        for (done, expected) in done.iter().zip(&expected.sequences) {
+            assert_eq!(done.output_ids, expected.output_ids, "{strategy:?}");
+        }
+        assert!(engine.move_to(PlacementTable::linear(shape.layers, shape.experts, RANKS + 1)).is_err());
+        assert!(engine.move_to(PlacementTable::linear(shape.layers + 1, shape.experts, RANKS)).is_err());
+    }
+}
+
+fn requests_of_20(shape: &Tiny) -> Vec<Request> {
+    (0..3).map(|s| request(&shape.prompt(4 + 7 * s, s as u64), 20)).collect()
+}
+
+#[test]
+fn a_rank_without_room_for_both_tables_is_named_and_all_go_on() {
+    let shape = Tiny { seed: 330, ..Tiny::default() };
+    let folder = shape.write();
+    let requests = requests_of_20(&shape);
+    let mut one = Setup::one_rank(folder.path()).start();
+    let expected = one.generate(&requests, &mut |_| {}).expect("one rank").sequences;
+    let options = |memory: u64| ClusterOptions {
+        ranks: 2,
+        memory: Some(memory),
+        cache_positions: Some(512),
+        ..ClusterOptions::new(folder.path())
+    };
+    // The least that the ranks start with, within a KiB: no room for anything that is to come.
+    let (mut small, mut enough) = (0, 64 << 20);
+    while enough - small > 1024 {
+        let middle = (small + enough) / 2;
+        match Cluster::start(options(middle), &NoProgress) {
+            Ok(_) => enough = middle,
+            Err(error) => {
+                assert!(error.to_string().contains("are missing"), "{error}");
+                small = middle;
+            }
+        }
+    }
+    let cluster = Cluster::start(options(enough), &NoProgress).expect("it started before");
+    let before = cluster.placement().clone();
+    let engine = Engine::over(cluster, EngineOptions::default()).expect("an engine");
+    let running: Vec<_> =
+        requests.iter().map(|request| engine.submit(request.clone()).expect("taken")).collect();
+    engine.move_to(PlacementTable::linear(shape.layers, shape.experts, 2)).expect("it fits the model");
+    until(&engine, "a refusal", |live| live.moves.refused == 1);
+    let why = engine.live().moves.why.expect("a reason");
+    assert!(why.contains("rank ") && why.contains("experts beside") && why.contains("are missing"), "{why}");
+    assert_eq!(engine.placement().assignment, before.assignment);
+    for (running, expected) in running.into_iter().zip(&expected) {
+        assert_eq!(running.complete().expect("tokens").output_ids, expected.output_ids);
+    }
+}
