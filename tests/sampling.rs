@@ -35,6 +35,34 @@ fn drawn_texts_are_the_same_on_one_and_on_four_ranks() {
 }
 
 #[test]
+fn host_and_device_draw_the_same_tokens() {
+    let shape = Tiny { seed: 74, top_k: 2, ..Tiny::default() };
+    let folder = shape.write();
+    let plain = Sampling { temperature: 1.3, seed: 5, ..Sampling::default() };
+    let filters = [
+        Sampling { top_k: 1, ..plain.clone() },
+        Sampling { top_k: 7, ..plain.clone() },
+        Sampling { top_p: 0.6, ..plain.clone() },
+        Sampling { min_p: 0.2, ..plain.clone() },
+        Sampling { top_k: 20, top_p: 0.9, min_p: 0.02, ..plain.clone() },
+        plain,
+    ];
+    let of = |sampling: &Sampling| Request { sampling: sampling.clone(), ..request(&shape.prompt(4, 2), 24) };
+    let mut cluster = Setup::one_rank(folder.path()).start();
+    let device = tokens(&generate(&mut cluster, &filters.each_ref().map(of)));
+    assert!(device.windows(2).any(|two| two[0] != two[1]), "the filters matter");
+    // A penalty is the host's to see to; the least one that there is moves no draw.
+    let host = filters.clone().map(|s| Sampling { repetition_penalty: 1.0 + f32::EPSILON, ..s });
+    assert_eq!(tokens(&generate(&mut cluster, &host.each_ref().map(of))), device);
+    // One by one on two ranks, and with log-probabilities, which the host takes from the logits.
+    let mut cluster = Setup::new(folder.path(), 2, Strategy::Coherent).start();
+    for (sampling, expected) in filters.iter().zip(&device) {
+        let asked = Request { logprobs: Some(2), ..of(sampling) };
+        assert_eq!(tokens(&generate(&mut cluster, &[asked])), std::slice::from_ref(expected));
+    }
+}
+
+#[test]
 fn a_cache_that_is_too_small_for_all_changes_no_token() {
     let shape = Tiny { seed: 72, top_k: 2, ..Tiny::default() };
     let folder = shape.write();

@@ -1,6 +1,9 @@
 //! How the next token is chosen from a row of logits. Random numbers are a function of seed and position, so that a
-//! text is the same wherever its tokens are sampled.
+//! text is the same wherever its tokens are sampled; what is drawn with them is one function of integers, which the device
+//! runs as `sample.wgsl` and the host, where a repetition penalty asks for it, as that kernel's twin.
 
+use exflow_shaders::params::Draw;
+use exflow_shaders::reference;
 use serde::{Deserialize, Serialize};
 
 /// What a request asks of the choice. The filters act in this order: repetition penalty, temperature, top-k, top-p,
@@ -47,60 +50,47 @@ impl Sampling {
         }
     }
 
-    /// Whether it is the likeliest token each time, which the device finds by itself.
-    pub(crate) fn is_plain(&self) -> bool {
-        self.temperature == 0.0 && self.repetition_penalty == 1.0
+    /// Whether the device chooses by itself; it knows nothing of the tokens before.
+    pub(crate) fn on_device(&self) -> bool {
+        self.repetition_penalty == 1.0
+    }
+
+    /// How the token for `position` is drawn; nothing is at temperature 0.
+    pub(crate) fn draw(&self, position: u32) -> Draw {
+        if self.temperature == 0.0 {
+            return Draw::default();
+        }
+        let share = |of: f32, bits: u32| (f64::from(of) * f64::from(1u32 << bits)).round() as u32;
+        Draw {
+            // Beyond 2^60 every difference of logits is one of all or nothing.
+            scale: (std::f32::consts::LOG2_E / self.temperature).min(2f32.powi(60)),
+            top_k: u32::try_from(self.top_k).unwrap_or(0),
+            top_p: share(self.top_p, 24).max(1),
+            min_p: share(self.min_p, 30),
+            unit: uniform(self.seed, position),
+        }
     }
 
     /// The token for `position`, from its `logits` `[V]` and the ids before it.
     pub(crate) fn choose(&self, logits: &[f32], before: impl Iterator<Item = u32>, position: u32) -> u32 {
-        let mut scores: Vec<f64> = logits.iter().map(|&x| f64::from(x)).collect();
+        let mut scores = logits.to_vec();
         if self.repetition_penalty != 1.0 {
             let mut seen: Vec<u32> = before.collect();
             seen.sort_unstable();
             seen.dedup();
-            let penalty = f64::from(self.repetition_penalty);
             for id in seen {
                 if let Some(score) = scores.get_mut(id as usize) {
+                    let penalty = self.repetition_penalty;
                     *score = if *score > 0.0 { *score / penalty } else { *score * penalty };
                 }
             }
         }
-        // Likeliest first, equal ones by id.
-        let mut order: Vec<u32> = (0..scores.len() as u32).collect();
+        let draw = self.draw(position);
+        if draw.scale > 0.0 {
+            return reference::drawn(&scores, &draw);
+        }
         let likelier = |a: &u32, b: &u32| scores[*b as usize].total_cmp(&scores[*a as usize]).then(a.cmp(b));
-        if self.temperature == 0.0 {
-            return order.into_iter().min_by(likelier).unwrap_or(0);
-        }
-        if self.top_k > 0 && self.top_k < order.len() {
-            order.select_nth_unstable_by(self.top_k - 1, likelier);
-            order.truncate(self.top_k);
-        }
-        order.sort_unstable_by(likelier);
-
-        let largest = scores[order[0] as usize];
-        let weight = |id: &u32| ((scores[*id as usize] - largest) / f64::from(self.temperature)).exp();
-        let mut weights: Vec<f64> = order.iter().map(weight).collect();
-        let total: f64 = weights.iter().sum();
-        if self.top_p < 1.0 {
-            let mut sum = 0.0;
-            let enough = |w: &f64| {
-                sum += w;
-                sum >= f64::from(self.top_p) * total
-            };
-            let kept = weights.iter().position(enough).map_or(weights.len(), |last| last + 1);
-            weights.truncate(kept);
-        }
-        if self.min_p > 0.0 {
-            let kept = weights.partition_point(|&w| w >= f64::from(self.min_p));
-            weights.truncate(kept.max(1));
-        }
-        let mut left = uniform(self.seed, position) * weights.iter().sum::<f64>();
-        let drawn = weights.iter().position(|&w| {
-            left -= w;
-            left < 0.0
-        });
-        order[drawn.unwrap_or(weights.len() - 1)]
+        (0..scores.len() as u32).min_by(likelier).unwrap_or(0)
     }
 }
 
@@ -135,8 +125,8 @@ impl Logprobs {
     }
 }
 
-/// A number in 0..1 for (seed, position): SplitMix64's finaliser (Steele, Lea and Flood 2014), twice.
-fn uniform(seed: u64, position: u32) -> f64 {
+/// A number in 0..1 for (seed, position), in 2^32nds: SplitMix64's finaliser (Steele, Lea and Flood 2014), twice.
+fn uniform(seed: u64, position: u32) -> u32 {
     let mix = |mut z: u64| {
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -144,7 +134,7 @@ fn uniform(seed: u64, position: u32) -> f64 {
     };
     let golden = 0x9e37_79b9_7f4a_7c15u64;
     let z = mix(mix(seed.wrapping_add(golden)).wrapping_add(golden.wrapping_mul(u64::from(position) + 1)));
-    (z >> 11) as f64 / (1u64 << 53) as f64
+    (z >> 32) as u32
 }
 
 #[cfg(test)]

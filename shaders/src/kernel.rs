@@ -31,6 +31,8 @@ pub enum Kernel {
     ExpertDown,
     /// Greedy choice of the next token.
     Argmax,
+    /// A drawn next token.
+    Sample,
     /// What the adapter's arithmetic allows; no part of a step.
     Probe,
 }
@@ -226,7 +228,7 @@ impl Variant {
 
 impl Kernel {
     /// Every kernel, in the order in which a decode step runs them; those of no step last.
-    pub const ALL: [Kernel; 14] = [
+    pub const ALL: [Kernel; 15] = [
         Kernel::Embed,
         Kernel::Norm,
         Kernel::Linear,
@@ -239,6 +241,7 @@ impl Kernel {
         Kernel::SharedGate,
         Kernel::ExpertDown,
         Kernel::Argmax,
+        Kernel::Sample,
         Kernel::Clip,
         Kernel::Probe,
     ];
@@ -259,6 +262,7 @@ impl Kernel {
             Kernel::SharedGate => "shared_gate",
             Kernel::ExpertDown => "expert_down",
             Kernel::Argmax => "argmax",
+            Kernel::Sample => "sample",
             Kernel::Probe => "probe",
         }
     }
@@ -380,6 +384,7 @@ impl Kernel {
             Kernel::SharedGate => include_str!("../wgsl/shared_gate.wgsl"),
             Kernel::ExpertDown => include_str!("../wgsl/expert_down.wgsl"),
             Kernel::Argmax => include_str!("../wgsl/argmax.wgsl"),
+            Kernel::Sample => include_str!("../wgsl/sample.wgsl"),
             Kernel::Probe => include_str!("../wgsl/probe.wgsl"),
         }
     }

@@ -62,6 +62,8 @@ params! {
     }
     /// Parameters of `argmax.wgsl`.
     Argmax { vocab: u32, stride: u32 }
+    /// Parameters of `sample.wgsl`.
+    Sample { vocab: u32, stride: u32 }
     /// Parameters of `probe.wgsl`.
     Probe { rounds: u32, factor: f32, bytes: u32 }
 }
@@ -104,6 +106,22 @@ pub struct Tile {
     pub count: u32,
     /// Unused.
     pub pad: u32,
+}
+
+/// How a row's token is drawn, as `sample.wgsl` has it.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Pod, Zeroable)]
+pub struct Draw {
+    /// `log2(e) / temperature`, finite; 0: nothing is drawn.
+    pub scale: f32,
+    /// So many of the likeliest tokens; 0: all.
+    pub top_k: u32,
+    /// 2^24ths of the likelihood that the likeliest tokens have together, 1 at least; 2^24: all.
+    pub top_p: u32,
+    /// 2^30ths of the likeliest token's likelihood, 2^30 at most.
+    pub min_p: u32,
+    /// The random number in 2^32nds of 1.
+    pub unit: u32,
 }
 
 /// What `attention.wgsl` needs to know of a token.

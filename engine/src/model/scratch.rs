@@ -3,6 +3,7 @@
 use crate::EngineError;
 use crate::gpu::{Buffer, Gpu, Usage};
 use crate::model::ModelSpec;
+use exflow_shaders::params::Draw;
 use std::cell::Cell;
 
 /// Keys and values from elsewhere are written into the cache in launches of at most so many rows.
@@ -63,6 +64,10 @@ pub(crate) struct Scratch {
     pub(crate) logits: Buffer,
     /// `[heads]`.
     pub(crate) sampled: Buffer,
+    /// `[heads]` how each of them is drawn.
+    pub(crate) draws: Buffer,
+    /// Whether any is.
+    pub(crate) has_draws: Cell<bool>,
 }
 
 impl Scratch {
@@ -150,6 +155,8 @@ impl Scratch {
             kv_arrived_slots: storage("arrived cache slots", KV_CHUNK)?,
             logits: storage("logits", heads * 4 * spec.v4())?,
             sampled: storage("sampled tokens", heads)?,
+            draws: storage("draws", heads * size_of::<Draw>() / 4)?,
+            has_draws: Cell::new(false),
         })
     }
 }

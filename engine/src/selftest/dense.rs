@@ -2,7 +2,7 @@
 
 use super::{Bench, D4, H, H4, N, N4, Values, WIDTH, error};
 use crate::EngineError;
-use exflow_shaders::params::{self, Query};
+use exflow_shaders::params::{self, Draw, Query};
 use exflow_shaders::{KV_BLOCK, Kernel, NO_SLOT, Variant, reference};
 
 impl Bench {
@@ -360,6 +360,34 @@ impl Bench {
         let buffers = [&self.up(&logits)?, &out];
         let got: Vec<u32> =
             self.run(Kernel::Argmax, Variant::default(), &p, &buffers, [rows as u32, 1, 1], rows)?;
+        Ok(if got == expected { 0.0 } else { 1.0 })
+    }
+
+    /// Every row with other filters; some with many equal logits, some without a draw.
+    pub(super) fn sample(&self, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
+        let (vocab, stride) = (1_003, 1_004);
+        let mut logits = v.floats(rows * stride);
+        for (row, logits) in logits.chunks_mut(stride).enumerate() {
+            let step = if row % 3 == 0 { 0.5 } else { 1e-4 };
+            logits.iter_mut().for_each(|x| *x = (*x * 6.0 / step).round() * step);
+            logits[vocab] = 1e9; // no token
+        }
+        let mut draw = |row: usize| Draw {
+            scale: [0.7, 1.44, 5.0, 0.0][row / 2 % 4],
+            top_k: [0, 1, 40, 200, vocab as u32, 5_000][row % 6],
+            top_p: [1 << 24, 15 << 20, 1, 1 << 23][row / 3 % 4],
+            min_p: [0, 1 << 24, 1 << 30][row % 3],
+            unit: v.next() << 1,
+        };
+        let mut draws: Vec<Draw> = (0..rows).map(&mut draw).collect();
+        draws[rows / 2].unit = u32::MAX;
+        let p = params::Sample { vocab: vocab as u32, stride: stride as u32 };
+        let mut expected: Vec<u32> = (0..rows as u32).collect();
+        let out = self.up(&expected)?;
+        reference::sample(&p, &logits, &draws, &mut expected);
+        let buffers = [&self.up(&logits)?, &self.up(&draws)?, &out];
+        let got: Vec<u32> =
+            self.run(Kernel::Sample, Variant::default(), &p, &buffers, [rows as u32, 1, 1], rows)?;
         Ok(if got == expected { 0.0 } else { 1.0 })
     }
 

@@ -117,6 +117,7 @@ impl Bench {
             Kernel::ExpertUp => self.expert_up(variant, rows, &mut values)?,
             Kernel::ExpertDown => self.expert_down(variant, rows, &mut values)?,
             Kernel::Argmax => self.argmax(rows, &mut values)?,
+            Kernel::Sample => self.sample(rows, &mut values)?,
             Kernel::Probe => self.probe(variant, rows)?,
         };
         let mut variant_text = String::new();

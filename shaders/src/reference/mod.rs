@@ -14,6 +14,7 @@ mod part_norm;
 mod place;
 mod probe;
 mod router;
+mod sample;
 mod shared_gate;
 
 pub use argmax::argmax;
@@ -29,6 +30,7 @@ pub use part_norm::part_norm;
 pub use place::place;
 pub use probe::probe;
 pub use router::router;
+pub use sample::{drawn, sample};
 pub use shared_gate::shared_gate;
 
 use crate::Activation;

@@ -164,7 +164,7 @@ impl Decoder {
         self.combine_from(r, &s.source, slots, self.next_norm(Some(layer)), rows);
     }
 
-    /// Head and greedy choice of the `rows` rows that `head_rows` names, of `all` rows that left the last layer.
+    /// Head and choice, greedy or drawn as `draws` says, of the `rows` rows that `head_rows` names, of `all` rows that left the last layer.
     pub(crate) fn head(&self, r: &mut Recording<'_>, rows: usize, all: usize) {
         let (s, spec) = (&self.scratch, &self.spec);
         // Where all are asked for, they are normed already.
@@ -174,7 +174,12 @@ impl Decoder {
         let product = Product { scale: spec.logit_scale, ..Product::of(&self.weights.head) };
         self.linear(r, product, (&s.normed, spec.h4()), (&s.logits, spec.v4()), rows);
         let p = params::Argmax { vocab: spec.vocab_size as u32, stride: 4 * spec.v4() as u32 };
-        r.launch(Kernel::Argmax, Variant::default(), &p, &[&s.logits, &s.sampled], [rows as u32, 1, 1]);
+        let groups = [rows as u32, 1, 1];
+        r.launch(Kernel::Argmax, Variant::default(), &p, &[&s.logits, &s.sampled], groups);
+        if s.has_draws.get() {
+            let p = params::Sample { vocab: p.vocab, stride: p.stride };
+            r.launch(Kernel::Sample, Variant::default(), &p, &[&s.logits, &s.draws, &s.sampled], groups);
+        }
     }
 
     /// The norm behind a layer, or behind the embedding: before the next attention, or before the head.

@@ -5,9 +5,10 @@ use super::super::worker::Captured;
 use super::{Outcome, Row, Stepper, floats, words};
 use crate::EngineError;
 use crate::sampling::Logprobs;
+use exflow_shaders::params::Draw;
 
 impl Stepper<'_> {
-    /// Head and greedy choice for the rows that end a prompt or are decoded.
+    /// Head and choice for the rows that end a prompt or are decoded.
     pub(crate) fn sample(&mut self, rows: &[Row]) -> Result<Outcome, EngineError> {
         let heads = self.head_rows(rows)?;
         if heads.is_empty() {
@@ -27,17 +28,26 @@ impl Stepper<'_> {
         self.sampled(rows, &heads, &sampled, &logits)
     }
 
-    /// Uploads which rows the head is asked for: each sequence's last, or all where logits are captured.
+    /// Uploads which rows the head is asked for, each sequence's last or all where logits are captured, and how their
+    /// tokens are drawn.
     pub(super) fn head_rows(&self, rows: &[Row]) -> Result<Vec<u32>, EngineError> {
-        let mut heads = Vec::new();
+        let (mut heads, mut draws) = (Vec::new(), Vec::new());
         for (t, row) in rows.iter().enumerate().filter(|(_, row)| !self.is_copy(row)) {
             let sequence = self.sequence(row.sequence)?;
             let is_last = row.position as usize + 1 >= sequence.start.prompt.len();
             if is_last || sequence.start.capture_logits {
                 heads.push(t as u32);
+                let sampling = &sequence.start.sampling;
+                let drawn = is_last && sampling.on_device();
+                draws.push(if drawn { sampling.draw(row.position + 1) } else { Draw::default() });
             }
         }
-        self.decoder.gpu.write(&self.decoder.scratch.head_rows, 0, &heads);
+        let (gpu, s) = (&self.decoder.gpu, &self.decoder.scratch);
+        gpu.write(&s.head_rows, 0, &heads);
+        s.has_draws.set(draws.iter().any(|draw| draw.scale > 0.0));
+        if s.has_draws.get() {
+            gpu.write(&s.draws, 0, &draws);
+        }
         Ok(heads)
     }
 
@@ -56,7 +66,7 @@ impl Stepper<'_> {
             if row.position as usize + 1 >= sequence.start.prompt.len() {
                 let (start, position) = (&sequence.start, row.position + 1);
                 let of_row = || &logits[i * stride..][..self.spec().vocab_size];
-                let token = match start.sampling.is_plain() {
+                let token = match start.sampling.on_device() {
                     true => token,
                     false => {
                         let before = start.prompt.iter().chain(&sequence.output).copied();
@@ -84,7 +94,7 @@ impl Stepper<'_> {
     pub(super) fn reads_logits(&self, rows: &[Row]) -> Result<bool, EngineError> {
         Ok(rows.iter().any(|row| {
             self.sequences.running.get(&row.sequence).is_some_and(|s| {
-                s.start.capture_logits || s.start.logprobs.is_some() || !s.start.sampling.is_plain()
+                s.start.capture_logits || s.start.logprobs.is_some() || !s.start.sampling.on_device()
             })
         }))
     }
