@@ -8,6 +8,8 @@ use exflow::engine::{
     Cluster, ClusterOptions, Dtype, Feed, KvDtype, LogitsDump, NoProgress, Quant, Strategy,
 };
 use exflow_placement::npy::{self, Array};
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -205,6 +207,62 @@ fn narrower_weights_and_caches_give_the_same_bits_on_any_number_of_ranks() {
             let bits = |logits: Vec<f32>| logits.into_iter().map(f32::to_bits).collect::<Vec<_>>();
             let together = dump(name, (quant, kv_dtype), 3);
             assert!(bits(together) == bits(alone), "{name} {quant:?} {kv_dtype:?}: 3 ranks");
+        }
+    }
+}
+
+/// `folder` with the numbers that its MXFP4 blocks stand for in their place.
+fn expanded(folder: &Path) -> tempfile::TempDir {
+    const SIZES: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+    let made = tempfile::TempDir::new().expect("a folder");
+    for name in ["config.json", "tokenizer.json"] {
+        let _ = std::fs::copy(folder.join(name), made.path().join(name));
+    }
+    let bytes = std::fs::read(folder.join("model.safetensors")).expect("weights");
+    let stored = SafeTensors::deserialize(&bytes).expect("safetensors");
+    let mut tensors = Vec::new();
+    for (name, view) in stored.tensors() {
+        let Some(of) = name.strip_suffix("_blocks") else {
+            if !name.ends_with("_scales") {
+                tensors.push((name, view.dtype(), view.shape().to_vec(), view.data().to_vec()));
+            }
+            continue;
+        };
+        let scales = stored.tensor(&format!("{of}_scales")).expect("scales");
+        let (experts, n, k) = (view.shape()[0], view.shape()[1], 32 * view.shape()[2]);
+        let mut values = vec![0f32; experts * n * k];
+        for at in 0..values.len() {
+            let (expert, row, column) = (at / (n * k), at / k % n, at % k);
+            let nibble = view.data()[at / 2] >> (4 * (at % 2));
+            let sign = if nibble & 8 == 0 { 1.0 } else { -1.0 };
+            let scale = 2f32.powi(i32::from(scales.data()[at / 32]) - 127);
+            values[(expert * k + column) * n + row] = sign * SIZES[usize::from(nibble & 7)] * scale;
+        }
+        let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        tensors.push((of.to_owned(), safetensors::tensor::Dtype::F32, vec![experts, k, n], bytes));
+    }
+    let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
+        (name.clone(), TensorView::new(*dtype, shape.clone(), bytes).expect("a tensor"))
+    });
+    safetensors::serialize_to_file(views, None, &made.path().join("model.safetensors")).expect("written");
+    made
+}
+
+#[test]
+fn experts_in_mxfp4_give_the_bits_of_the_numbers_that_they_stand_for() {
+    let folder = root().join("tests/parity/fixtures/gpt_oss_mxfp4");
+    let full = expanded(&folder);
+    let prompt = Expected::read(&folder).ids("prompt");
+    for feed in [Feed::Prefill, Feed::Decode] {
+        let bits = |folder: &Path, ranks: usize| {
+            let mut cluster = Setup::new(folder, ranks, Strategy::Coherent).start();
+            let dump = cluster.logits(&prompt, feed).expect("logits");
+            dump.logits.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
+        };
+        let alone = bits(full.path(), 1);
+        assert!(alone.iter().any(|&logit| f32::from_bits(logit).abs() > 0.5));
+        for ranks in [1, 2] {
+            assert!(bits(&folder, ranks) == alone, "{feed:?} on {ranks} ranks");
         }
     }
 }

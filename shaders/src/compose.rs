@@ -77,7 +77,7 @@ fn compose(kernel: Kernel, variant: Variant) -> Result<String, ComposeError> {
     Ok(compiled.syntax.to_string())
 }
 
-fn flags(variant: Variant) -> [(&'static str, bool); 21] {
+fn flags(variant: Variant) -> [(&'static str, bool); 22] {
     [
         ("one", variant.tile == RowTile::One),
         ("tile2", variant.tile == RowTile::Two),
@@ -92,6 +92,7 @@ fn flags(variant: Variant) -> [(&'static str, bool); 21] {
         ("half", variant.weights == Weights::F16),
         ("q8", variant.weights == Weights::Q8),
         ("q4", variant.weights == Weights::Q4),
+        ("mx4", variant.weights == Weights::Mx4),
         ("keeps", variant.keeps),
         ("kv16", variant.cache == Cache::F16),
         ("kv8", variant.cache == Cache::Q8),

@@ -131,11 +131,13 @@ pub enum Weights {
     Q8,
     /// Half a byte a weight, and an f16 scale for 32 of them.
     Q4,
+    /// MXFP4: a number of four bits (E2M1) a weight, and a power of two for 32 of them, here a bf16.
+    Mx4,
 }
 
 impl Weights {
     /// Every way.
-    pub const ALL: [Weights; 4] = [Self::F32, Self::F16, Self::Q8, Self::Q4];
+    pub const ALL: [Weights; 5] = [Self::F32, Self::F16, Self::Q8, Self::Q4, Self::Mx4];
 
     /// Weights in a unit of 16 bytes.
     pub fn per_unit(self) -> usize {
@@ -143,13 +145,13 @@ impl Weights {
             Self::F32 => 4,
             Self::F16 => 8,
             Self::Q8 => 16,
-            Self::Q4 => 32,
+            Self::Q4 | Self::Mx4 => 32,
         }
     }
 
     /// Whether 32 weights share a scale.
     pub fn has_scales(self) -> bool {
-        matches!(self, Self::Q8 | Self::Q4)
+        matches!(self, Self::Q8 | Self::Q4 | Self::Mx4)
     }
 
     /// Units that hold the weights of a row of `columns` columns, and units from a row to the next: behind the

@@ -101,6 +101,7 @@ impl Sizes {
             (None, Dtype::F32) => 64,
         };
         let bytes = |elements: u64| elements * half_bits / 16;
+        let expert = spec.elements(1) - spec.elements(0);
         // Embeddings are held in f32.
         let embedding = (spec.vocab_size * spec.hidden) as u64;
         let values = Cache::from(options.kv_dtype).words(4 * spec.attention.cache4());
@@ -124,7 +125,11 @@ impl Sizes {
         Self {
             weights: bytes(spec.elements(0) - embedding) + 4 * embedding,
             scratch: scratch(spec, (CHUNK.min(MAX_RUNNING.max(context)), MAX_RUNNING)) + halves,
-            expert: bytes(spec.elements(1) - spec.elements(0)),
+            expert: if spec.packed_experts && options.quant.is_none() {
+                expert * 9 / 16
+            } else {
+                bytes(expert)
+            },
             layer_block,
             block: spec.layers as u64 * layer_block,
             least,

@@ -1,6 +1,6 @@
 //! Experts, shared experts and dense FFNs: one form on the device for all that stand on disk.
 
-use super::layers::{Dense, LayerFfn, LayerWeights, Loader, Matrix, ModelWeights, form_of};
+use super::layers::{Dense, LayerFfn, LayerWeights, Loader, Matrix, ModelWeights, form_of, pack_as};
 use super::names::{ExpertForm, Names};
 use super::rows::Rows;
 use super::{Store, formats, pack};
@@ -9,6 +9,7 @@ use crate::gpu::{Buffer, Gpu, Part};
 use crate::model::{FfnSpec, ModelSpec};
 use crate::options::{Dtype, Quant};
 use exflow_placement::ExpertId;
+use exflow_shaders::Weights;
 
 /// The matrices of one or more experts: `up` `[experts, matrices, I, H]`, `down` `[experts, H, I]`, biases likewise.
 pub(crate) struct Ffn {
@@ -42,6 +43,7 @@ pub(crate) struct PackedExperts {
 /// [`Ffn`] before it is on a device.
 #[derive(Default)]
 struct PackedFfn {
+    form: Weights,
     up: Vec<pack::Unit>,
     up_bias: Vec<f32>,
     down: Vec<pack::Unit>,
@@ -59,7 +61,8 @@ pub(crate) struct Shelf<'a> {
 impl<'a> Shelf<'a> {
     fn loader<G>(&self, gpu: G, read: &'a mut dyn FnMut(u64)) -> Loader<'a, G> {
         let form = form_of(self.held_as.0, self.held_as.1);
-        Loader { spec: self.spec, names: Names::of(self.spec), store: self.store, gpu, form, read }
+        let (names, rounds) = (Names::of(self.spec), self.held_as.1.is_some());
+        Loader { spec: self.spec, names, store: self.store, gpu, form, rounds, read }
     }
 
     /// Reads experts of a layer of the model, which is a MoE layer; needs no device.
@@ -245,7 +248,7 @@ impl Loader<'_> {
     pub(super) fn ffn(&mut self, layer: usize, part: &str, spec: FfnSpec) -> Result<Ffn, EngineError> {
         let under = self.names.of_layer(layer, part);
         let names = ["gate_proj", "up_proj", "down_proj"].map(|name| format!("{under}.{name}.weight"));
-        let packed = self.pack_ffn(&under, spec, 1, |loader, _| loader.three(&names, spec))?;
+        let packed = self.pack_ffn(&under, spec, self.form, 1, |loader, _| loader.three(&names, spec))?;
         self.upload_ffn(&under, spec, packed)
     }
 
@@ -256,9 +259,12 @@ impl Loader<'_> {
         };
         Ok(Ffn {
             spec,
-            up: Dense { weight: self.upload_packed(label, packed.up, (i, h))?, bias: bias(packed.up_bias)? },
+            up: Dense {
+                weight: self.upload_units(packed.form, label, packed.up, (i, h))?,
+                bias: bias(packed.up_bias)?,
+            },
             down: Dense {
-                weight: self.upload_packed(label, packed.down, (h, i))?,
+                weight: self.upload_units(packed.form, label, packed.down, (h, i))?,
                 bias: bias(packed.down_bias)?,
             },
         })
@@ -269,7 +275,14 @@ impl<G> Loader<'_, G> {
     fn pack_experts(&mut self, layer: usize, ids: &[ExpertId]) -> Result<PackedFfn, EngineError> {
         let label = self.names.of_layer(layer, self.names.moe);
         let read = |loader: &mut Self, index: usize| loader.expert(layer, ids[index].index());
-        self.pack_ffn(&label, self.spec.expert, ids.len(), read)
+        self.pack_ffn(&label, self.spec.expert, self.expert_form(layer), ids.len(), read)
+    }
+
+    /// How a layer's experts are held: as they are published where that is MXFP4 and nobody asked for another rounding.
+    fn expert_form(&self, layer: usize) -> Weights {
+        let blocks = format!("{}.experts.gate_up_proj_blocks", self.names.of_layer(layer, self.names.moe));
+        let packed = self.names.experts == ExpertForm::GptOss && !self.rounds && self.store.has(&blocks);
+        if packed { Weights::Mx4 } else { self.form }
     }
 
     fn expert(&mut self, layer: usize, expert: usize) -> Result<Expert, EngineError> {
@@ -377,19 +390,20 @@ impl<G> Loader<'_, G> {
         &mut self,
         label: &str,
         spec: FfnSpec,
+        form: Weights,
         count: usize,
         read: impl Fn(&mut Self, usize) -> Result<Expert, EngineError>,
     ) -> Result<PackedFfn, EngineError> {
         let (h, i, inner) = (4 * self.spec.h4(), 4 * spec.i4(), spec.intermediate);
-        let mut all = PackedFfn::default();
+        let mut all = PackedFfn { form, ..PackedFfn::default() };
         let hidden = self.spec.hidden;
         for index in 0..count {
             let expert = read(self, index)?;
             let size = |packed: &Vec<_>| if index == 0 { packed.len() * count } else { 0 };
-            let packed = self.pack_matrix(label, &expert.up.widen(h).lengthen(inner, i), i)?;
+            let packed = pack_as(form, label, &expert.up.widen(h).lengthen(inner, i), i)?;
             all.up.reserve_exact(size(&packed));
             all.up.extend(packed);
-            let packed = self.pack_matrix(label, &expert.down.widen(i).lengthen(hidden, h), h)?;
+            let packed = pack_as(form, label, &expert.down.widen(i).lengthen(hidden, h), h)?;
             all.down.reserve_exact(size(&packed));
             all.down.extend(packed);
             if spec.bias {

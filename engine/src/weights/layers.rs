@@ -62,7 +62,7 @@ pub(crate) enum LayerFfn {
 
 /// All that one rank holds.
 pub(crate) struct ModelWeights {
-    /// How matrices lie, the embedding's apart.
+    /// How matrices lie, the embedding's and packed experts' apart.
     pub(crate) form: Weights,
     /// `[V, H]`, in f32.
     pub(crate) token_embedding: Matrix,
@@ -81,6 +81,8 @@ pub(super) struct Loader<'a, G = &'a Gpu> {
     pub(super) gpu: G,
     /// How matrices are held.
     pub(super) form: Weights,
+    /// Whether they were asked to be rounded.
+    pub(super) rounds: bool,
     pub(super) read: &'a mut dyn FnMut(u64),
 }
 
@@ -96,7 +98,8 @@ impl ModelWeights {
         read: &mut dyn FnMut(u64),
     ) -> Result<Self, EngineError> {
         let form = form_of(dtype, quant);
-        let mut loader = Loader { spec, names: Names::of(spec), store, gpu, form, read };
+        let rounds = quant.is_some();
+        let mut loader = Loader { spec, names: Names::of(spec), store, gpu, form, rounds, read };
         let (vocab, hidden) = (spec.vocab_size, spec.hidden);
         let rows = loader.whole(loader.names.embedding, vocab, hidden)?.padded();
         let token_embedding = loader.upload_as(Weights::F32, loader.names.embedding, &rows, rows.count())?;
@@ -128,6 +131,15 @@ impl ModelWeights {
         };
         let head = Dense { weight, bias };
         Ok(Self { form, token_embedding, position_embedding, layers, final_norm, head })
+    }
+
+    /// How matrices of experts lie.
+    pub(crate) fn expert_form(&self) -> Weights {
+        let of = |layer: &LayerWeights| match &layer.ffn {
+            LayerFfn::Moe { experts, .. } => Some(experts.ffn.up.weight.form),
+            LayerFfn::Dense(_) => None,
+        };
+        self.layers.iter().find_map(of).unwrap_or(self.form)
     }
 }
 
@@ -226,17 +238,8 @@ impl Loader<'_> {
         self.upload_units(form, name, pack_as(form, name, rows, height)?, (height, rows.columns))
     }
 
-    /// Matrices of (rows, columns) that [`Loader::pack_matrix`] made, one behind the other.
-    pub(super) fn upload_packed(
-        &self,
-        name: &str,
-        units: Vec<pack::Unit>,
-        size: (usize, usize),
-    ) -> Result<Matrix, EngineError> {
-        self.upload_units(self.form, name, units, size)
-    }
-
-    fn upload_units(
+    /// Matrices of (rows, columns) that [`pack_as`] made, one behind the other.
+    pub(super) fn upload_units(
         &self,
         form: Weights,
         name: &str,
@@ -281,19 +284,15 @@ impl<G> Loader<'_, G> {
         (self.read)(values.len() as u64);
         Ok(Rows { values, columns })
     }
-
-    /// Matrices of `height` rows each as units of the form that matrices are held in.
-    pub(super) fn pack_matrix(
-        &self,
-        name: &str,
-        rows: &Rows,
-        height: usize,
-    ) -> Result<Vec<pack::Unit>, EngineError> {
-        pack_as(self.form, name, rows, height)
-    }
 }
 
-fn pack_as(form: Weights, name: &str, rows: &Rows, height: usize) -> Result<Vec<pack::Unit>, EngineError> {
+/// Matrices of `height` rows each as units of a form.
+pub(super) fn pack_as(
+    form: Weights,
+    name: &str,
+    rows: &Rows,
+    height: usize,
+) -> Result<Vec<pack::Unit>, EngineError> {
     let packed = pack::pack(form, &rows.values, pack::Shape { height, columns: rows.columns });
     packed.map_err(|value| {
         let what = format!("{name}: weight {value} is beyond what f16 holds");

@@ -26,9 +26,12 @@ pub(crate) fn pack(form: Weights, values: &[f32], shape: Shape) -> Result<Vec<Un
                     *word = pair(half_of(two[0])?, half_of(two.get(1).copied().unwrap_or(0.0))?);
                 }
             }
-            Weights::Q8 | Weights::Q4 => {
+            Weights::Q8 | Weights::Q4 | Weights::Mx4 => {
                 let (weights, scales) = words.split_at_mut(4 * weight_units);
-                pack_blocks(form, row, weights, scales)?;
+                match form {
+                    Weights::Mx4 => pack_mx4(row, weights, scales),
+                    _ => pack_blocks(form, row, weights, scales)?,
+                }
             }
         }
     }
@@ -80,6 +83,28 @@ fn pack_blocks(form: Weights, row: &[f32], weights: &mut [u32], scales: &mut [u3
     Ok(())
 }
 
+/// What the low three bits of an E2M1 number stand for.
+const E2M1: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+
+/// Blocks of 32 as MXFP4 has them, with the power of two that gives the largest value the largest exponent. What MXFP4
+/// stands for comes back as it was: with another scale, perhaps, and the same numbers.
+fn pack_mx4(row: &[f32], weights: &mut [u32], scales: &mut [u32]) {
+    for (index, (block, words)) in row.chunks(WEIGHT_BLOCK).zip(weights.chunks_exact_mut(4)).enumerate() {
+        let largest = block.iter().fold(0f32, |m, v| m.max(v.abs()));
+        let exponent = (largest.to_bits() >> 23) as i32 - 127 - 2;
+        let scale = 2f64.powi(exponent.max(-127));
+        scales[index / 2] |= (scale as f32).to_bits() >> 16 << (16 * (index % 2));
+        for (i, value) in block.iter().enumerate() {
+            let size = (f64::from(value.abs()) / scale) as f32;
+            let nearest = (1..8).fold(0, |best, code| {
+                if (E2M1[code] - size).abs() < (E2M1[best] - size).abs() { code } else { best }
+            });
+            let nibble = nearest as u32 | u32::from(*value < 0.0) << 3;
+            words[i / 8] |= nibble << (8 * (i % 4) + 4 * (i / 4 % 2));
+        }
+    }
+}
+
 fn half_of(value: f32) -> Result<u16, f32> {
     let half = f16::from_f32(value);
     if half.is_finite() { Ok(half.to_bits()) } else { Err(value) }
@@ -113,6 +138,12 @@ pub(crate) fn unpack(form: Weights, units: &[Unit], shape: Shape) -> Vec<f32> {
                 let nibble = weights[i / 8] >> (8 * (i % 4) + 4 * (i / 4 % 2)) & 15;
                 (nibble as f32 - 8.0) * half(scales, i / WEIGHT_BLOCK)
             }
+            Weights::Mx4 => {
+                let nibble = weights[i / 8] >> (8 * (i % 4) + 4 * (i / 4 % 2)) & 15;
+                let size = E2M1[(nibble & 7) as usize] * if nibble & 8 == 0 { 1.0 } else { -1.0 };
+                let block = i / WEIGHT_BLOCK;
+                size * f32::from_bits(scales[block / 2] >> (16 * (block % 2)) << 16)
+            }
         };
         values.extend((0..columns).map(value));
     }
@@ -131,9 +162,13 @@ mod tests {
 
     #[test]
     fn what_is_packed_comes_back_within_half_a_step() {
-        for (form, step) in
-            [(Weights::F32, 0.0), (Weights::F16, 0.001), (Weights::Q8, 0.007), (Weights::Q4, 0.11)]
-        {
+        for (form, step) in [
+            (Weights::F32, 0.0),
+            (Weights::F16, 0.001),
+            (Weights::Q8, 0.007),
+            (Weights::Q4, 0.11),
+            (Weights::Mx4, 0.2),
+        ] {
             let packed = pack(form, &rows(), SHAPE).expect("fits");
             let back = unpack(form, &packed, SHAPE);
             let worst = rows().iter().zip(&back).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
@@ -151,6 +186,27 @@ mod tests {
         let mut sorted = order.clone();
         sorted.sort_unstable();
         assert!(sorted.into_iter().eq(0..88), "every unit once");
+    }
+
+    #[test]
+    fn what_mxfp4_stands_for_comes_back_as_it_was() {
+        // Every scale but the one that is no number, with each of the values as the largest of a block.
+        for exponent in -127..=127 {
+            for largest in 0..8 {
+                let scale = 2f64.powi(exponent);
+                let value = |i: usize| {
+                    let size = f64::from(E2M1[(i * 5 + i / 8) % (largest + 1)]) * scale;
+                    (if i.is_multiple_of(3) { -size } else { size }) as f32
+                };
+                let row: Vec<f32> = (0..4 * 64).map(value).collect();
+                if row.iter().any(|v| !v.is_finite()) {
+                    continue;
+                }
+                let shape = Shape { height: 4, columns: 64 };
+                let packed = pack(Weights::Mx4, &row, shape).expect("fits");
+                assert_eq!(unpack(Weights::Mx4, &packed, shape), row, "2^{exponent}, {largest}");
+            }
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ import package::shared::weight::Unit;
 @else @group(0) @binding(2) var<storage, read> w: array<Unit>;
 
 fn unit_at(i: u32) -> Unit {
-    @if(image && (half || q8 || q4)) return textureLoad(w, vec2<u32>(i & 0x3fffu, i >> 14u));
+    @if(image && (half || q8 || q4 || mx4)) return textureLoad(w, vec2<u32>(i & 0x3fffu, i >> 14u));
     @elif(image) return bitcast<vec4<f32>>(textureLoad(w, vec2<u32>(i & 0x3fffu, i >> 14u)));
     @else return w[i];
 }

@@ -1,6 +1,6 @@
 // The product that every matrix kernel makes: a tile of rows of x times a lane's rows of w.
 import package::shared::tile::{COLUMNS, LOADS, PARTS, PerColumn, Starts, Sums, TILE_ROWS, accumulate};
-import package::shared::weight::{BLOCK4, UNIT4, Unit, widen};
+import package::shared::weight::{BLOCK4, UNIT4, Unit, scale_of, widen};
 import package::shared::matrix::unit_at; // binding 2
 
 @group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
@@ -52,7 +52,7 @@ fn add_vec4(sums: ptr<function, Sums>, held: ptr<function, Held>, lane: From, k:
     for (var c = 0u; c < COLUMNS; c++) {
         for (var j = 0u; j < 4u; j++) {
             wide[c][j] = widen((*held).units[c][j], i % UNIT4);
-            @if(q8 || q4) wide[c][j] *= (*held).scales[c][j];
+            @if(q8 || q4 || mx4) wide[c][j] *= (*held).scales[c][j];
         }
     }
     for (var r = 0u; r < TILE_ROWS; r++) {
@@ -99,7 +99,7 @@ fn product(
     let from_where = From(starts, columns, steps, lane % 8u / TILE_ROWS % PARTS);
     var held: Held;
     let end = units * UNIT4;
-    @if(q8 || q4) {
+    @if(q8 || q4 || mx4) {
         var lane_from = from_where;
         for (var first = 0u; first < end; first += 8u * BLOCK4) {
             // One unit holds the scales of eight blocks.
@@ -114,7 +114,7 @@ fn product(
                 let block = k / BLOCK4;
                 for (var c = 0u; c < COLUMNS; c++) {
                     for (var j = 0u; j < 4u; j++) {
-                        held.scales[c][j] = unpack2x16float(eight[c][j][block / 2u % 4u])[block % 2u];
+                        held.scales[c][j] = scale_of(eight[c][j], block);
                     }
                 }
                 turn(sums, &held, from_where, k, k4);

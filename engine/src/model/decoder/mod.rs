@@ -62,9 +62,14 @@ impl Decoder {
         self.scratch.reserve(&self.gpu, &self.spec, rows, heads).map(|_| ())
     }
 
-    /// How this rank's experts and dense FFNs are worked on.
+    /// How this rank's shared experts and dense FFNs are worked on.
     pub(crate) fn cut(&self) -> Cut<'_> {
         self.gpu.cut(self.weights.form)
+    }
+
+    /// How this rank's experts are.
+    pub(crate) fn expert_cut(&self) -> Cut<'_> {
+        self.gpu.cut(self.weights.expert_form())
     }
 
     pub(crate) fn record(&self) -> Recording<'_> {

@@ -130,6 +130,8 @@ fn grouped_query(keys: &Keys, family: &str) -> Result<ModelSpec, EngineError> {
         }
         _ => Score::Softmax,
     };
+    let method = keys.object("quantization_config")?.and_then(|of| of.get("quant_method"));
+    spec.packed_experts = gpt_oss && method.is_some_and(|method| method == "mxfp4");
     spec.router.bias = gpt_oss;
     spec.router.renormalise = family == "mixtral" || keys.flag("norm_topk_prob")?.unwrap_or(false);
     if family == "granitemoe" {
@@ -326,6 +328,7 @@ impl Base {
             embedding_scale: 1.0,
             residual_scale: 1.0,
             logit_scale: 1.0,
+            packed_experts: false,
             tied_head: keys.flag("tie_word_embeddings")?.unwrap_or(false),
             head_bias: false,
             bos: keys.ids("bos_token_id", vocab_size)?.first().copied(),

@@ -39,6 +39,8 @@ pub struct ModelSpec {
     pub top_k: usize,
     /// Each expert.
     pub expert: FfnSpec,
+    /// Whether experts are published in MXFP4, as which they are held where no other rounding is asked for.
+    pub packed_experts: bool,
     /// An expert that every token takes, on every rank.
     pub shared: Option<SharedSpec>,
     /// The FFN of layers that are not MoE layers.

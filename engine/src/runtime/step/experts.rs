@@ -119,7 +119,7 @@ impl Stepper<'_> {
             pairs.push(Pair { row: row_index as u32, slot, weight, expert: local });
         }
         self.stats.pairs += pairs.len() as u64;
-        Ok(PairList::new(pairs, (work.pairs, work.tiles), self.decoder.cut()))
+        Ok(PairList::new(pairs, (work.pairs, work.tiles), self.decoder.expert_cut()))
     }
 
     pub(super) fn upload(&self, list: &PairList, work: &mut Work) {

@@ -206,7 +206,7 @@ impl Stepper<'_> {
         gpu.write(&s.source, 0, &identity);
         let moe = self.spec().moe_index(layer).is_some();
         gpu.write(if moe { &s.slots } else { &s.dense_slots }, 0, &plan.slots);
-        let experts = PairList::new(plan.pairs.clone(), (0, 0), self.decoder.cut());
+        let experts = PairList::new(plan.pairs.clone(), (0, 0), self.decoder.expert_cut());
         let every = match !moe || self.spec().shared.is_some() {
             true => {
                 let first = if moe { plan.first_shared } else { 0 };
