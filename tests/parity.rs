@@ -5,7 +5,7 @@ mod common;
 
 use common::{Setup, generate, request, root};
 use exflow::engine::{
-    Cluster, ClusterOptions, Dtype, Feed, KvDtype, LogitsDump, NoProgress, Quant, Strategy,
+    Cluster, ClusterOptions, Dtype, Feed, KvDtype, KvWire, LogitsDump, NoProgress, Quant, Schedule, Strategy,
 };
 use exflow_placement::npy::{self, Array};
 use safetensors::SafeTensors;
@@ -264,5 +264,37 @@ fn experts_in_mxfp4_give_the_bits_of_the_numbers_that_they_stand_for() {
         for ranks in [1, 2] {
             assert!(bits(&folder, ranks) == alone, "{feed:?} on {ranks} ranks");
         }
+    }
+}
+
+/// Keys and values of other ranks made anew from their layers' inputs: rotary positions of every kind of head, norms of
+/// queries and keys, biases.
+#[test]
+fn keys_and_values_that_travel_as_their_layers_input_have_the_same_bits() {
+    common::prepare();
+    let fixtures = root().join("tests/parity/fixtures");
+    let bits = |cluster: &mut Cluster, prompt: &[u32]| {
+        let dump = cluster.logits(prompt, Feed::Decode).expect("logits");
+        dump.logits.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+    };
+    let start = |name: &str, change: &dyn Fn(&mut ClusterOptions)| {
+        let mut options = ClusterOptions::new(fixtures.join(name));
+        (options.ranks, options.kv_wire) = (3, KvWire::Hidden);
+        change(&mut options);
+        Cluster::start(options, &NoProgress)
+    };
+    for name in ["olmoe", "qwen3_moe", "phimoe", "rope_llama3", "qwen2_moe"] {
+        let prompt = Expected::read(&fixtures.join(name)).ids("prompt");
+        let alone = bits(&mut Setup::one_rank(&fixtures.join(name)).start(), &prompt);
+        for schedule in [Schedule::Rounds, Schedule::Flow] {
+            let mut cluster =
+                start(name, &|o| o.schedule = schedule).unwrap_or_else(|e| panic!("{name}: {e}"));
+            assert!(bits(&mut cluster, &prompt) == alone, "{name}, {schedule}");
+        }
+    }
+    // Where keys and values are fewer bytes than the input they are made from, it is refused.
+    for (name, kv_dtype) in [("deepseek_v2", KvDtype::F32), ("olmoe", KvDtype::Q8)] {
+        let error = start(name, &|o| o.kv_dtype = kv_dtype).err().expect("it is refused");
+        assert!(error.is_input() && error.to_string().contains("bytes of each token"), "{error}");
     }
 }

@@ -182,6 +182,18 @@ words! {
     }
 }
 
+words! {
+    /// How keys and values travel to the other ranks of a layer's domain.
+    KvWire, "form of keys and values on the wire" {
+        /// As the cache holds them.
+        Cache = "cache",
+        /// As the residual stream that entered the layer, in f32: the receiver norms, projects and turns it again, bit for
+        /// bit. Of equal adapters only, and where that is fewer bytes: half of them for multi-head attention with a cache
+        /// in f32.
+        Hidden = "hidden"
+    }
+}
+
 impl From<KvDtype> for Cache {
     fn from(dtype: KvDtype) -> Self {
         match dtype {
@@ -228,6 +240,8 @@ pub struct ClusterOptions {
     pub quant: Option<Quant>,
     /// How the cache holds keys and values.
     pub kv_dtype: KvDtype,
+    /// How keys and values travel.
+    pub kv_wire: KvWire,
     /// Positions that the KV cache of every rank holds, for all sequences together; `None`: what is left of
     /// [`ClusterOptions::memory`] or, without it, of what the adapter has free, up to the contexts of all sequences that
     /// run at once; where the adapter is a CPU, a quarter of the host's free memory, up to 16 contexts or 16,384 positions.
@@ -328,6 +342,7 @@ impl ClusterOptions {
             dtype: Dtype::F32,
             quant: None,
             kv_dtype: KvDtype::F32,
+            kv_wire: KvWire::Cache,
             cache_positions: None,
             devices: Vec::new(),
             memory: None,

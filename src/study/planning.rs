@@ -78,7 +78,7 @@ impl Planner {
     pub fn measure(cluster: &mut Cluster, routes: RoutingTrace) -> Result<Self, StudyError> {
         let profile = routes.slice(0..0);
         let measured = cluster.measure()?;
-        let shape = Shape::of(cluster.spec(), cluster.options().kv_dtype);
+        let shape = Shape::of(cluster.spec(), cluster.options().kv_dtype, cluster.options().kv_wire);
         let (combine, groups) = (cluster.options().combine, cluster.groups().to_vec());
         Ok(Self { measured, shape, groups, combine, routes, profile })
     }

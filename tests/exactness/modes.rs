@@ -3,7 +3,7 @@
 use crate::common::tiny::Tiny;
 use crate::common::{Setup, generate, prepare, request, tokens};
 use exflow::engine::{
-    Cluster, ClusterOptions, Combine, Domain, Feed, NoProgress, Overlap, Prefill, RunStats, Schedule,
+    Cluster, ClusterOptions, Combine, Domain, Feed, KvWire, NoProgress, Overlap, Prefill, RunStats, Schedule,
     Strategy, TransportKind,
 };
 use std::path::Path;
@@ -148,6 +148,29 @@ fn steps_may_run_in_halves() {
             assert!(stats.halved_steps > 0.7, "{what}: {}", stats.halved_steps);
             let twice = strategy == Strategy::Vanilla || top_k > 1;
             assert_eq!(stats.exchanges_per_layer, if twice { 2.0 } else { 1.0 }, "{what}");
+        }
+    }
+}
+
+#[test]
+fn keys_and_values_may_travel_as_their_layers_input() {
+    for top_k in [1, 2] {
+        let shape =
+            Tiny { seed: 92 + top_k as u64, top_k, layers: 3, experts: 8, positions: 400, ..Tiny::default() };
+        let folder = shape.write();
+        let mut alone = Setup::one_rank(folder.path()).start();
+        for schedule in [Schedule::Rounds, Schedule::Flow] {
+            let mut kv_bytes = |kv_wire: KvWire| {
+                let what = format!("top-{top_k}, {schedule}, {kv_wire}");
+                let stats = stats_of_equal_run(&shape, folder.path(), &mut alone, &what, |options| {
+                    (options.schedule, options.kv_wire) = (schedule, kv_wire);
+                });
+                stats.bytes.kv as f64
+            };
+            // Keys and values of 32 columns each, or the 32 columns of the input, and 10 bytes that say whose they are.
+            let share = kv_bytes(KvWire::Hidden) / kv_bytes(KvWire::Cache);
+            let expected = f64::from(10 + 4 * 32) / f64::from(10 + 4 * 64);
+            assert!((share - expected).abs() < 0.02, "{share} of the bytes");
         }
     }
 }

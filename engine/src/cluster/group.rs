@@ -69,6 +69,7 @@ impl Group {
     pub(crate) fn new(options: &ClusterOptions, spec: &ModelSpec) -> Result<Self, EngineError> {
         placing::check_affinity(options, spec)?;
         placing::check_options(options)?;
+        placing::check_kv_wire(options, spec)?;
         let Some(group) = &options.group else {
             placing::check_ranks(options.ranks, spec)?;
             return Ok(Self::Alone(options.transport, Offer::of(options)?));

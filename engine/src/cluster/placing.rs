@@ -4,9 +4,10 @@ use super::plan::Plan;
 use super::sizing::{Offer, Sizes};
 use crate::EngineError;
 use crate::model::ModelSpec;
-use crate::options::{ClusterOptions, Combine, Domain, PlacementSource, Prefill};
+use crate::options::{ClusterOptions, Combine, Domain, KvWire, PlacementSource, Prefill};
 use crate::stats::gib;
 use exflow_placement::{PlacementTable, Rank};
+use exflow_shaders::Cache;
 use exflow_transport::proto::membership::Roster;
 
 /// Why a world does not start.
@@ -56,6 +57,9 @@ pub(crate) fn decide(
             base.insert(Base { table, cache_blocks: None })
         }
     };
+    if options.kv_wire == KvWire::Hidden {
+        check_alike(offers).map_err(Decline::Never)?;
+    }
     let whole = base.table.clone();
     let sizes = Sizes::of(options, spec, base.cache_blocks);
     let room = sizes.room(roster, offers);
@@ -81,8 +85,9 @@ pub(crate) fn decide(
             return Err(Decline::Never(sizes.overfull(rank, held, room[rank])));
         }
     }
-    let ClusterOptions { strategy, combine, dtype, quant, kv_dtype, schedule, prefill, overlap, .. } =
-        *options;
+    let ClusterOptions {
+        strategy, combine, dtype, quant, kv_dtype, kv_wire, schedule, prefill, overlap, ..
+    } = *options;
     let cache_blocks = sizes.cache_blocks(roster, offers, &held);
     base.cache_blocks.get_or_insert(cache_blocks);
     let groups = groups(options, roster);
@@ -92,6 +97,7 @@ pub(crate) fn decide(
         dtype,
         quant,
         kv_dtype,
+        kv_wire,
         schedule,
         prefill,
         overlap,
@@ -124,6 +130,40 @@ pub(crate) fn check_options(options: &ClusterOptions) -> Result<(), EngineError>
             "use --combine exact, or --prefill home",
         )),
         _ => Ok(()),
+    }
+}
+
+/// Whether fewer bytes travel where a layer's input takes the place of keys and values.
+pub(crate) fn check_kv_wire(options: &ClusterOptions, spec: &ModelSpec) -> Result<(), EngineError> {
+    let words = Cache::from(options.kv_dtype).words(4 * spec.attention.cache4());
+    if options.kv_wire == KvWire::Cache || spec.hidden < words {
+        return Ok(());
+    }
+    Err(EngineError::usage(
+        format!(
+            "--kv-wire hidden would send {} bytes of each token and layer, and its keys and values take {}",
+            4 * spec.hidden,
+            4 * words
+        ),
+        "leave it out: it is for models whose every head has keys and values of its own, and a cache that is not narrower",
+    ))
+}
+
+/// What is made anew has the same bits on equal adapters alone.
+fn check_alike(offers: &[Offer]) -> Result<(), EngineError> {
+    let mut all = offers.iter().enumerate().flat_map(|(process, offer)| {
+        offer.adapters.iter().zip(&offer.drivers).map(move |adapter| (process, adapter))
+    });
+    let Some((first, (name, driver))) = all.next() else { return Ok(()) };
+    match all.find(|(_, adapter)| *adapter != (name, driver)) {
+        None => Ok(()),
+        Some((process, (other, its))) => Err(EngineError::usage(
+            format!(
+                "--kv-wire hidden with different adapters: {name} ({driver}) in process {first}, {other} ({its}) in \
+                 process {process}"
+            ),
+            "give every rank the same adapter and driver, or leave --kv-wire out",
+        )),
     }
 }
 
@@ -188,6 +228,21 @@ pub(crate) fn read_table(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_made_anew_is_made_on_equal_adapters() {
+        let offer = |adapters: &[(&str, &str)]| Offer {
+            adapters: adapters.iter().map(|a| a.0.to_owned()).collect(),
+            drivers: adapters.iter().map(|a| a.1.to_owned()).collect(),
+            ..Offer::default()
+        };
+        let (old, new) = (("A", "1.0"), ("A", "1.1"));
+        assert!(check_alike(&[offer(&[old, old]), offer(&[old])]).is_ok());
+        for unlike in [new, ("B", "1.0")] {
+            let error = check_alike(&[offer(&[old]), offer(&[old, unlike])]).expect_err("it is refused");
+            assert!(error.is_input() && error.to_string().contains("process 1"), "{error}");
+        }
+    }
 
     #[test]
     fn groups_are_processes_pairs_or_none() {

@@ -2,7 +2,7 @@
 
 use crate::EngineError;
 use crate::model::ModelSpec;
-use crate::options::{ClusterOptions, Dtype, Overlap, Quant};
+use crate::options::{ClusterOptions, Dtype, KvWire, Overlap, Quant};
 use crate::runtime::{BLOCK, CHUNK, MAX_RUNNING};
 use crate::stats::gib;
 use exflow_shaders::Cache;
@@ -24,23 +24,27 @@ const LEAST_POSITIONS: usize = 4096;
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Offer {
     /// Bytes that each of its ranks may take, as it was told; `None`: not told.
-    memory: Option<u64>,
+    pub(crate) memory: Option<u64>,
     /// Bytes that each of its ranks finds free; `None`: not known, or not needed.
-    free: Option<u64>,
+    pub(crate) free: Option<u64>,
     /// The largest buffer of its adapters, where that was looked up.
-    largest_buffer: Option<u64>,
+    pub(crate) largest_buffer: Option<u64>,
     /// Whether adapters are CPUs, so that their memory is the host's.
-    on_host: bool,
+    pub(crate) on_host: bool,
     /// Name of each rank's adapter, cut short; empty where nobody asks.
     pub(crate) adapters: Vec<String>,
+    /// And its driver.
+    pub(crate) drivers: Vec<String>,
 }
 
 impl Offer {
     /// Of a process whose ranks need no names; adapters are looked at where the cache is sized by them.
     pub(crate) fn of(options: &ClusterOptions) -> Result<Self, EngineError> {
         match options.cache_positions {
-            Some(_) => Ok(Self { memory: options.memory, ..Self::default() }),
-            None => Self::with_names(options),
+            Some(_) if options.kv_wire == KvWire::Cache => {
+                Ok(Self { memory: options.memory, ..Self::default() })
+            }
+            _ => Self::with_names(options),
         }
     }
 
@@ -55,12 +59,14 @@ impl Offer {
             let all = if on_host { free / HOST_SHARE } else { free / 100 * DEVICE_PERCENT };
             Some(all / shares(adapter.index))
         });
+        let short = |text: &str| text.chars().take(40).collect();
         Ok(Self {
             memory: options.memory,
             free: free.min(),
             largest_buffer: adapters.iter().map(|a| a.max_binding_bytes.min(a.max_buffer_bytes)).min(),
             on_host,
-            adapters: adapters.iter().map(|adapter| adapter.name.chars().take(40).collect()).collect(),
+            adapters: adapters.iter().map(|adapter| short(&adapter.name)).collect(),
+            drivers: adapters.iter().map(|adapter| short(&adapter.driver)).collect(),
         })
     }
 

@@ -70,6 +70,65 @@ pub(crate) struct Scratch {
     pub(crate) has_draws: Cell<bool>,
 }
 
+/// The buffers between a layer's normed input and what the cache holds of a token: those of a step's rows, or of rows
+/// that came from elsewhere.
+#[derive(Clone, Copy)]
+pub(crate) struct Projecting<'a> {
+    pub(crate) normed: &'a Buffer,
+    pub(crate) qkv: &'a Buffer,
+    pub(crate) turns: &'a Buffer,
+    /// `[T]` where in the cache they go.
+    pub(crate) slots: &'a Buffer,
+    pub(crate) latent: Option<&'a [Buffer; 3]>,
+}
+
+/// What keys and values are made anew from and in, for up to [`KV_CHUNK`] rows that came as their layer's input.
+pub(crate) struct Remade {
+    /// `[KV_CHUNK, H]` residual streams as they entered the layer.
+    pub(crate) x: Buffer,
+    pub(crate) normed: Buffer,
+    qkv: Buffer,
+    /// `[KV_CHUNK, pairs]` cosines and sines.
+    pub(crate) turns: Buffer,
+    latent: Option<[Buffer; 3]>,
+}
+
+impl Remade {
+    pub(crate) fn new(gpu: &Gpu, spec: &ModelSpec) -> Result<Self, EngineError> {
+        let storage = |label: &str, words: usize| gpu.buffer(label, 4 * words as u64, Usage::Storage);
+        let (rows, h) = (KV_CHUNK, 4 * spec.h4());
+        Ok(Self {
+            x: storage("arrived layer inputs", rows * h)?,
+            normed: storage("arrived normed rows", rows * h)?,
+            qkv: storage("arrived queries, keys, values", rows * 4 * spec.attention.qkv4())?,
+            turns: storage("arrived turns", rows * turn_words(spec))?,
+            latent: latents(gpu, spec, rows)?,
+        })
+    }
+
+    /// With the cache's slots of the rows.
+    pub(crate) fn projecting<'a>(&'a self, slots: &'a Buffer) -> Projecting<'a> {
+        let Self { normed, qkv, turns, latent, .. } = self;
+        Projecting { normed, qkv, turns, slots, latent: latent.as_ref() }
+    }
+}
+
+/// Cosines and sines of a row.
+fn turn_words(spec: &ModelSpec) -> usize {
+    spec.attention.rope.as_ref().map_or(1, |r| 2 * r.pairs().max(1))
+}
+
+fn latents(gpu: &Gpu, spec: &ModelSpec, rows: usize) -> Result<Option<[Buffer; 3]>, EngineError> {
+    let storage = |label: &str, words: usize| gpu.buffer(label, 4 * words as u64, Usage::Storage);
+    let attention = &spec.attention;
+    let Some(latent) = attention.latent else { return Ok(None) };
+    Ok(Some([
+        storage("query latents", rows * latent.q_rank.unwrap_or(1).next_multiple_of(4))?,
+        storage("queries before absorption", rows * 4 * attention.heads * latent.head4())?,
+        storage("values", rows * attention.heads * latent.value.next_multiple_of(4))?,
+    ]))
+}
+
 impl Scratch {
     /// Buffers for a few rows.
     pub(crate) fn new(gpu: &Gpu, spec: &ModelSpec) -> Result<Self, EngineError> {
@@ -91,6 +150,11 @@ impl Scratch {
         let grown = |have: usize, need: usize| if need <= have { have } else { need.next_power_of_two() };
         *self = Self::sized(gpu, spec, grown(self.rows, rows), grown(self.heads, heads))?;
         Ok(true)
+    }
+
+    pub(crate) fn projecting(&self) -> Projecting<'_> {
+        let Self { normed, qkv, turns, kv_slots, latent, .. } = self;
+        Projecting { normed, qkv, turns, slots: kv_slots, latent: latent.as_ref() }
     }
 
     /// `[rows, H]` the residual stream: own rows first, arrived rows behind them.
@@ -115,14 +179,6 @@ impl Scratch {
         let per_layer = |label: &str| {
             (0..spec.moe_layers()).map(|_| storage(label, rows * spec.top_k)).collect::<Result<Vec<_>, _>>()
         };
-        let latent = match attention.latent {
-            None => None,
-            Some(latent) => Some([
-                storage("query latents", rows * latent.q_rank.unwrap_or(1).next_multiple_of(4))?,
-                storage("queries before absorption", rows * 4 * attention.heads * latent.head4())?,
-                storage("values", rows * attention.heads * latent.value.next_multiple_of(4))?,
-            ]),
-        };
         Ok(Self {
             rows,
             heads,
@@ -132,8 +188,8 @@ impl Scratch {
             normed: storage("normed rows", rows * h)?,
             qkv: storage("queries, keys, values", rows * 4 * attention.qkv4())?,
             attended: storage("attention output", rows * 4 * attention.heads * attention.v4())?,
-            turns: storage("turns", rows * attention.rope.as_ref().map_or(1, |r| 2 * r.pairs().max(1)))?,
-            latent,
+            turns: storage("turns", rows * turn_words(spec))?,
+            latent: latents(gpu, spec, rows)?,
             chosen: per_layer("chosen experts")?,
             weights: per_layer("router weights")?,
             pairs_list: storage("pairs", 4 * (pairs + 2 * rows))?,

@@ -13,7 +13,7 @@ pub use load::Load;
 pub use measured::{ByStrategy, Curve, LinkTime, Measurements, RankTimes};
 
 use crate::ModelSpec;
-use crate::options::{Combine, KvDtype, Schedule};
+use crate::options::{Combine, KvDtype, KvWire, Schedule};
 use crate::runtime::bounds;
 use exflow_placement::{ExpertId, LayerId, PlacementTable, Rank, Route, RoutingTrace, Strategy};
 use exflow_shaders::Cache;
@@ -36,9 +36,12 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// Of a model whose cache holds `kv`.
-    pub fn of(spec: &ModelSpec, kv: KvDtype) -> Self {
-        let words = Cache::from(kv).words(4 * spec.attention.cache4());
+    /// Of a model whose cache holds `kv`, which travels as `wire`.
+    pub fn of(spec: &ModelSpec, kv: KvDtype, wire: KvWire) -> Self {
+        let words = match wire {
+            KvWire::Cache => Cache::from(kv).words(4 * spec.attention.cache4()),
+            KvWire::Hidden => spec.hidden,
+        };
         Self {
             layers: (0..spec.layers).map(|layer| spec.moe_index(layer)).collect(),
             hidden_bytes: 4.0 * spec.hidden as f64,

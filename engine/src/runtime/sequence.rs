@@ -141,6 +141,11 @@ impl Sequence {
         self.start.prompt.len() + self.output.len()
     }
 
+    /// The length that a rotary base which grows with the text goes by at a position.
+    pub(crate) fn known_at(&self, position: u32) -> usize {
+        (self.start.known as usize).max(position as usize + 1)
+    }
+
     /// The next decode step's token and its position; none while it is prefilled, or once it ended.
     pub(crate) fn next_token(&self) -> Option<(u32, u32)> {
         let token = *self.output.last().filter(|_| self.finished.is_none() && !self.stale)?;

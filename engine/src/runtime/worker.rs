@@ -13,7 +13,7 @@ use super::tables::Tables;
 use crate::EngineError;
 use crate::model::decoder::Decoder;
 use crate::model::scratch::Scratch;
-use crate::options::{Combine, Overlap, Prefill, Schedule};
+use crate::options::{Combine, KvWire, Overlap, Prefill, Schedule};
 use crate::sampling::Logprobs;
 use exflow_placement::{PlacementTable, Rank, Strategy};
 use exflow_transport::{Communicator, WireStats};
@@ -88,6 +88,7 @@ pub(crate) struct WorkerOptions {
     pub(crate) schedule: Schedule,
     pub(crate) prefill: Prefill,
     pub(crate) overlap: Overlap,
+    pub(crate) kv_wire: KvWire,
     /// `[R]` the group that each rank's sequences are bounded to; empty: to none.
     pub(crate) groups: Vec<u16>,
     pub(crate) cache_blocks: usize,
@@ -176,6 +177,9 @@ impl Worker {
     /// Runs until rank 0 says stop, or something fails; gives the device with its weights back, and whether another
     /// epoch follows.
     pub(crate) fn run(mut self) -> (Decoder, Result<bool, EngineError>) {
+        if let Err(failed) = self.decoder.remake(self.options.kv_wire == KvWire::Hidden) {
+            return (self.decoder, Err(failed));
+        }
         // One rank has nobody to wait for: a whole step is one submission.
         let ended = match (self.options.schedule, self.comm.world_size()) {
             (Schedule::Flow, 2..) => self.run_flow(),

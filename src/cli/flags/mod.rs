@@ -7,8 +7,8 @@ use super::output;
 use super::plan::Chosen;
 use clap::ValueEnum;
 use exflow::engine::{
-    Cluster, ClusterOptions, Combine, Domain, Dtype, KvDtype, Overlap, PlacementSource, Prefill, Progress,
-    Quant, Schedule, Strategy, TransportKind,
+    Cluster, ClusterOptions, Combine, Domain, Dtype, KvDtype, KvWire, Overlap, PlacementSource, Prefill,
+    Progress, Quant, Schedule, Strategy, TransportKind,
 };
 use exflow::transport::link::LinkSpec;
 use std::path::{Path, PathBuf};
@@ -67,6 +67,10 @@ pub(crate) struct RankFlags {
     /// How the cache, and frames that carry keys and values, hold them
     #[arg(long, value_enum, default_value = "f32")]
     pub(crate) kv_dtype: KvFlag,
+    /// How keys and values travel. cache: as it holds them; hidden: as their layer's input, from which every rank makes them
+    /// anew: half the bytes of an f32 cache where every head has its own (refused where it would be more), equal adapters only
+    #[arg(long, value_enum, default_value = "cache")]
+    pub(crate) kv_wire: KvWireFlag,
     /// Positions of KV cache on every rank, for all sequences together [default: what the memory that is left holds]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) ctx_size: Option<u32>,
@@ -95,6 +99,7 @@ impl RankFlags {
         options.dtype = self.dtype.into();
         options.quant = self.quant.map(Into::into);
         options.kv_dtype = self.kv_dtype.into();
+        options.kv_wire = self.kv_wire.into();
         options.cache_positions = self.ctx_size.map(|n| n as usize);
         self.group.apply(&mut options)?;
         Ok(options)
@@ -313,6 +318,21 @@ impl From<KvFlag> for KvDtype {
             KvFlag::F32 => Self::F32,
             KvFlag::F16 => Self::F16,
             KvFlag::Q8 => Self::Q8,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KvWireFlag {
+    Cache,
+    Hidden,
+}
+
+impl From<KvWireFlag> for KvWire {
+    fn from(flag: KvWireFlag) -> Self {
+        match flag {
+            KvWireFlag::Cache => Self::Cache,
+            KvWireFlag::Hidden => Self::Hidden,
         }
     }
 }

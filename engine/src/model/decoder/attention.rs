@@ -2,6 +2,7 @@
 
 use super::{Decoder, Part, Product};
 use crate::gpu::{Buffer, Recording};
+use crate::model::scratch::Projecting;
 use crate::model::{LatentSpec, QkNorm};
 use crate::weights::{AttentionWeights, LatentWeights};
 use exflow_shaders::{Cache, Kernel, Values, Variant, params};
@@ -15,22 +16,7 @@ impl Decoder {
     pub(crate) fn attend(&self, r: &mut Recording<'_>, layer: usize, rows: usize, blocks: usize) {
         let (s, w, spec) = (&self.scratch, self.layer(layer), &self.spec);
         let attention = &spec.attention;
-        match (&attention.latent, &w.attention.latent, &s.latent) {
-            (Some(latent), Some(weights), Some(buffers)) => {
-                self.project_latent(r, latent, &w.attention, weights, buffers, rows);
-            }
-            _ if self.keeps(layer) => self.project_kept(r, layer, rows),
-            _ => self.linear(
-                r,
-                Product::of(&w.attention.qkv),
-                (&s.normed, spec.h4()),
-                (&s.qkv, attention.qkv4()),
-                rows,
-            ),
-        }
-        if !self.keeps(layer) {
-            self.place(r, layer, rows);
-        }
+        self.make_keys(r, layer, s.projecting(), rows);
         self.scores(r, layer, rows, blocks);
 
         let product =
@@ -50,13 +36,44 @@ impl Decoder {
         s.swap();
     }
 
-    /// Keys and values that were made elsewhere and uploaded go into the cache.
+    /// Queries, keys and values of rows whose norm is there, the last two in the cache.
+    fn make_keys(&self, r: &mut Recording<'_>, layer: usize, within: Projecting<'_>, rows: usize) {
+        let (w, attention) = (self.layer(layer), &self.spec.attention);
+        match (&attention.latent, &w.attention.latent, within.latent) {
+            (Some(latent), Some(weights), Some(buffers)) => {
+                self.project_latent(r, latent, &w.attention, weights, (within, buffers), rows);
+            }
+            _ if self.keeps(layer) => self.project_kept(r, layer, within, rows),
+            _ => self.linear(
+                r,
+                Product::of(&w.attention.qkv),
+                (within.normed, self.spec.h4()),
+                (within.qkv, attention.qkv4()),
+                rows,
+            ),
+        }
+        if !self.keeps(layer) {
+            self.place(r, layer, within, rows);
+        }
+    }
+
+    /// Keys and values that were made elsewhere and uploaded go into the cache; where they came as their layer's input,
+    /// they are made anew, by the launches that made them there.
     pub(crate) fn append_arrived(&self, r: &mut Recording<'_>, layer: usize, rows: usize) {
         if rows == 0 {
             return;
         }
         let s = &self.scratch;
-        self.append(r, layer, (&s.kv_arrived, self.spec.attention.cache4(), 0), &s.kv_arrived_slots, rows);
+        match &self.remade {
+            Some(remade) => {
+                self.norm_arrived(r, layer, remade, rows);
+                self.make_keys(r, layer, remade.projecting(&s.kv_arrived_slots), rows);
+            }
+            None => {
+                let came = (&s.kv_arrived, self.spec.attention.cache4(), 0);
+                self.append(r, layer, came, &s.kv_arrived_slots, rows);
+            }
+        }
     }
 
     /// Whether the product that makes queries, keys and values can put them where they belong: nothing stands between but
@@ -73,8 +90,8 @@ impl Decoder {
     }
 
     /// Queries, keys and values in one launch, all where they belong.
-    fn project_kept(&self, r: &mut Recording<'_>, layer: usize, rows: usize) {
-        let (s, w, attention) = (&self.scratch, &self.layer(layer).attention, &self.spec.attention);
+    fn project_kept(&self, r: &mut Recording<'_>, layer: usize, within: Projecting<'_>, rows: usize) {
+        let (w, attention) = (&self.layer(layer).attention, &self.spec.attention);
         let (product, n4) = (Product::of(&w.qkv), attention.qkv4());
         let turned = attention.rope.as_ref().map_or(0, |_| attention.heads + attention.kv_heads);
         let p = params::Linear {
@@ -87,8 +104,8 @@ impl Decoder {
             Variant { keeps: true, cache: self.cache_form, ..self.gpu.cut(product.weight.form).linear(rows) };
         let bias = product.bias.unwrap_or(self.absent());
         let groups = [rows.div_ceil(variant.tile_rows()) as u32, self.matrix_columns(n4), 1];
-        let from = [&s.normed, &product.weight.buffer, bias];
-        let to = [&s.turns, &s.qkv, &s.kv_slots, &self.cache[layer]];
+        let from = [within.normed, &product.weight.buffer, bias];
+        let to = [within.turns, within.qkv, within.slots, &self.cache[layer]];
         r.launch(Kernel::Linear, variant, &p, &[&from[..], &to].concat(), groups);
     }
 
@@ -99,19 +116,19 @@ impl Decoder {
         spec: &LatentSpec,
         w: &AttentionWeights,
         latent: &LatentWeights,
-        [low, queries, _]: &[Buffer; 3],
+        (within, [low, queries, _]): (Projecting<'_>, &[Buffer; 3]),
         rows: usize,
     ) {
-        let (s, attention) = (&self.scratch, &self.spec.attention);
+        let (Projecting { normed, qkv, .. }, attention) = (within, &self.spec.attention);
         let (heads, h4, head4, stride4) = (attention.heads, self.spec.h4(), spec.head4(), attention.qkv4());
         let from = match (&latent.q_low, spec.q_rank) {
             (Some((dense, norm)), Some(rank)) => {
                 let rank4 = rank.div_ceil(4);
-                self.linear(r, Product::of(dense), (&s.normed, h4), (low, rank4), rows);
+                self.linear(r, Product::of(dense), (normed, h4), (low, rank4), rows);
                 self.part_norm(r, (low, rank4, 0), norm, (1, rank4, rank), rows);
                 (low, rank4)
             }
-            _ => (&s.normed, h4),
+            _ => (normed, h4),
         };
         self.linear(r, Product::of(&latent.q), from, (queries, heads * head4), rows);
         let absorb = Product { weight: &latent.absorb, bias: None, residual: None, scale: 1.0 };
@@ -120,13 +137,13 @@ impl Decoder {
             r,
             absorb,
             (queries, head4, heads * head4, head4),
-            (&s.qkv, attention.d4(), to),
+            (qkv, attention.d4(), to),
             heads,
             rows,
         );
         let to = Part { stride4, offset4: attention.q4(), head4: 0 };
-        let from = (&s.normed, h4, h4, 0);
-        self.linear_parts(r, Product::of(&w.qkv), from, (&s.qkv, attention.cache4(), to), 1, rows);
+        let from = (normed, h4, h4, 0);
+        self.linear_parts(r, Product::of(&w.qkv), from, (qkv, attention.cache4(), to), 1, rows);
     }
 
     /// RMSNorm in place of (parts, vec4s and columns of a part) of rows of (buffer, stride, offset).
@@ -150,10 +167,10 @@ impl Decoder {
     }
 
     /// Norms, clamps and turns queries and keys, and puts keys and values into the cache.
-    fn place(&self, r: &mut Recording<'_>, layer: usize, rows: usize) {
-        let (s, w, attention) = (&self.scratch, &self.layer(layer).attention, &self.spec.attention);
+    fn place(&self, r: &mut Recording<'_>, layer: usize, within: Projecting<'_>, rows: usize) {
+        let (w, attention) = (&self.layer(layer).attention, &self.spec.attention);
         let (heads, kv_heads, d4) = (attention.heads, attention.kv_heads, attention.d4());
-        let cached = (&s.qkv, attention.qkv4(), attention.q4());
+        let cached = (within.qkv, attention.qkv4(), attention.q4());
         // Weights of queries and of keys, what of a head they norm, and how many heads are normed as one.
         let (weights, normed, spans) = match (&w.latent, attention.latent, &w.qk_norm, attention.qk_norm) {
             (Some(weights), Some(latent), _, _) => ((None, Some(&weights.norm)), latent.kv_rank, (1, 1)),
@@ -165,7 +182,7 @@ impl Decoder {
             _ => ((None, None), 0, (1, 1)),
         };
         if normed == 0 && attention.rope.is_none() && attention.clip.is_none() {
-            return self.append(r, layer, cached, &s.kv_slots, rows);
+            return self.append(r, layer, cached, within.slots, rows);
         }
         // Columns that share a scale lie within a part, or are written by themselves.
         let appends = self.cache_form != Cache::Q8 || (spans.1 * d4).is_multiple_of(8);
@@ -192,10 +209,10 @@ impl Decoder {
         let parts = heads / spans.0 + kinds * (kv_heads / spans.1);
         let absent = self.absent();
         let (q_weight, k_weight) = (weights.0.unwrap_or(absent), weights.1.unwrap_or(absent));
-        let buffers = [q_weight, k_weight, &s.turns, &s.kv_slots, &s.qkv, &self.cache[layer]];
+        let buffers = [q_weight, k_weight, within.turns, within.slots, within.qkv, &self.cache[layer]];
         r.launch(Kernel::Place, self.cache_lanes(), &p, &buffers, [parts as u32, rows as u32, 1]);
         if !appends {
-            self.append(r, layer, cached, &s.kv_slots, rows);
+            self.append(r, layer, cached, within.slots, rows);
         }
     }
 

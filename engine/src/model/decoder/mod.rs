@@ -11,7 +11,7 @@ pub(crate) use pieces::Piece;
 use crate::EngineError;
 use crate::gpu::{Buffer, Cut, Gpu, Recording};
 use crate::model::ModelSpec;
-use crate::model::scratch::Scratch;
+use crate::model::scratch::{Remade, Scratch};
 use crate::weights::{Dense, LayerFfn, LayerWeights, Matrix, ModelWeights, Norm};
 use exflow_shaders::params::score;
 use exflow_shaders::{Cache, Kernel, LANE_COLUMNS4, Variant, params};
@@ -27,6 +27,8 @@ pub(crate) struct Decoder {
     cache_slots: usize,
     /// How the cache holds them.
     pub(crate) cache_form: Cache,
+    /// Where keys and values of other ranks come as their layers' inputs: what they are made anew in.
+    pub(crate) remade: Option<Remade>,
 }
 
 impl Decoder {
@@ -37,7 +39,8 @@ impl Decoder {
         (cache_slots, cache_form): (usize, Cache),
     ) -> Result<Self, EngineError> {
         let scratch = Scratch::new(&gpu, &spec)?;
-        let mut decoder = Self { gpu, spec, weights, scratch, cache: Vec::new(), cache_slots: 0, cache_form };
+        let mut decoder =
+            Self { gpu, spec, weights, scratch, cache: Vec::new(), cache_slots: 0, cache_form, remade: None };
         decoder.size_cache(cache_slots)?;
         Ok(decoder)
     }
@@ -54,6 +57,24 @@ impl Decoder {
         self.cache = cache.collect::<Result<_, _>>()?;
         self.cache_slots = slots;
         Ok(())
+    }
+
+    /// Has keys and values of other ranks made anew from their layers' inputs, or taken as they come.
+    pub(crate) fn remake(&mut self, on: bool) -> Result<(), EngineError> {
+        match (on, &self.remade) {
+            (true, None) => self.remade = Some(Remade::new(&self.gpu, &self.spec)?),
+            (false, Some(_)) => self.remade = None,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// How keys and values travel: values of a token and layer, and their form.
+    pub(crate) fn kv_wire(&self) -> (usize, Cache) {
+        match &self.remade {
+            Some(_) => (self.spec.hidden, Cache::F32),
+            None => (4 * self.spec.attention.cache4(), self.cache_form),
+        }
     }
 
     /// Makes sure that a step of `rows` rows fits, `heads` of which the head is asked for. Call before a step:
@@ -196,8 +217,8 @@ impl Decoder {
     /// The norm of rows of the residual stream, (the first, how many).
     fn norm(&self, r: &mut Recording<'_>, norm: &Norm, (first, rows): (usize, usize)) {
         let p = params::Norm { first_row: first as u32, ..self.norm_params() };
-        let absent = self.absent();
-        self.launch_norm(r, &p, [absent; 4], norm, self.scratch.x(), rows);
+        let (absent, s) = (self.absent(), &self.scratch);
+        self.launch_norm(r, &p, [absent; 4], norm, (s.x(), &s.normed), rows);
     }
 
     /// `rows` rows of the residual stream from the rows that `source` names and partials, with their norm.
@@ -211,8 +232,14 @@ impl Decoder {
     ) {
         let s = &self.scratch;
         let p = params::Norm { combines: 1, top_k: partials as u32, ..self.norm_params() };
-        self.launch_norm(r, &p, [s.x(), source, slots, &s.partials], norm, s.x_next(), rows);
+        self.launch_norm(r, &p, [s.x(), source, slots, &s.partials], norm, (s.x_next(), &s.normed), rows);
         s.swap();
+    }
+
+    /// The norm before a layer's attention, of rows that came from elsewhere.
+    fn norm_arrived(&self, r: &mut Recording<'_>, layer: usize, remade: &Remade, rows: usize) {
+        let (absent, to) = (self.absent(), (&remade.x, &remade.normed));
+        self.launch_norm(r, &self.norm_params(), [absent; 4], &self.layer(layer).norm_1, to, rows);
     }
 
     fn norm_params(&self) -> params::Norm {
@@ -233,11 +260,11 @@ impl Decoder {
         p: &params::Norm,
         [before, source, slots, partials]: [&Buffer; 4],
         norm: &Norm,
-        x: &Buffer,
+        (x, normed): (&Buffer, &Buffer),
         rows: usize,
     ) {
         let bias = norm.bias.as_ref().unwrap_or(self.absent());
-        let buffers = [before, source, slots, partials, &norm.weight, bias, x, &self.scratch.normed];
+        let buffers = [before, source, slots, partials, &norm.weight, bias, x, normed];
         r.launch(Kernel::Norm, self.lanes(), p, &buffers, [rows as u32, 1, 1]);
     }
 

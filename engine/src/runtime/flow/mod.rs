@@ -167,8 +167,8 @@ impl Worker {
                 self.take_note(flow, from, note)?;
             }
             ByteClass::Kv => {
-                let rows =
-                    Reader::new(&payload, from).kv(4 * spec.attention.cache4(), self.decoder.cache_form)?;
+                let (width, form) = self.decoder.kv_wire();
+                let rows = Reader::new(&payload, from).kv(width, form)?;
                 for KvRow { layer, sequence, position, values } in rows {
                     check_layer(usize::from(layer), self.decoder.spec.layers, from)?;
                     let arrived = Arrived { sequence, position, values };

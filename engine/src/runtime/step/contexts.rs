@@ -48,8 +48,8 @@ impl Stepper<'_> {
 
     /// Takes in keys and values that a peer made.
     pub(super) fn take_in(&mut self, from: Rank, bytes: &Bytes) -> Result<(), EngineError> {
-        let rows =
-            Reader::new(bytes, from).kv(4 * self.spec().attention.cache4(), self.decoder.cache_form)?;
+        let (width, form) = self.decoder.kv_wire();
+        let rows = Reader::new(bytes, from).kv(width, form)?;
         for KvRow { layer, sequence, position, values } in rows {
             if usize::from(layer) >= self.spec().layers {
                 return Err(EngineError::Internal(format!("rank {from} sent keys of layer {layer}")));
@@ -99,8 +99,7 @@ impl Stepper<'_> {
                 next
             });
             if let Some(rope) = &self.decoder.spec.attention.rope {
-                let length = (sequence.start.known as usize).max(row.position as usize + 1);
-                turns.extend(rope.turns(row.position, length));
+                turns.extend(rope.turns(row.position, sequence.known_at(row.position)));
             }
             queries.push(Query { position: row.position, table_row });
         }
@@ -120,15 +119,7 @@ impl Stepper<'_> {
         let waiting = self.coherence.take(layer as u16);
         let mut chunks = waiting.chunks(KV_CHUNK).peekable();
         while let Some(chunk) = chunks.next() {
-            let mut slots = Vec::with_capacity(chunk.len());
-            let mut values = Vec::new();
-            for arrived in chunk {
-                slots.push(self.slot(arrived.sequence, arrived.position)?);
-                values.extend_from_slice(&arrived.values);
-            }
-            let s = &self.decoder.scratch;
-            self.decoder.gpu.write(&s.kv_arrived, 0, &values);
-            self.decoder.gpu.write(&s.kv_arrived_slots, 0, &slots);
+            self.upload_arrived(chunk)?;
             if chunks.peek().is_none() {
                 return Ok(chunk.len());
             }
@@ -139,6 +130,32 @@ impl Stepper<'_> {
         Ok(0)
     }
 
+    fn upload_arrived(&self, chunk: &[Arrived]) -> Result<(), EngineError> {
+        let (gpu, s) = (&self.decoder.gpu, &self.decoder.scratch);
+        let rope = self.spec().attention.rope.as_ref().filter(|_| self.decoder.remade.is_some());
+        let stride = if self.decoder.remade.is_some() { 4 * self.spec().h4() } else { 1 };
+        let mut slots = Vec::with_capacity(chunk.len());
+        let (mut values, mut turns) = (Vec::new(), Vec::new());
+        for arrived in chunk {
+            slots.push(self.slot(arrived.sequence, arrived.position)?);
+            values.extend_from_slice(&arrived.values);
+            values.resize(values.len().next_multiple_of(stride), 0.0);
+            if let Some(rope) = rope {
+                let length = self.sequence(arrived.sequence)?.known_at(arrived.position);
+                turns.extend(rope.turns(arrived.position, length));
+            }
+        }
+        gpu.write(&s.kv_arrived_slots, 0, &slots);
+        match &self.decoder.remade {
+            Some(remade) => {
+                gpu.write(&remade.x, 0, &values);
+                gpu.write(&remade.turns, 0, &turns);
+            }
+            None => gpu.write(&s.kv_arrived, 0, &values),
+        }
+        Ok(())
+    }
+
     /// Puts the rows' keys and values with what is to be sent to the rest of the layer's domain.
     pub(crate) fn gather_contexts(
         &self,
@@ -147,16 +164,20 @@ impl Stepper<'_> {
         routed: &Routed,
         bulk: &mut Bulk,
     ) -> Result<(), EngineError> {
-        if routed.qkv.is_empty() {
+        if routed.context.is_empty() {
             return Ok(());
         }
         let me = self.me();
         let attention = &self.spec().attention;
-        let (stride, first, width) = (4 * attention.qkv4(), 4 * attention.q4(), 4 * attention.cache4());
+        let (width, form) = self.decoder.kv_wire();
+        let (stride, first) = match &self.decoder.remade {
+            Some(_) => (4 * self.spec().h4(), 0),
+            None => (4 * attention.qkv4(), 4 * attention.q4()),
+        };
         let previous = self.spec().moe_before(layer).map(LayerId::from);
         for (t, row) in rows.iter().enumerate() {
             let home = self.sequence(row.sequence)?.start.home;
-            let words = self.decoder.cache_form.pack(&routed.qkv[t * stride + first..][..width]);
+            let words = form.pack(&routed.context[t * stride + first..][..width]);
             let domain = self.tables.domain(self.groups, previous, home);
             for to in domain.into_iter().filter(|to| *to != me) {
                 bulk.payloads[to.index()].kv(layer as u16, row.sequence, row.position, &words);

@@ -5,7 +5,7 @@
 use super::super::experts::PairList;
 use super::super::flow::board::{Picked, Token};
 use super::super::frames::Choice;
-use super::{Outcome, Routed, Row, Stepper, floats, words};
+use super::{Outcome, Routed, Row, Stepper, floats, read_context, words};
 use crate::EngineError;
 use crate::model::decoder::LocalFfn;
 use exflow_shaders::NO_SLOT;
@@ -83,7 +83,7 @@ impl Stepper<'_> {
             }
             r.read::<f32>(decoder.scratch.x(), 0, count * 4 * decoder.spec.h4());
             if spreads {
-                r.read::<f32>(&decoder.scratch.qkv, 0, count * 4 * decoder.spec.attention.qkv4());
+                read_context(decoder, &mut r, count);
             }
         }
         if !heads.is_empty() {
@@ -102,7 +102,7 @@ impl Stepper<'_> {
         let mut next = |wanted: bool| if wanted { parts.next() } else { None };
         let (chosen, weights) = (words(next(moe.is_some())), floats(next(moe.is_some())));
         let residual = floats(next(attends));
-        let qkv = floats(next(attends && spreads));
+        let context = floats(next(attends && spreads));
         let sampled = words(next(!heads.is_empty()));
         let logits = floats(next(logits));
         let served = floats(next(plan.served > 0));
@@ -120,7 +120,7 @@ impl Stepper<'_> {
         {
             self.capture_routes(&mut outcome.captured, index, &rows, &chosen, &weights)?;
         }
-        let routed = Routed { chosen, weights, residual, qkv, routes: Vec::new() };
+        let routed = Routed { chosen, weights, residual, context, routes: Vec::new() };
         Ok(Hopped { rows, routed, served, outcome })
     }
 

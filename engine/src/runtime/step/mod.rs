@@ -22,6 +22,7 @@ use super::sequence::{Sampled, Sequence, Sequences};
 use super::stats::RankStats;
 use super::tables::{Edition, Tables};
 use super::worker::Captured;
+use crate::gpu::Recording;
 use crate::model::decoder::{Decoder, ExpertBatch, LocalFfn};
 use crate::options::{Combine, Overlap, Prefill};
 use crate::{EngineError, ModelSpec};
@@ -92,8 +93,9 @@ pub(crate) struct Routed {
     pub(crate) weights: Vec<f32>,
     /// `[T, H]`, padded; this and the choices are empty at a dense layer.
     pub(crate) residual: Vec<f32>,
-    /// `[T]` of queries, then keys and values; empty where nobody needs them.
-    qkv: Vec<f32>,
+    /// What the rest of the domain is to have of the rows: `[T]` of queries, then keys and values, or `[T, H]`, padded, the
+    /// residual streams that entered the layer. Empty where nobody needs it.
+    context: Vec<f32>,
     routes: Vec<Route>,
 }
 
@@ -223,7 +225,13 @@ impl Stepper<'_> {
     fn attend(&mut self, layer: usize, rows: &[Row], strategy: Strategy) -> Result<Routed, EngineError> {
         if rows.is_empty() {
             let (chosen, weights) = (Vec::new(), Vec::new());
-            return Ok(Routed { chosen, weights, residual: Vec::new(), qkv: Vec::new(), routes: Vec::new() });
+            return Ok(Routed {
+                chosen,
+                weights,
+                residual: Vec::new(),
+                context: Vec::new(),
+                routes: Vec::new(),
+            });
         }
         let _span = tracing::debug_span!("attend", layer).entered();
         let arrived = self.take_arrived(layer)?;
@@ -251,12 +259,12 @@ impl Stepper<'_> {
             r.read::<f32>(decoder.scratch.x(), 0, count * 4 * decoder.spec.h4());
         }
         if spread {
-            r.read::<f32>(&decoder.scratch.qkv, 0, count * 4 * decoder.spec.attention.qkv4());
+            read_context(decoder, &mut r, count);
         }
         let mut parts = r.submit()?.fetch()?.into_iter();
         let mut next = |wanted: bool| if wanted { parts.next() } else { None };
         let (chosen, weights) = (words(next(moe.is_some())), floats(next(moe.is_some())));
-        let (residual, qkv) = (floats(next(moe.is_some())), floats(next(spread)));
+        let (residual, context) = (floats(next(moe.is_some())), floats(next(spread)));
         for row in rows {
             self.coherence.note(layer as u16, row.sequence, row.position);
         }
@@ -279,7 +287,7 @@ impl Stepper<'_> {
         };
         let routes = moe.map(|index| (0..count).map(|t| route(t, index)).collect());
         let routes = routes.unwrap_or(Ok::<_, EngineError>(Vec::new()))?;
-        Ok(Routed { chosen, weights, residual, qkv, routes })
+        Ok(Routed { chosen, weights, residual, context, routes })
     }
 
     /// Whether keys and values travel.
@@ -294,6 +302,16 @@ impl Stepper<'_> {
                 self.stats.stays += u64::from(main == route.serving[0]);
             }
         }
+    }
+}
+
+/// Has read back what the rest of the domain is to have of rows that have just passed attention.
+fn read_context(decoder: &Decoder, r: &mut Recording<'_>, rows: usize) {
+    let (s, spec) = (&decoder.scratch, &decoder.spec);
+    match &decoder.remade {
+        // Attention has read what it was given here, and written to the other buffer.
+        Some(_) => r.read::<f32>(s.x_next(), 0, rows * 4 * spec.h4()),
+        None => r.read::<f32>(&s.qkv, 0, rows * 4 * spec.attention.qkv4()),
     }
 }
 

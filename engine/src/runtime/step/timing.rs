@@ -229,7 +229,7 @@ impl Stepper<'_> {
 
     /// As many rows of keys and values made elsewhere as are made here: each is made once and needed on every rank.
     fn arrive_contexts(&mut self, layer: usize, rows: usize) {
-        let width = 4 * self.spec().attention.cache4();
+        let (width, _) = self.decoder.kv_wire();
         for row in self.rows(rows) {
             let values = vec![0.25; width];
             let arrived = Arrived { sequence: row.sequence, position: row.position, values };
