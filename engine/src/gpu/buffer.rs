@@ -24,6 +24,12 @@ pub(crate) struct Buffer {
     pub(super) id: u64,
 }
 
+impl PartialEq for Buffer {
+    fn eq(&self, other: &Self) -> bool {
+        self.id == other.id
+    }
+}
+
 #[derive(Debug, Clone)]
 pub(super) enum Memory {
     Buffer(wgpu::Buffer),

@@ -3,6 +3,7 @@
 use super::idle::{self, Idle};
 use super::kept::Kept;
 use super::pipelines::{PipelineCache, Pipelines};
+use super::recording::Ahead;
 use super::report::Candidate;
 use super::tuning::{Cut, Tuning, form_name};
 use crate::EngineError;
@@ -23,6 +24,7 @@ pub(crate) struct Gpu {
     pub(super) kept: Option<Kept>,
     pub(super) staging: RefCell<Vec<wgpu::Buffer>>,
     pub(super) params: RefCell<Vec<super::Buffer>>,
+    pub(super) ahead: RefCell<Ahead>,
     pub(super) failure: Arc<Mutex<Option<String>>>,
     next_buffer_id: AtomicU64,
     uploading: AtomicU64,
@@ -64,6 +66,7 @@ impl Gpu {
             kept,
             staging: RefCell::default(),
             params: RefCell::default(),
+            ahead: RefCell::default(),
             failure,
             next_buffer_id: AtomicU64::new(0),
             uploading: AtomicU64::new(0),
