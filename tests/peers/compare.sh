@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Prefill and decode of the reference model, exflow and llama.cpp's Vulkan back end in turn on the same adapter.
+# Prefill and decode of the reference model, exflow and llama.cpp's Vulkan back end in turn on the same adapter; and how far the
+# logits of each are from those of llama.cpp's CPU back end in f32.
 #
 #   apt-get install cmake ninja-build glslc libvulkan-dev spirv-headers   # Debian
 #   tests/peers/compare.sh FOLDER [ROUNDS]
 #
-# FOLDER (about 3 GB, outside the repository) keeps the peer's build and the model from one run to the next. The peer is
+# FOLDER (about 4 GB, outside the repository) keeps the peer's build and the model from one run to the next. The peer is
 # built from PyPI's source package of llama-cpp-python; one block of it asks for an extension that only validation needs
 # and that Debian's headers lack, and is cut out. Each side runs with the LP_NUM_THREADS that suits it: the peer with
 # lavapipe's own choice, exflow with what it chooses for itself.
@@ -20,15 +21,15 @@ cd "$FOLDER"
 
 if [ ! -d venv ]; then
     python3 -m venv venv
-    venv/bin/pip install -q numpy safetensors gguf
+    venv/bin/pip install -q numpy safetensors gguf typing_extensions
 fi
 if [ ! -f olmoe/model-f32.gguf ]; then
     venv/bin/python "$here/make_model.py" olmoe --gguf
 fi
-if [ ! -x build/bin/llama-bench ]; then
+source=llama_cpp_python-$VERSION/vendor/llama.cpp
+if [ ! -x build/bin/llama-bench ] || [ ! -x build/bin/llama-quantize ]; then
     venv/bin/pip download -q --no-deps --no-binary :all: "llama-cpp-python==$VERSION"
     tar xzf "llama_cpp_python-$VERSION.tar.gz"
-    source=llama_cpp_python-$VERSION/vendor/llama.cpp
     python3 - "$source/ggml/src/ggml-vulkan/ggml-vulkan.cpp" <<'PATCH'
 import sys
 
@@ -42,7 +43,10 @@ if first >= 0:
 PATCH
     cmake -S "$source" -B build -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_VULKAN=ON -DLLAMA_CURL=OFF \
         -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
-    nice cmake --build build --target llama-bench
+    nice cmake --build build --target llama-bench llama-quantize
+fi
+if [ ! -f olmoe/model-q8_0.gguf ]; then
+    build/bin/llama-quantize olmoe/model-f32.gguf olmoe/model-q8_0.gguf q8_0 >quantize.log 2>&1
 fi
 
 peer() {
@@ -52,18 +56,42 @@ for run in json.load(sys.stdin):
     name = f"pp{run["n_prompt"]}" if run["n_prompt"] else f"tg{run["n_gen"]}"
     print(f"llama.cpp '"$1"' {name} {run["avg_ts"]:.2f}")'
 }
+# The flags that hold matrices in a type.
+held() {
+    if [ "$1" = q8_0 ]; then echo --quant q8_0; else echo --dtype "$1"; fi
+}
 ours() {
     local type=$1 prompt=$2 decode=$3 batch=$4
-    "$exflow" bench model -m olmoe --dtype "$type" -p "$prompt" -n "$decode" --batch "$batch" -r 1 --format json |
+    # shellcheck disable=SC2046
+    "$exflow" bench model -m olmoe $(held "$type") -p "$prompt" -n "$decode" --batch "$batch" -r 1 --format json |
         python3 -c 'import json, sys
 for run in json.load(sys.stdin):
     print(f"exflow '"$type"' {run["test"]} batch {run["batch"]} {run["tokens_per_s"]:.2f}")'
 }
 
 for round in $(seq "$ROUNDS"); do
-    for type in f32 f16; do
+    for type in f32 f16 q8_0; do
         peer "$type" 64 8
         ours "$type" 128 32 1
         ours "$type" 0 16 8
     done
+done
+
+# The same 64 ids for all, keys and values in f32 for all.
+ids=$(python3 -c 'import random
+random.seed(1)
+print(",".join(str(random.randrange(8192)) for _ in range(64)))')
+make() {
+    venv/bin/python "$here/logits.py" make "llama_cpp_python-$VERSION" build "olmoe/model-$1.gguf" "$ids" "$2" "${@:3}" 2>logits.log
+}
+apart() {
+    echo "$1, KL divergence from llama.cpp on the CPU in f32: $(venv/bin/python "$here/logits.py" compare cpu-f32.npy "$2")"
+}
+make f32 cpu-f32.npy
+for type in f32 f16 q8_0; do
+    GGML_VK_VISIBLE_DEVICES=0 make "$type" peer.npy --vulkan
+    apart "llama.cpp $type" peer.npy
+    # shellcheck disable=SC2046
+    "$exflow" logits -m olmoe $(held "$type") --prompt-ids "$ids" --out ours.npz 2>logits.log
+    apart "exflow $type" ours.npz
 done
