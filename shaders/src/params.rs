@@ -53,12 +53,16 @@ params! {
     /// Parameters of `expert_permute.wgsl`.
     ExpertPermute { pairs: u32, top_k: u32, experts: u32, up_groups: u32, down_groups: u32 }
     /// Parameters of `expert_up.wgsl`.
-    ExpertUp { h4: u32, i4: u32, w_units: u32, w_stride: u32, first_tile: u32, has_bias: u32, limit: f32 }
+    ExpertUp {
+        h4: u32, i4: u32, w_units: u32, w_stride: u32, first_tile: u32, has_bias: u32,
+        first_expert: u32, experts: u32, limit: f32,
+    }
     /// Parameters of `shared_gate.wgsl`.
     SharedGate { h4: u32, first: u32, count: u32 }
     /// Parameters of `expert_down.wgsl`.
     ExpertDown {
-        i4: u32, h4: u32, w_units: u32, w_stride: u32, first_tile: u32, has_bias: u32, scale: f32,
+        i4: u32, h4: u32, w_units: u32, w_stride: u32, first_tile: u32, has_bias: u32,
+        first_expert: u32, experts: u32, scale: f32,
     }
     /// Parameters of `argmax.wgsl`.
     Argmax { vocab: u32, stride: u32 }

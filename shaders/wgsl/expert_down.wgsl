@@ -11,6 +11,8 @@ struct Params {
     w_stride: u32,    // units of a row of w2, those of its scales included
     first_tile: u32,
     has_bias: u32,
+    first_expert: u32, // of those whose matrices are bound; tiles of others leave at once
+    experts: u32,
     scale: f32,       // of what a layer adds to the residual stream
 }
 @group(0) @binding(0) var<uniform> p: Params;
@@ -24,6 +26,10 @@ override WORKGROUP: u32 = 32u;
 @compute @workgroup_size(WORKGROUP)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let tile = tiles[p.first_tile + group.x];
+    let expert = tile.expert - p.first_expert;
+    if expert >= p.experts {
+        return;
+    }
     let last = tile.count - 1u;
     var starts: Starts;
     for (var l = 0u; l < LOADS; l++) {
@@ -35,7 +41,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     for (var c = 0u; c < COLUMNS; c++) {
         columns[c] = (group.y * COLUMNS + c) * WORKGROUP + lane;
         let column = min(columns[c], p.h4 - 1u);
-        w_at[c] = tile.expert * p.h4 * 4u * p.w_stride + column_start(column, p.w_stride);
+        w_at[c] = expert * p.h4 * 4u * p.w_stride + column_start(column, p.w_stride);
         steps[c] = column_step(column, p.h4);
     }
     var sums: Sums;
@@ -47,7 +53,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
         var bias = vec4<f32>(0.0);
         if p.has_bias != 0u {
-            bias = b2[tile.expert * p.h4 + column];
+            bias = b2[expert * p.h4 + column];
         }
         for (var r = 0u; r < TILE_ROWS; r++) {
             if r <= last {

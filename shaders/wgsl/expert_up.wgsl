@@ -13,6 +13,8 @@ struct Params {
     w_stride: u32,    // units of a row of w1, those of its scales included
     first_tile: u32,
     has_bias: u32,
+    first_expert: u32, // of those whose matrices are bound; tiles of others leave at once
+    experts: u32,
     limit: f32,       // of what is clamped
 }
 @group(0) @binding(0) var<uniform> p: Params;
@@ -28,6 +30,10 @@ override WORKGROUP: u32 = 32u;
 @compute @workgroup_size(WORKGROUP)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let tile = tiles[p.first_tile + group.x];
+    let expert = tile.expert - p.first_expert;
+    if expert >= p.experts {
+        return;
+    }
     let last = tile.count - 1u;
     var starts: Starts;
     for (var l = 0u; l < LOADS; l++) {
@@ -39,7 +45,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     var sums: array<Sums, MATRICES>;
     for (var m = 0u; m < MATRICES; m++) {
-        let matrix = (tile.expert * MATRICES + m) * p.i4;
+        let matrix = (expert * MATRICES + m) * p.i4;
         var w_at: PerColumn;
         var steps: PerColumn;
         for (var c = 0u; c < COLUMNS; c++) {

@@ -3,8 +3,8 @@
 use crate::common::tiny::Tiny;
 use crate::common::{Setup, generate, prepare, request, tokens};
 use exflow::engine::{
-    Cluster, ClusterOptions, Combine, Domain, Feed, KvWire, NoProgress, Overlap, Prefill, RunStats, Schedule,
-    Strategy, TransportKind,
+    Cluster, ClusterOptions, Combine, Domain, Feed, KvWire, NoProgress, Overlap, PlacementTable, Prefill,
+    Rank, RunStats, Schedule, Strategy, TransportKind,
 };
 use std::path::Path;
 
@@ -40,6 +40,42 @@ fn stats_of_equal_run(
         assert!(bits(&mut cluster) == bits(alone), "{what}, {feed:?}: logits");
     }
     run.stats
+}
+
+#[test]
+fn experts_in_chunks_say_the_same() {
+    let shape = Tiny { seed: 97, top_k: 2, layers: 3, experts: 7, positions: 400, ..Tiny::default() };
+    let folder = shape.write();
+    let mut alone = Setup::one_rank(folder.path()).start();
+    // Two experts together and one left over, or each for itself.
+    let two = (2 * 4 * shape.hidden * shape.inner) as u64;
+    for (bytes, ranks, schedule) in [
+        (two, 1, Schedule::Rounds),
+        (1, 1, Schedule::Rounds),
+        (two, 2, Schedule::Rounds),
+        (two, 3, Schedule::Flow),
+    ] {
+        let what = format!("chunks of {bytes} bytes on {ranks} ranks");
+        stats_of_equal_run(&shape, folder.path(), &mut alone, &what, |options| {
+            (options.ranks, options.schedule) = (ranks, schedule);
+            options.expert_chunk_bytes = Some(bytes);
+        });
+    }
+    // Other tables: experts go from chunks of one rank into others.
+    let requests = [request(&shape.prompt(9, 3), 12), request(&shape.prompt(2, 4), 12)];
+    let expected = tokens(&generate(&mut alone, &requests));
+    let mut cluster = start(folder.path(), |options| {
+        (options.ranks, options.expert_chunk_bytes) = (2, Some(two));
+    });
+    let table = |of: fn(usize) -> usize| {
+        let rank = |expert| Rank::from(of(expert));
+        let of_layer = (0..shape.experts).map(rank).collect::<Vec<_>>();
+        PlacementTable::from_assignment(vec![of_layer; shape.layers], 2).expect("a table")
+    };
+    for table in [table(|expert| usize::from(expert < 1)), table(|expert| expert / 2 % 2), table(|_| 0)] {
+        cluster.change(Strategy::Coherent, Schedule::Rounds, Some(table)).expect("changed");
+        assert_eq!(tokens(&generate(&mut cluster, &requests)), expected);
+    }
 }
 
 #[test]

@@ -39,7 +39,8 @@ pub fn bench_kernels(
 ) -> Result<(DeviceRates, Vec<KernelRate>), EngineError> {
     let spec = ModelSpec::read(&options.model)?;
     let store = Store::open(&options.model)?;
-    let gpu = Gpu::open(options.adapter.as_deref(), 0)?;
+    let mut gpu = Gpu::open(options.adapter.as_deref(), 0)?;
+    gpu.limit_chunks(options.expert_chunk_bytes);
     let limits = rates(&gpu)?;
     let all: Vec<Vec<ExpertId>> =
         (0..spec.moe_layers()).map(|_| (0..spec.experts).map(ExpertId::from).collect()).collect();

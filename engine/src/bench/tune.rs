@@ -160,6 +160,7 @@ impl<'g> Probe<'g> {
             i4,
             w_units: w_units as u32,
             w_stride: w_stride as u32,
+            experts: HALVES.len() as u32,
             ..params::ExpertUp::default()
         };
         let (pairs, counts) = pairs(rows);

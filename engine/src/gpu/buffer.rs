@@ -208,6 +208,16 @@ impl Gpu {
         buffer
     }
 
+    /// The largest matrix in this form that one binding takes, in bytes.
+    pub(crate) fn max_matrix_bytes(&self, form: Weights) -> u64 {
+        let row = UNIT_BYTES * IMAGE_WIDTH as u64;
+        let most = match self.wants_textures(form) {
+            true => MAX_IMAGE_BYTES.min(row * u64::from(self.max_image_rows())),
+            false => self.max_binding_bytes(),
+        };
+        self.most_in_chunk().map_or(most, |limit| limit.min(most))
+    }
+
     fn fits_image(&self, bytes: u64, words: u32) -> bool {
         let rows = bytes.div_ceil(4 * u64::from(words) * IMAGE_WIDTH as u64);
         bytes <= MAX_IMAGE_BYTES && rows <= u64::from(self.max_image_rows())

@@ -36,6 +36,7 @@ pub(crate) struct Gpu {
     is_cpu: bool,
     hands_over: bool,
     tuning: Tuning,
+    most_in_chunk: Option<u64>,
 }
 
 /// Bytes that may wait for their way to the device.
@@ -67,6 +68,7 @@ impl Gpu {
             staging: RefCell::default(),
             params: RefCell::default(),
             ahead: RefCell::default(),
+            most_in_chunk: None,
             failure,
             next_buffer_id: AtomicU64::new(0),
             uploading: AtomicU64::new(0),
@@ -120,6 +122,15 @@ impl Gpu {
     /// Whether lanes can hand each other values: subgroups of eight lanes at least.
     pub(crate) fn hands_over(&self) -> bool {
         self.hands_over
+    }
+
+    /// Has experts lie in chunks of at most so many bytes; `None`: of as many as one binding takes.
+    pub(crate) fn limit_chunks(&mut self, bytes: Option<u64>) {
+        self.most_in_chunk = bytes;
+    }
+
+    pub(super) fn most_in_chunk(&self) -> Option<u64> {
+        self.most_in_chunk
     }
 
     /// How matrices in this form are worked on.

@@ -118,20 +118,35 @@ impl Bench {
         let matrices = variant.activation.matrices();
         // Sums beyond the limit, so that clamps act.
         let x: Vec<f32> = v.floats(rows * H).iter().map(|x| 3.0 * x).collect();
-        let (weights, w1) = self.matrix(variant, &v.floats(EXPERTS * matrices * N * H), (N, H))?;
-        let b1 = v.floats(EXPERTS * matrices * N);
+        let (w1, b1) = (v.floats(EXPERTS * matrices * N * H), v.floats(EXPERTS * matrices * N));
         let mut worst = 0f64;
-        for has_bias in [0, 1] {
+        for (has_bias, chunks) in [(0, &CHUNKS[..1]), (1, &CHUNKS[1..])] {
             let (w_units, w_stride) = units(variant, H);
             let (h4, i4, first_tile) = (H4 as u32, N4 as u32, 0);
-            let p = params::ExpertUp { h4, i4, w_units, w_stride, first_tile, has_bias, limit: 5.5 };
             let mut expected = vec![0.0; rows * N];
-            reference::expert_up(&p, variant.activation, &pairs, &tiles, &x, &w1, &b1, &mut expected);
-            let out = self.up(&vec![0f32; rows * N])?;
+            let out = self.up(&expected)?;
             let lists = (self.up(&pairs)?, self.up(&tiles)?);
-            let buffers = [&self.up(&x)?, &weights, &lists.0, &lists.1, &self.up(&b1)?, &out];
-            let groups = [tiles.len() as u32, self.matrix_columns(N4), 1];
-            let got = self.run(Kernel::ExpertUp, variant, &p, &buffers, groups, rows * N)?;
+            let mut got = Vec::new();
+            for &(first_expert, experts) in chunks {
+                let (limit, of) = (5.5, |each: usize| chunk(first_expert, experts, each));
+                let p = params::ExpertUp {
+                    h4,
+                    i4,
+                    w_units,
+                    w_stride,
+                    first_tile,
+                    has_bias,
+                    first_expert,
+                    experts,
+                    limit,
+                };
+                let (weights, w1) = self.matrix(variant, &w1[of(matrices * N * H)], (N, H))?;
+                let b1 = &b1[of(matrices * N)];
+                reference::expert_up(&p, variant.activation, &pairs, &tiles, &x, &w1, b1, &mut expected);
+                let buffers = [&self.up(&x)?, &weights, &lists.0, &lists.1, &self.up(b1)?, &out];
+                let groups = [tiles.len() as u32, self.matrix_columns(N4), 1];
+                got = self.run(Kernel::ExpertUp, variant, &p, &buffers, groups, rows * N)?;
+            }
             worst = worst.max(error(&expected, &got));
         }
         Ok(worst)
@@ -145,19 +160,35 @@ impl Bench {
     ) -> Result<f64, EngineError> {
         let (pairs, tiles) = self.lists(variant, rows, v);
         let (a, b2) = (v.floats(rows * N), v.floats(EXPERTS * H));
-        let (weights, w2) = self.matrix(variant, &v.floats(EXPERTS * H * N), (H, N))?;
+        let w2 = v.floats(EXPERTS * H * N);
         let mut worst = 0f64;
-        for (has_bias, scale) in [(0, 0.22), (1, 1.0)] {
+        for (has_bias, scale, chunks) in [(0, 0.22, &CHUNKS[..1]), (1, 1.0, &CHUNKS[1..])] {
             let (w_units, w_stride) = units(variant, N);
             let (h4, i4, first_tile) = (H4 as u32, N4 as u32, 0);
-            let p = params::ExpertDown { i4, h4, w_units, w_stride, first_tile, has_bias, scale };
             let mut expected = vec![0.0; rows * H];
-            reference::expert_down(&p, &pairs, &tiles, &a, &w2, &b2, &mut expected);
-            let out = self.up(&vec![0f32; rows * H])?;
+            let out = self.up(&expected)?;
             let lists = (self.up(&pairs)?, self.up(&tiles)?);
-            let buffers = [&self.up(&a)?, &weights, &lists.0, &lists.1, &self.up(&b2)?, &out];
-            let groups = [tiles.len() as u32, self.matrix_columns(H4), 1];
-            let got = self.run(Kernel::ExpertDown, variant, &p, &buffers, groups, rows * H)?;
+            let mut got = Vec::new();
+            for &(first_expert, experts) in chunks {
+                let of = |each: usize| chunk(first_expert, experts, each);
+                let p = params::ExpertDown {
+                    i4,
+                    h4,
+                    w_units,
+                    w_stride,
+                    first_tile,
+                    has_bias,
+                    first_expert,
+                    experts,
+                    scale,
+                };
+                let (weights, w2) = self.matrix(variant, &w2[of(H * N)], (H, N))?;
+                let b2 = &b2[of(H)];
+                reference::expert_down(&p, &pairs, &tiles, &a, &w2, b2, &mut expected);
+                let buffers = [&self.up(&a)?, &weights, &lists.0, &lists.1, &self.up(b2)?, &out];
+                let groups = [tiles.len() as u32, self.matrix_columns(H4), 1];
+                got = self.run(Kernel::ExpertDown, variant, &p, &buffers, groups, rows * H)?;
+            }
             worst = worst.max(error(&expected, &got));
         }
         Ok(worst)
@@ -221,6 +252,14 @@ impl Bench {
         }
         (pairs, tiles)
     }
+}
+
+/// Experts (the first, how many) whose matrices are bound together: all of them, or two launches.
+const CHUNKS: [(u32, u32); 3] = [(0, EXPERTS as u32), (0, 2), (2, EXPERTS as u32 - 2)];
+
+/// Where values of a chunk's experts stand, `each` for each expert.
+fn chunk(first: u32, count: u32, each: usize) -> std::ops::Range<usize> {
+    first as usize * each..(first + count) as usize * each
 }
 
 /// Units of weights in a row of `columns` columns, and units to the next row.

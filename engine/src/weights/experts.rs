@@ -22,6 +22,16 @@ pub(crate) struct Ffn {
 pub(crate) struct Experts {
     /// Local number of each logical expert, by its id.
     pub(crate) local: Vec<Option<u32>>,
+    /// Their matrices in order of these numbers, as many experts together as one binding takes.
+    pub(crate) chunks: Vec<Chunk>,
+}
+
+/// Whole experts whose matrices are bound together.
+pub(crate) struct Chunk {
+    /// Local number of the first.
+    pub(crate) first: usize,
+    /// How many they are, 1 at least.
+    pub(crate) count: usize,
     pub(crate) ffn: Ffn,
 }
 
@@ -77,7 +87,32 @@ impl<'a> Shelf<'a> {
     }
 }
 
+impl PackedFfn {
+    /// Takes the first `now` of `all` experts out of it.
+    fn split_off(&mut self, now: usize, all: usize) -> Self {
+        fn first<T>(of: &mut Vec<T>, now: usize, all: usize) -> Vec<T> {
+            let rest = of.split_off(of.len() / all * now);
+            std::mem::replace(of, rest)
+        }
+        Self {
+            form: self.form,
+            up: first(&mut self.up, now, all),
+            up_bias: first(&mut self.up_bias, now, all),
+            down: first(&mut self.down, now, all),
+            down_bias: first(&mut self.down_bias, now, all),
+        }
+    }
+}
+
 impl Experts {
+    /// The chunk that holds an expert, and its number there.
+    fn place(&self, expert: ExpertId) -> Option<(&Chunk, usize)> {
+        let at = self.local[expert.index()]? as usize;
+        let chunk =
+            self.chunks.iter().find(|chunk| (chunk.first..chunk.first + chunk.count).contains(&at))?;
+        Some((chunk, at - chunk.first))
+    }
+
     /// Which they are, ascending.
     pub(crate) fn ids(&self) -> Vec<ExpertId> {
         let held = self.local.iter().enumerate().filter(|(_, local)| local.is_some());
@@ -136,8 +171,8 @@ impl ModelWeights {
         now.sort_unstable();
         now.dedup();
         let label = loader.names.of_layer(layer, loader.names.moe);
-        let fresh =
-            Experts { local: loader.numbers(&ids), ffn: loader.upload_ffn(&label, shelf.spec.expert, ffn)? };
+        let chunks = loader.upload_experts(&label, ffn, ids.len())?;
+        let fresh = Experts { local: loader.numbers(&ids), chunks };
         *there = loader.put_together(layer, there, fresh, &now)?;
         gpu.forget_bindings();
         Ok(())
@@ -173,8 +208,45 @@ impl ModelWeights {
 impl Loader<'_> {
     pub(super) fn experts(&mut self, layer: usize, held: &[ExpertId]) -> Result<Experts, EngineError> {
         let label = self.names.of_layer(layer, self.names.moe);
-        let packed = self.pack_experts(layer, held)?;
-        Ok(Experts { local: self.numbers(held), ffn: self.upload_ffn(&label, self.spec.expert, packed)? })
+        let mut chunks = Vec::new();
+        for (first, ids) in self.cut(layer, held) {
+            let packed = self.pack_experts(layer, ids)?;
+            let ffn = self.upload_ffn(&label, self.spec.expert, packed)?;
+            chunks.push(Chunk { first, count: ids.len(), ffn });
+        }
+        Ok(Experts { local: self.numbers(held), chunks })
+    }
+
+    /// `count` packed experts.
+    fn upload_experts(
+        &self,
+        label: &str,
+        mut packed: PackedFfn,
+        count: usize,
+    ) -> Result<Vec<Chunk>, EngineError> {
+        let (mut chunks, mut first) = (Vec::new(), 0);
+        while first < count {
+            let (now, left) = (self.per_chunk(packed.form).min(count - first), count - first);
+            let ffn = self.upload_ffn(label, self.spec.expert, packed.split_off(now, left))?;
+            chunks.push(Chunk { first, count: now, ffn });
+            first += now;
+        }
+        Ok(chunks)
+    }
+
+    /// Chunks of a list by local numbers, with the number of each one's first.
+    fn cut<'t, T>(&self, layer: usize, all: &'t [T]) -> impl Iterator<Item = (usize, &'t [T])> + use<'t, T> {
+        let most = self.per_chunk(self.expert_form(layer));
+        all.chunks(most).enumerate().map(move |(index, chunk)| (index * most, chunk))
+    }
+
+    /// How many experts one binding takes; 1 also where that is too large, which its buffer will tell.
+    fn per_chunk(&self, form: Weights) -> usize {
+        let spec = self.spec.expert;
+        let (h, i) = (4 * self.spec.h4(), 4 * spec.i4());
+        let bytes = |rows: usize, columns: usize| 16 * (rows * form.units(columns).1) as u64;
+        let largest = bytes(spec.activation.matrices() * i, h).max(bytes(h, i)).max(1);
+        (self.gpu.max_matrix_bytes(form) / largest).max(1) as usize
     }
 
     /// Local number of each logical expert, where these are held.
@@ -194,27 +266,26 @@ impl Loader<'_> {
         fresh: Experts,
         now: &[ExpertId],
     ) -> Result<Experts, EngineError> {
-        let (before, added) = (there.ids(), fresh.ids());
-        if added == now {
+        if fresh.ids() == now {
             return Ok(fresh);
         }
         let label = self.names.of_layer(layer, self.names.moe);
-        let local = |experts: &Experts, expert: ExpertId| experts.local[expert.index()].map(|at| at as usize);
-        let source = |&expert: &ExpertId| match local(&fresh, expert) {
-            Some(at) => Some((&fresh.ffn, added.len(), at)),
-            None => local(there, expert).map(|at| (&there.ffn, before.len(), at)),
-        };
+        let source = |&expert: &ExpertId| fresh.place(expert).or_else(|| there.place(expert));
         let sources: Vec<_> = now.iter().filter_map(source).collect();
-        let gather = |of: fn(&Ffn) -> &Dense| self.gather(&label, &sources, of);
-        let ffn = Ffn { spec: self.spec.expert, up: gather(|ffn| &ffn.up)?, down: gather(|ffn| &ffn.down)? };
-        Ok(Experts { local: self.numbers(now), ffn })
+        let mut chunks = Vec::new();
+        for (first, sources) in self.cut(layer, &sources) {
+            let gather = |of: fn(&Ffn) -> &Dense| self.gather(&label, sources, of);
+            let (up, down) = (gather(|ffn| &ffn.up)?, gather(|ffn| &ffn.down)?);
+            chunks.push(Chunk { first, count: sources.len(), ffn: Ffn { spec: self.spec.expert, up, down } });
+        }
+        Ok(Experts { local: self.numbers(now), chunks })
     }
 
-    /// The matrices of experts one behind the other; each is one, by its number, of so many that are together.
+    /// The matrices of experts one behind the other; each is one of a chunk's, by its number there.
     fn gather(
         &self,
         label: &str,
-        sources: &[(&Ffn, usize, usize)],
+        sources: &[(&Chunk, usize)],
         of: fn(&Ffn) -> &Dense,
     ) -> Result<Dense, EngineError> {
         let cut = |buffer, units: usize, count, at| Part {
@@ -222,17 +293,17 @@ impl Loader<'_> {
             first: units / count * at,
             units: units / count,
         };
-        let weights = sources.iter().map(|&(ffn, count, at)| {
-            let weight = &of(ffn).weight;
-            cut(&weight.buffer, weight.units, count, at)
+        let weights = sources.iter().map(|&(chunk, at)| {
+            let weight = &of(&chunk.ffn).weight;
+            cut(&weight.buffer, weight.units, chunk.count, at)
         });
         let weights: Vec<Part<'_>> = weights.collect();
-        let biases = sources.iter().filter_map(|&(ffn, count, at)| {
-            let bias = of(ffn).bias.as_ref()?;
-            Some(cut(bias, (bias.bytes() / 16) as usize, count, at))
+        let biases = sources.iter().filter_map(|&(chunk, at)| {
+            let bias = of(&chunk.ffn).bias.as_ref()?;
+            Some(cut(bias, (bias.bytes() / 16) as usize, chunk.count, at))
         });
         let biases: Vec<Part<'_>> = biases.collect();
-        let like = sources.first().map(|(ffn, ..)| of(ffn).weight.clone());
+        let like = sources.first().map(|(chunk, _)| of(&chunk.ffn).weight.clone());
         let like =
             like.ok_or_else(|| EngineError::Internal(format!("{label}: no experts to put together")))?;
         let units = weights.iter().map(|part| part.units).sum();

@@ -136,7 +136,7 @@ impl ModelWeights {
     /// How matrices of experts lie.
     pub(crate) fn expert_form(&self) -> Weights {
         let of = |layer: &LayerWeights| match &layer.ffn {
-            LayerFfn::Moe { experts, .. } => Some(experts.ffn.up.weight.form),
+            LayerFfn::Moe { experts, .. } => Some(experts.chunks.first()?.ffn.up.weight.form),
             LayerFfn::Dense(_) => None,
         };
         self.layers.iter().find_map(of).unwrap_or(self.form)

@@ -3,6 +3,8 @@
 mod agreement;
 mod attention;
 mod experts;
+#[cfg(test)]
+mod experts_tests;
 mod formats;
 mod layers;
 mod names;
@@ -12,7 +14,7 @@ mod store;
 
 pub(crate) use agreement::check;
 pub(crate) use attention::{AttentionWeights, LatentWeights};
-pub(crate) use experts::{Ffn, PackedExperts, Shelf};
+pub(crate) use experts::{Chunk, Ffn, PackedExperts, Shelf};
 pub(crate) use layers::{Dense, LayerFfn, LayerWeights, Matrix, ModelWeights, Norm};
 pub(crate) use store::Store;
 #[cfg(test)]

@@ -13,7 +13,10 @@ pub fn expert_down(
 ) {
     let (i, h) = (p.i4 as usize * 4, p.h4 as usize * 4);
     for tile in &tiles[p.first_tile as usize..] {
-        let expert = tile.expert as usize;
+        let expert = tile.expert.wrapping_sub(p.first_expert) as usize;
+        if expert >= p.experts as usize {
+            continue;
+        }
         for index in tile.first as usize..(tile.first + tile.count) as usize {
             let pair = &pairs[index];
             for column in 0..h {

@@ -16,11 +16,15 @@ pub fn expert_up(
 ) {
     let (h, i, matrices) = (p.h4 as usize * 4, p.i4 as usize * 4, activation.matrices());
     for tile in &tiles[p.first_tile as usize..] {
+        let expert = tile.expert.wrapping_sub(p.first_expert);
+        if expert >= p.experts {
+            continue;
+        }
         for index in tile.first as usize..(tile.first + tile.count) as usize {
             let input = &x[pairs[index].row as usize * h..][..h];
             for column in 0..i {
                 let product = |matrix: usize| {
-                    let row = (tile.expert as usize * matrices + matrix) * i + column;
+                    let row = (expert as usize * matrices + matrix) * i + column;
                     dot(input, &w1[row * h..][..h]) + if p.has_bias != 0 { b1[row] } else { 0.0 }
                 };
                 a[index * i + column] = activate(activation, p.limit, product(0), product(matrices - 1));

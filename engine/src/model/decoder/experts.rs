@@ -2,7 +2,7 @@
 
 use super::Decoder;
 use crate::gpu::{Buffer, Recording};
-use crate::weights::{Ffn, LayerFfn, Matrix};
+use crate::weights::{Chunk, Ffn, LayerFfn, Matrix};
 use exflow_shaders::{Kernel, Variant, params};
 
 /// Pairs and tiles of one expert launch within the lists on the device.
@@ -43,9 +43,8 @@ impl Decoder {
             return;
         };
         let pairs = rows * spec.top_k;
-        let of = &experts.ffn;
-        let tile = self.gpu.cut(of.up.weight.form).each(pairs / spec.experts);
-        let variant = Variant { activation: of.spec.activation, ..tile };
+        let tile = self.expert_cut().each(pairs / spec.experts);
+        let variant = Variant { activation: spec.expert.activation, ..tile };
         // Of a single row the router wrote the lists.
         if rows > 1 {
             let p = params::ExpertPermute {
@@ -58,21 +57,23 @@ impl Decoder {
             let lists = [&s.chosen[index], &s.weights[index], &s.pairs_list, &s.tiles, &s.launches];
             r.launch(Kernel::ExpertPermute, variant, &p, &lists, [1, 1, 1]);
         }
-        let (up, down) = self.ffn_params(&experts.ffn, 0);
-        r.launch_indirect(Kernel::ExpertUp, variant, &up, &self.up_buffers(&experts.ffn), (&s.launches, 0));
-        r.launch_indirect(
-            Kernel::ExpertDown,
-            variant,
-            &down,
-            &self.down_buffers(&experts.ffn),
-            (&s.launches, 12),
-        );
+        for Chunk { first, count, ffn } in &experts.chunks {
+            let (up, down) = self.ffn_params(ffn, 0, (*first, *count));
+            r.launch_indirect(Kernel::ExpertUp, variant, &up, &self.up_buffers(ffn), (&s.launches, 0));
+            let buffers = self.down_buffers(ffn);
+            r.launch_indirect(Kernel::ExpertDown, variant, &down, &buffers, (&s.launches, 12));
+        }
     }
 
     /// A batch of uploaded pairs and tiles through an FFN of the layer.
     pub(crate) fn ffn(&self, r: &mut Recording<'_>, layer: usize, which: LocalFfn, batch: ExpertBatch) {
         let (ffn, gate) = match (&self.layer(layer).ffn, which) {
-            (LayerFfn::Moe { experts, .. }, LocalFfn::Experts) => (&experts.ffn, None),
+            (LayerFfn::Moe { experts, .. }, LocalFfn::Experts) => {
+                for Chunk { first, count, ffn } in &experts.chunks {
+                    self.ffn_of(r, ffn, (*first, *count), batch);
+                }
+                return;
+            }
             (LayerFfn::Moe { shared: Some((ffn, gate)), .. }, LocalFfn::Every) => (ffn, gate.as_ref()),
             (LayerFfn::Dense(ffn), LocalFfn::Every) => (ffn, None),
             _ => return,
@@ -84,9 +85,14 @@ impl Decoder {
             let buffers = [&self.scratch.normed, gate, &self.scratch.pairs_list];
             r.launch(Kernel::SharedGate, Variant::default(), &p, &buffers, groups);
         }
+        self.ffn_of(r, ffn, (0, 1), batch);
+    }
+
+    /// The tiles of a batch that are of experts (the first, how many) whose matrices these are.
+    fn ffn_of(&self, r: &mut Recording<'_>, ffn: &Ffn, experts: (usize, usize), batch: ExpertBatch) {
         let variant =
             Variant { activation: ffn.spec.activation, weights: ffn.up.weight.form, ..batch.variant };
-        let (up, down) = self.ffn_params(ffn, batch.first_tile);
+        let (up, down) = self.ffn_params(ffn, batch.first_tile, experts);
         let tiles = batch.tiles as u32;
         let groups = [tiles, self.matrix_columns(ffn.spec.i4()), 1];
         r.launch(Kernel::ExpertUp, variant, &up, &self.up_buffers(ffn), groups);
@@ -94,7 +100,13 @@ impl Decoder {
         r.launch(Kernel::ExpertDown, variant, &down, &self.down_buffers(ffn), groups);
     }
 
-    fn ffn_params(&self, ffn: &Ffn, first_tile: usize) -> (params::ExpertUp, params::ExpertDown) {
+    fn ffn_params(
+        &self,
+        ffn: &Ffn,
+        first_tile: usize,
+        (first, count): (usize, usize),
+    ) -> (params::ExpertUp, params::ExpertDown) {
+        let (first_expert, experts) = (first as u32, count as u32);
         let (h4, i4, first_tile) = (self.spec.h4() as u32, ffn.spec.i4() as u32, first_tile as u32);
         let has_bias = u32::from(ffn.spec.bias);
         let scale = self.spec.residual_scale;
@@ -104,9 +116,32 @@ impl Decoder {
         };
         let (w_units, w_stride) = units(&ffn.up.weight, h4);
         let limit = ffn.spec.limit;
-        let up = params::ExpertUp { h4, i4, w_units, w_stride, first_tile, has_bias, limit };
+        let up = params::ExpertUp {
+            h4,
+            i4,
+            w_units,
+            w_stride,
+            first_tile,
+            has_bias,
+            first_expert,
+            experts,
+            limit,
+        };
         let (w_units, w_stride) = units(&ffn.down.weight, i4);
-        (up, params::ExpertDown { i4, h4, w_units, w_stride, first_tile, has_bias, scale })
+        (
+            up,
+            params::ExpertDown {
+                i4,
+                h4,
+                w_units,
+                w_stride,
+                first_tile,
+                has_bias,
+                first_expert,
+                experts,
+                scale,
+            },
+        )
     }
 
     fn up_buffers<'a>(&'a self, ffn: &'a Ffn) -> [&'a Buffer; 6] {

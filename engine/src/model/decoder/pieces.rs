@@ -2,7 +2,7 @@
 
 use super::{Decoder, Product};
 use crate::gpu::Recording;
-use crate::weights::{LayerFfn, Matrix};
+use crate::weights::{Ffn, LayerFfn, Matrix};
 use exflow_shaders::KV_BLOCK;
 use exflow_shaders::params::Query;
 
@@ -128,7 +128,8 @@ impl Decoder {
                 let pairs = rows * spec.top_k;
                 let matrices = spec.expert.activation.matrices() + 1;
                 let one = (matrices * spec.h4() * spec.expert.i4() * 16) as f64;
-                let bytes = experts.ffn.up.weight.buffer.bytes() + experts.ffn.down.weight.buffer.bytes();
+                let of = |ffn: &Ffn| ffn.up.weight.buffer.bytes() + ffn.down.weight.buffer.bytes();
+                let bytes: u64 = experts.chunks.iter().map(|chunk| of(&chunk.ffn)).sum();
                 let share = pairs.min(spec.experts) as f64 / spec.experts as f64;
                 (2.0 * pairs as f64 * one, bytes as f64 * share)
             }
