@@ -77,7 +77,7 @@ fn compose(kernel: Kernel, variant: Variant) -> Result<String, ComposeError> {
     Ok(compiled.syntax.to_string())
 }
 
-fn flags(variant: Variant) -> [(&'static str, bool); 22] {
+fn flags(variant: Variant) -> [(&'static str, bool); 23] {
     [
         ("one", variant.tile == RowTile::One),
         ("tile2", variant.tile == RowTile::Two),
@@ -94,6 +94,7 @@ fn flags(variant: Variant) -> [(&'static str, bool); 22] {
         ("q4", variant.weights == Weights::Q4),
         ("mx4", variant.weights == Weights::Mx4),
         ("keeps", variant.keeps),
+        ("split", variant.split),
         ("kv16", variant.cache == Cache::F16),
         ("kv8", variant.cache == Cache::Q8),
         ("slim", variant.values == Values::Slim),

@@ -19,6 +19,8 @@ pub enum Kernel {
     Place,
     /// Causal attention over the paged cache.
     Attention,
+    /// Splits of a context, attended to one by one, merged.
+    AttentionMerge,
     /// Norm, scores of the experts, top-k and weights; of a single token also its pairs.
     Router,
     /// Count, scan and permute of (token, expert) pairs.
@@ -52,6 +54,8 @@ pub struct Variant {
     /// The rows are queries, keys and values, of which the last two go into the cache besides (`linear` only; others
     /// ignore it).
     pub keeps: bool,
+    /// A workgroup for each split of a context, for [`Kernel::AttentionMerge`] to merge (`attention` only; others ignore it).
+    pub split: bool,
     /// How the cache holds keys and values (`place`, `attention` and a `linear` that keeps only; others ignore it).
     pub cache: Cache,
     /// Lanes hand each other what they loaded or summed, in subgroups of eight or more (`norm`, `router`, `place`, `attention`
@@ -215,6 +219,7 @@ impl Variant {
                 _ => Cache::F32,
             },
             keeps: self.keeps && kernel == Kernel::Linear,
+            split: self.split && kernel == Kernel::Attention,
             subgroup: self.subgroup && kernel.hands_over(),
             image: self.image && kernel.takes_textures(),
         }
@@ -230,13 +235,14 @@ impl Variant {
 
 impl Kernel {
     /// Every kernel, in the order in which a decode step runs them; those of no step last.
-    pub const ALL: [Kernel; 15] = [
+    pub const ALL: [Kernel; 16] = [
         Kernel::Embed,
         Kernel::Norm,
         Kernel::Linear,
         Kernel::PartNorm,
         Kernel::Place,
         Kernel::Attention,
+        Kernel::AttentionMerge,
         Kernel::Router,
         Kernel::ExpertPermute,
         Kernel::ExpertUp,
@@ -258,6 +264,7 @@ impl Kernel {
             Kernel::Clip => "clip",
             Kernel::Place => "place",
             Kernel::Attention => "attention",
+            Kernel::AttentionMerge => "attention_merge",
             Kernel::Router => "router",
             Kernel::ExpertPermute => "expert_permute",
             Kernel::ExpertUp => "expert_up",
@@ -316,6 +323,8 @@ impl Kernel {
                     [plain, slim, narrow, cpu(plain), wide, cpu(wide)].map(|v| Variant { cache, ..v }),
                 );
             }
+            // Each behind the one that does the same in one launch.
+            bases = bases.into_iter().flat_map(|v| [v, Variant { split: true, ..v }]).collect();
         }
         if self == Kernel::Place {
             let subgroup = Variant { subgroup: true, ..plain };
@@ -380,6 +389,7 @@ impl Kernel {
             Kernel::Clip => include_str!("../wgsl/clip.wgsl"),
             Kernel::Place => include_str!("../wgsl/place.wgsl"),
             Kernel::Attention => include_str!("../wgsl/attention.wgsl"),
+            Kernel::AttentionMerge => include_str!("../wgsl/attention_merge.wgsl"),
             Kernel::Router => include_str!("../wgsl/router.wgsl"),
             Kernel::ExpertPermute => include_str!("../wgsl/expert_permute.wgsl"),
             Kernel::ExpertUp => include_str!("../wgsl/expert_up.wgsl"),
@@ -398,13 +408,14 @@ pub fn texts() -> impl Iterator<Item = &'static str> {
 }
 
 /// Texts that kernels import, by name under `shared/`.
-pub(crate) const SHARED: [(&str, &str); 8] = [
+pub(crate) const SHARED: [(&str, &str); 9] = [
     ("weight", include_str!("../wgsl/shared/weight.wgsl")),
     ("matrix", include_str!("../wgsl/shared/matrix.wgsl")),
     ("cached", include_str!("../wgsl/shared/cached.wgsl")),
     ("product", include_str!("../wgsl/shared/product.wgsl")),
     ("tile", include_str!("../wgsl/shared/tile.wgsl")),
     ("activation", include_str!("../wgsl/shared/activation.wgsl")),
+    ("split", include_str!("../wgsl/shared/split.wgsl")),
     ("row", include_str!("../wgsl/shared/row.wgsl")),
     ("pair", include_str!("../wgsl/shared/pair.wgsl")),
 ];

@@ -21,6 +21,9 @@ pub use reflect::{Access, Binding};
 /// Positions per block of the paged KV cache, as `attention.wgsl` has it.
 pub const KV_BLOCK: usize = 16;
 
+/// Positions of a context that are attended to by themselves, as `shared/split.wgsl` has it.
+pub const ATTENTION_SPLIT: usize = 256;
+
 /// The largest values per head that `attention.wgsl` holds in registers.
 pub const MAX_HEAD_SIZE: usize = 512;
 

@@ -44,6 +44,8 @@ params! {
         group: u32, d4: u32, v4: u32, q_stride4: u32, cache_stride4: u32, v_offset4: u32, v_head4: u32,
         table_stride: u32, window: u32, has_sinks: u32, scale: f32,
     }
+    /// Parameters of `attention_merge.wgsl`.
+    AttentionMerge { v4: u32, splits: u32, window: u32, has_sinks: u32 }
     /// Parameters of `router.wgsl`.
     Router {
         width: u32, h4: u32, centred: u32, eps: f32, experts: u32, top_k: u32, score: u32, renormalise: u32,

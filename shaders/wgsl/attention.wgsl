@@ -1,10 +1,12 @@
 // Causal attention of each token over its own context, one workgroup per (token, head), keys and values from
 // the paged cache. Online softmax (Milakov and Gimelshein 2018) over tiles of LANES positions that start at
-// absolute multiples of LANES: the same bits for any batch and any prefill chunking.
+// absolute multiples of LANES, within splits at absolute multiples of SPLIT, which are merged in order: the same bits for any
+// batch and any prefill chunking, and where each split has a workgroup of its own (`split`) and `attention_merge.wgsl` merges.
 //
 // Query heads share key heads in groups. Values may be a part of the keys (a latent), a context may be cut to a
 // window, and a head may have a sink: a score that takes weight and gives no value.
 import package::shared::cached::{Cached, cached_stride, cached_texel};
+import package::shared::split::{SPLIT, add_denominator, add_values, shares};
 
 struct Params {
     group: u32,         // query heads per key head
@@ -33,7 +35,8 @@ struct Query {
 @group(0) @binding(3) var<storage, read> queries: array<Query>;       // [T]
 @group(0) @binding(4) var<storage, read> block_table: array<u32>;     // [rows, table_stride] block numbers
 @group(0) @binding(5) var<storage, read> sinks: array<f32>;           // [heads], any buffer without
-@group(0) @binding(6) var<storage, read_write> out: array<vec4<f32>>; // [T, heads * v4]
+// [T, heads * v4], or of splits [T, heads, splits, 1 + v4]: largest score and denominator, then weighted values
+@group(0) @binding(6) var<storage, read_write> out: array<vec4<f32>>;
 
 const LANES: u32 = 32u;  // positions of a tile
 const BLOCK: u32 = 16u;  // positions per cache block
@@ -73,6 +76,71 @@ fn slot_of(query: Query, position: u32) -> u32 {
     return block_table[query.table_row * p.table_stride + position / BLOCK] * BLOCK + position % BLOCK;
 }
 
+// Sums over positions, relative to the largest of their scores.
+struct Sums {
+    largest: f32,
+    denominator: f32,
+    values: array<vec4<f32>, COLUMNS>,
+}
+
+fn nothing() -> Sums {
+    var sums: Sums;
+    sums.largest = -3.0e38;
+    return sums;
+}
+
+// What stands before the first split.
+fn beginning(head: u32) -> Sums {
+    var sums = nothing();
+    if p.has_sinks != 0u {
+        sums.largest = sinks[head];
+        sums.denominator = 1.0;
+    }
+    return sums;
+}
+
+fn merge(all: ptr<function, Sums>, next: ptr<function, Sums>) {
+    let s = shares((*all).largest, (*next).largest);
+    (*all).largest = s.largest;
+    (*all).denominator = add_denominator(s, (*all).denominator, (*next).denominator);
+    for (var c = 0u; c < COLUMNS; c++) {
+        (*all).values[c] = add_values(s, (*all).values[c], (*next).values[c]);
+    }
+}
+
+// Positions `from .. to` of a context, of which a workgroup takes all or one split.
+struct Span {
+    from_position: u32,
+    to_position: u32,
+}
+
+fn span(first: u32, position: u32, split: u32) -> Span {
+    @if(split) {
+        let start = (first / SPLIT + split) * SPLIT;
+        return Span(max(first, start), min(position + 1u, start + SPLIT));
+    }
+    @else {
+        return Span(first, position + 1u);
+    }
+}
+
+fn write(row: u32, split: u32, splits: u32, all: ptr<function, Sums>, lanes: u32, lane: u32) {
+    @if(split) let base = (row * splits + split) * (1u + p.v4) + 1u;
+    @else let base = row * p.v4;
+    @if(split) {
+        if lane == 0u {
+            out[base - 1u] = vec4<f32>((*all).largest, (*all).denominator, 0.0, 0.0);
+        }
+    }
+    for (var c = 0u; c < COLUMNS; c++) {
+        let column = c * lanes + lane;
+        if column < p.v4 {
+            @if(split) out[base + column] = (*all).values[c];
+            @else out[base + column] = (*all).values[c] / (*all).denominator;
+        }
+    }
+}
+
 // The same sums as below with eight lanes that hand each other queries, weights and slots: a lane has four positions
 // of a tile, eight apart. Work is cut where a tile has fewer than 32 positions, by eights.
 @if(subgroup) @compute @workgroup_size(8)
@@ -87,18 +155,20 @@ fn main(
     let first = query.position + 1u - min(query.position + 1u, p.window);
     let key_head = head / p.group;
     let q_base = token * p.q_stride4 + head * p.d4;
-    var acc: array<vec4<f32>, COLUMNS>;
-    var running_max = -3.0e38;
-    var denominator = 0.0;
-    if p.has_sinks != 0u {
-        running_max = sinks[head];
-        denominator = 1.0;
-    }
+    let seen_here = span(first, query.position, group.z);
+    var sums = nothing();
+    @if(!split) var all = beginning(head);
 
-    for (var tile = first / LANES * LANES; tile <= query.position; tile += LANES) {
+    for (var tile = seen_here.from_position / LANES * LANES; tile < seen_here.to_position; tile += LANES) {
+        @if(!split) {
+            if tile % SPLIT == 0u && tile > first {
+                merge(&all, &sums);
+                sums = nothing();
+            }
+        }
         let from_block = (max(first, tile) - tile) / 8u;
         let to_block = (min(LANES, query.position - tile + 1u) + 7u) / 8u;
-        var scores = vec4<f32>(running_max);
+        var scores = vec4<f32>(sums.largest);
         var seen = vec4<bool>(false);
         var slots = vec4<u32>(0u);
         for (var j = from_block; j < to_block; j++) {
@@ -122,12 +192,12 @@ fn main(
             slots = select(slots, vec4<u32>(slot), here);
         }
         let largest = max(max(scores.x, scores.y), max(scores.z, scores.w));
-        let tile_max = max(running_max, subgroupMax(largest));
-        let correction = exp(running_max - tile_max);
-        running_max = tile_max;
-        denominator *= correction;
+        let tile_max = max(sums.largest, subgroupMax(largest));
+        let correction = exp(sums.largest - tile_max);
+        sums.largest = tile_max;
+        sums.denominator *= correction;
         for (var c = 0u; c < COLUMNS; c++) {
-            acc[c] *= correction;
+            sums.values[c] *= correction;
         }
         let weights = select(vec4<f32>(0.0), exp(scores - vec4<f32>(tile_max)), seen);
         for (var j = from_block; j < to_block; j++) {
@@ -135,23 +205,28 @@ fn main(
             let eight_slots = slots[j];
             for (var i = 0u; i < 8u; i++) {
                 let weight = subgroupShuffle(eight, i);
-                denominator += weight;
+                sums.denominator += weight;
                 let slot = subgroupShuffle(eight_slots, i);
                 let v_base = p.v_offset4 + key_head * p.v_head4;
                 for (var c = 0u; c < COLUMNS; c++) {
                     let column = c * 8u + lane;
-                    acc[c] = fma(vec4<f32>(weight), cached(slot, v_base + min(column, p.v4 - 1u)), acc[c]);
+                    let value = cached(slot, v_base + min(column, p.v4 - 1u));
+                    sums.values[c] = fma(vec4<f32>(weight), value, sums.values[c]);
                 }
             }
         }
     }
 
-    let out_base = (token * groups.x + head) * p.v4;
-    for (var c = 0u; c < COLUMNS; c++) {
-        let column = c * 8u + lane;
-        if column < p.v4 {
-            out[out_base + column] = acc[c] / denominator;
+    let row = token * groups.x + head;
+    @if(split) {
+        // A context with fewer splits than the longest one has nothing for the last of them.
+        if seen_here.from_position < seen_here.to_position {
+            write(row, group.z, groups.z, &sums, 8u, lane);
         }
+    }
+    @else {
+        merge(&all, &sums);
+        write(row, 0u, 1u, &all, 8u, lane);
     }
 }
 
@@ -170,15 +245,17 @@ fn main(
     let first = query.position + 1u - min(query.position + 1u, p.window);
     let key_head = head / p.group;
     let q_base = token * p.q_stride4 + head * p.d4;
-    var acc: array<vec4<f32>, COLUMNS>;
-    var running_max = -3.0e38;
-    var denominator = 0.0;
-    if p.has_sinks != 0u {
-        running_max = sinks[head];
-        denominator = 1.0;
-    }
+    let seen_here = span(first, query.position, group.z);
+    var sums = nothing();
+    @if(!split) var all = beginning(head);
 
-    for (var tile = first / LANES * LANES; tile <= query.position; tile += LANES) {
+    for (var tile = seen_here.from_position / LANES * LANES; tile < seen_here.to_position; tile += LANES) {
+        @if(!split) {
+            if tile % SPLIT == 0u && tile > first {
+                merge(&all, &sums);
+                sums = nothing();
+            }
+        }
         let from_lane = max(first, tile) - tile;
         let to_lane = min(LANES, query.position - tile + 1u);
         if lane >= from_lane && lane < to_lane {
@@ -194,35 +271,39 @@ fn main(
         }
         workgroupBarrier();
 
-        var tile_max = running_max;
+        var tile_max = sums.largest;
         for (var i = from_lane; i < to_lane; i++) {
             tile_max = max(tile_max, scores[i]);
         }
-        let correction = exp(running_max - tile_max);
-        running_max = tile_max;
-        denominator *= correction;
+        let correction = exp(sums.largest - tile_max);
+        sums.largest = tile_max;
+        sums.denominator *= correction;
         for (var c = 0u; c < COLUMNS; c++) {
-            acc[c] *= correction;
+            sums.values[c] *= correction;
         }
         for (var i = from_lane; i < to_lane; i++) {
             let weight = exp(scores[i] - tile_max);
-            denominator += weight;
+            sums.denominator += weight;
             let v_base = p.v_offset4 + key_head * p.v_head4;
             for (var c = 0u; c < COLUMNS; c++) {
                 let column = c * LANES + lane;
                 if column < p.v4 {
-                    acc[c] = fma(vec4<f32>(weight), cached(slots[i], v_base + column), acc[c]);
+                    sums.values[c] = fma(vec4<f32>(weight), cached(slots[i], v_base + column), sums.values[c]);
                 }
             }
         }
         workgroupBarrier();
     }
 
-    let out_base = (token * groups.x + head) * p.v4;
-    for (var c = 0u; c < COLUMNS; c++) {
-        let column = c * LANES + lane;
-        if column < p.v4 {
-            out[out_base + column] = acc[c] / denominator;
+    let row = token * groups.x + head;
+    @if(split) {
+        // A context with fewer splits than the longest one has nothing for the last of them.
+        if seen_here.from_position < seen_here.to_position {
+            write(row, group.z, groups.z, &sums, LANES, lane);
         }
+    }
+    @else {
+        merge(&all, &sums);
+        write(row, 0u, 1u, &all, LANES, lane);
     }
 }

@@ -320,3 +320,24 @@ fn worst(dump: &LogitsDump, truth: &Forward) -> f64 {
 fn as_i32(experts: &[usize]) -> Vec<i32> {
     experts.iter().map(|e| *e as i32).collect()
 }
+
+/// A device of which one row and one head leave much idle attends to a context in splits, to several rows at once in one
+/// go.
+#[test]
+fn a_context_of_several_splits_gives_the_same_bits_in_one_go() {
+    let shape = Tiny { heads: 1, positions: 700, layers: 2, top_k: 2, seed: 120, ..Tiny::default() };
+    let folder = shape.write();
+    let mut cluster = Setup::one_rank(folder.path()).start();
+    let ids = shape.prompt(600, 3);
+    let mut bits = |feed| -> Vec<u32> {
+        let dump = cluster.logits(&ids, feed).expect("logits");
+        dump.logits.iter().map(|logit| logit.to_bits()).collect()
+    };
+    assert!(bits(Feed::Decode) == bits(Feed::Prefill));
+    let requests: Vec<_> =
+        [600, 255, 511].iter().map(|&length| request(&shape.prompt(length, length as u64), 12)).collect();
+    let together = tokens(&generate(&mut cluster, &requests));
+    for (request, beside) in requests.into_iter().zip(together) {
+        assert_eq!(tokens(&generate(&mut cluster, &[request])), [beside]);
+    }
+}

@@ -2,6 +2,7 @@
 
 use crate::EngineError;
 use crate::model::ModelSpec;
+use crate::model::scratch::attention_splits;
 use crate::options::{ClusterOptions, Dtype, KvWire, Overlap, Quant};
 use crate::runtime::{BLOCK, CHUNK, MAX_RUNNING};
 use crate::stats::gib;
@@ -222,7 +223,8 @@ fn scratch(spec: &ModelSpec, (rows, heads): (usize, usize)) -> u64 {
         + attention.qkv4()
         + attention.heads * attention.v4()
         + pairs * spec.largest_i4();
-    16 * (rows * row4 + heads * spec.v4()) as u64
+    let splits = attention_splits(spec) * (1 + attention.v4());
+    16 * (rows * row4 + heads * spec.v4() + splits) as u64
 }
 
 #[cfg(test)]

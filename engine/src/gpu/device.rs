@@ -114,6 +114,15 @@ impl Gpu {
         if self.is_cpu { 8 } else { 64 }
     }
 
+    /// Workgroups that keep the device busy: one for each thread of a CPU, some for each of the many cores of a GPU, of
+    /// which nobody tells how many there are.
+    pub(crate) fn width(&self) -> usize {
+        match self.is_cpu {
+            true => std::thread::available_parallelism().map_or(1, |threads| threads.get()),
+            false => 512,
+        }
+    }
+
     /// Whether the adapter is a CPU, which wants groups of one vector.
     pub(crate) fn is_cpu(&self) -> bool {
         self.is_cpu

@@ -3,11 +3,24 @@
 use crate::EngineError;
 use crate::gpu::{Buffer, Gpu, Usage};
 use crate::model::ModelSpec;
+use exflow_shaders::ATTENTION_SPLIT;
 use exflow_shaders::params::Draw;
 use std::cell::Cell;
 
 /// Keys and values from elsewhere are written into the cache in launches of at most so many rows.
 pub(crate) const KV_CHUNK: usize = 256;
+
+/// Attention in splits takes no more; where it would, contexts are attended to in one go.
+const SPLIT_BYTES: usize = 64 << 20;
+
+/// Splits that attention may make at once: of a few rows with the longest context.
+pub(crate) fn attention_splits(spec: &ModelSpec) -> usize {
+    let attention = &spec.attention;
+    match spec.max_positions.div_ceil(ATTENTION_SPLIT) {
+        0 | 1 => 0,
+        of_context => (4 * attention.heads * of_context).min(SPLIT_BYTES / (16 * (1 + attention.v4()))),
+    }
+}
 
 /// Working buffers of one rank. Rows are padded to whole vec4s.
 pub(crate) struct Scratch {
@@ -24,6 +37,10 @@ pub(crate) struct Scratch {
     pub(crate) qkv: Buffer,
     /// `[T, heads * value]`.
     pub(crate) attended: Buffer,
+    /// `[splits, 1 + value]` what stands between the two launches of attention in splits.
+    pub(crate) split_attention: Buffer,
+    /// How many splits of how many rows and heads that holds: a few rows with the longest context.
+    pub(crate) splits: usize,
     /// `[T, pairs]` cosines and sines.
     pub(crate) turns: Buffer,
     /// Latent attention: `[T, q_rank]`, `[T, heads * (nope + rope)]` and `[T, heads * value]`.
@@ -179,6 +196,7 @@ impl Scratch {
         let per_layer = |label: &str| {
             (0..spec.moe_layers()).map(|_| storage(label, rows * spec.top_k)).collect::<Result<Vec<_>, _>>()
         };
+        let splits = attention_splits(spec);
         Ok(Self {
             rows,
             heads,
@@ -188,6 +206,8 @@ impl Scratch {
             normed: storage("normed rows", rows * h)?,
             qkv: storage("queries, keys, values", rows * 4 * attention.qkv4())?,
             attended: storage("attention output", rows * 4 * attention.heads * attention.v4())?,
+            split_attention: storage("splits of attention", splits * 4 * (1 + attention.v4()))?,
+            splits,
             turns: storage("turns", rows * turn_words(spec))?,
             latent: latents(gpu, spec, rows)?,
             chosen: per_layer("chosen experts")?,

@@ -1,9 +1,9 @@
-//! Kernels that every row passes: embedding, norms, products, attention, head.
+//! Kernels that every row passes: embedding, norms, products, head.
 
-use super::{Bench, D4, H, H4, N, N4, Values, WIDTH, error};
+use super::{Bench, H, H4, N, N4, Values, WIDTH, error};
 use crate::EngineError;
-use exflow_shaders::params::{self, Draw, Query};
-use exflow_shaders::{KV_BLOCK, Kernel, NO_SLOT, Variant, reference};
+use exflow_shaders::params::{self, Draw};
+use exflow_shaders::{Kernel, NO_SLOT, Variant, reference};
 
 impl Bench {
     pub(super) fn embed(&self, variant: Variant, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
@@ -198,54 +198,6 @@ impl Bench {
             let still = params::Place { half: 0, ..place };
             reference::place(&still, parts, form, &[], &[], &[], &slots, &mut made, &mut kept);
             worst = worst.max(f64::from(u8::from(got != kept)));
-        }
-        Ok(worst)
-    }
-
-    pub(super) fn attention(
-        &self,
-        variant: Variant,
-        rows: usize,
-        v: &mut Values,
-    ) -> Result<f64, EngineError> {
-        let blocks = 6;
-        let table: Vec<u32> = (0..2 * blocks as u32).rev().collect();
-        let positions = v.below(blocks * KV_BLOCK, rows);
-        let query = |(i, position)| Query { position, table_row: i as u32 % 2 };
-        let queries: Vec<Query> = positions.into_iter().enumerate().map(query).collect();
-        let (d4, v4) = if variant.values == exflow_shaders::Values::Wide { (75, 70) } else { (D4, D4) };
-        let mut worst = 0f64;
-        // A key head each; shared key heads in a window with sinks; values that are a part of the keys.
-        for (heads, group, window, has_sinks, latent) in
-            [(3, 1, u32::MAX, 0, false), (4, 2, 37, 1, false), (3, 3, u32::MAX, 0, true)]
-        {
-            let kv_heads = heads / group;
-            let cache4 = kv_heads * d4 + if latent { 0 } else { kv_heads * v4 };
-            let q_stride4 = heads * d4 + cache4;
-            let (q, slots) = (v.floats(rows * 4 * q_stride4), 2 * blocks * KV_BLOCK);
-            let (packed, cache) = self.cache(variant, &v.floats(slots * 4 * cache4), 4 * cache4)?;
-            let sinks = v.floats(heads);
-            let p = params::Attention {
-                group: group as u32,
-                d4: d4 as u32,
-                v4: if latent { v4 as u32 - 1 } else { v4 as u32 },
-                q_stride4: q_stride4 as u32,
-                cache_stride4: cache4 as u32,
-                v_offset4: if latent { 0 } else { (kv_heads * d4) as u32 },
-                v_head4: v4 as u32,
-                table_stride: blocks as u32,
-                window,
-                has_sinks,
-                scale: 0.4,
-            };
-            let mut expected = vec![0.0; rows * heads * 4 * p.v4 as usize];
-            reference::attention(&p, heads, &q, &cache, &queries, &table, &sinks, &mut expected);
-            let out = self.up(&vec![0f32; expected.len()])?;
-            let (q, sinks) = (self.up(&q)?, self.up(&sinks)?);
-            let buffers = [&q, &packed, &self.up(&queries)?, &self.up(&table)?, &sinks, &out];
-            let groups = [heads as u32, rows as u32, 1];
-            let got = self.run(Kernel::Attention, variant, &p, &buffers, groups, expected.len())?;
-            worst = worst.max(error(&expected, &got));
         }
         Ok(worst)
     }

@@ -1,5 +1,6 @@
 //! Every kernel against its twin on the CPU, on the devices of this machine.
 
+mod attention;
 mod dense;
 mod moe;
 
@@ -49,7 +50,7 @@ pub fn selftest(adapter: Option<&str>, sink: &mut dyn FnMut(&KernelCheck)) -> Re
                 for variant in kernel.variants() {
                     let mut check = bench.check(kernel, variant, rows)?;
                     let got = bench.last.take();
-                    if variant.tile == RowTile::One && !variant.subgroup && !variant.image {
+                    if variant.tile == RowTile::One && !variant.subgroup && !variant.image && !variant.split {
                         bits = Some(got);
                     } else if kernel.sums_alike() && bits.as_ref() != Some(&got) {
                         (check.max_error, check.passed) = (f64::INFINITY, false);
@@ -112,6 +113,7 @@ impl Bench {
             Kernel::Linear => self.linear(variant, rows, &mut values)?,
             Kernel::Place => self.place(variant, rows, &mut values)?,
             Kernel::Attention => self.attention(variant, rows, &mut values)?,
+            Kernel::AttentionMerge => self.attention_merge(rows, &mut values)?,
             Kernel::Router => self.router(variant, rows, &mut values)?,
             Kernel::ExpertPermute => self.expert_permute(variant, rows, &mut values)?,
             Kernel::ExpertUp => self.expert_up(variant, rows, &mut values)?,
@@ -126,6 +128,9 @@ impl Bench {
         }
         if variant.weights != Weights::F32 {
             variant_text += &format!(", {:?} weights", variant.weights);
+        }
+        if variant.split {
+            variant_text += ", split";
         }
         if variant.keeps {
             variant_text += ", keeps";

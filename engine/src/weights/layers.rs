@@ -130,6 +130,7 @@ impl ModelWeights {
             false => None,
         };
         let head = Dense { weight, bias };
+        store.release();
         Ok(Self { form, token_embedding, position_embedding, layers, final_norm, head })
     }
 

@@ -3,6 +3,7 @@
 
 mod argmax;
 mod attention;
+mod attention_merge;
 mod clip;
 mod embed;
 mod expert_down;
@@ -19,6 +20,7 @@ mod shared_gate;
 
 pub use argmax::argmax;
 pub use attention::attention;
+pub use attention_merge::attention_merge;
 pub use clip::clip;
 pub use embed::embed;
 pub use expert_down::expert_down;

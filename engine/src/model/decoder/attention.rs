@@ -5,7 +5,7 @@ use crate::gpu::{Buffer, Recording};
 use crate::model::scratch::Projecting;
 use crate::model::{LatentSpec, QkNorm};
 use crate::weights::{AttentionWeights, LatentWeights};
-use exflow_shaders::{Cache, Kernel, Values, Variant, params};
+use exflow_shaders::{ATTENTION_SPLIT, Cache, KV_BLOCK, Kernel, Values, Variant, params};
 
 /// Sees every position.
 const NO_WINDOW: u32 = u32::MAX;
@@ -246,6 +246,8 @@ impl Decoder {
         Variant { cache: self.cache_form, ..self.lanes() }
     }
 
+    /// Attention over contexts of up to `blocks` blocks; where rows and heads alone leave much of the device idle, each split
+    /// of a context has workgroups of its own.
     pub(super) fn scores(&self, r: &mut Recording<'_>, layer: usize, rows: usize, blocks: usize) {
         let (s, attention) = (&self.scratch, &self.spec.attention);
         let latent = attention.latent.is_some();
@@ -266,7 +268,21 @@ impl Decoder {
         };
         let variant = Variant { values: Values::of(attention.value_dim), ..self.cache_lanes() };
         let sinks = sinks.as_ref().unwrap_or(self.absent());
-        let buffers = [&s.qkv, &self.cache[layer], &s.queries, &s.block_table, sinks, &s.attended];
-        r.launch(Kernel::Attention, variant, &p, &buffers, [attention.heads as u32, rows as u32, 1]);
+        let splits = (blocks * KV_BLOCK).div_ceil(ATTENTION_SPLIT);
+        let (heads, rows) = (attention.heads, rows as u32);
+        let from = [&s.qkv, &self.cache[layer], &s.queries, &s.block_table, sinks];
+        let in_splits = splits > 1
+            && heads * (rows as usize) < self.gpu.width()
+            && heads * rows as usize * splits <= s.splits;
+        if !in_splits {
+            let buffers = [&from[..], &[&s.attended]].concat();
+            return r.launch(Kernel::Attention, variant, &p, &buffers, [heads as u32, rows, 1]);
+        }
+        let (variant, buffers) =
+            (Variant { split: true, ..variant }, [&from[..], &[&s.split_attention]].concat());
+        r.launch(Kernel::Attention, variant, &p, &buffers, [heads as u32, rows, splits as u32]);
+        let p = params::AttentionMerge { v4: p.v4, splits: splits as u32, window, has_sinks: p.has_sinks };
+        let buffers = [&s.split_attention, &s.queries, sinks, &s.attended];
+        r.launch(Kernel::AttentionMerge, Variant::default(), &p, &buffers, [heads as u32, rows, 1]);
     }
 }
