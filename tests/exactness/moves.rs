@@ -3,8 +3,8 @@
 use crate::common::tiny::{Random, Tiny};
 use crate::common::{Setup, request};
 use exflow::engine::{
-    Cluster, ClusterOptions, Completion, Engine, EngineOptions, LiveStats, NoProgress, PlacementSource,
-    PlacementTable, Rank, Request, Schedule, Strategy, TransportKind,
+    Cluster, ClusterOptions, Completion, Engine, EngineOptions, KvDtype, KvWire, LiveStats, NoProgress,
+    PlacementSource, PlacementTable, Rank, Request, Schedule, Strategy, TransportKind,
 };
 use std::time::{Duration, Instant};
 
@@ -19,15 +19,11 @@ fn until(engine: &Engine, what: &str, so: impl Fn(&LiveStats) -> bool) {
     }
 }
 
-/// A random table in which every rank has an expert of every layer, so that no context has to follow.
-fn everywhere(shape: &Tiny, random: &mut Random) -> PlacementTable {
+/// A random table. Some layers are on one rank or two alone, so that contexts have to follow.
+fn anywhere(shape: &Tiny, random: &mut Random) -> PlacementTable {
     let layer = |_| {
-        let first = random.below(shape.experts);
-        let rank = |e: usize| match (e + first) % shape.experts {
-            place if place < RANKS => place,
-            _ => random.below(RANKS),
-        };
-        (0..shape.experts).map(rank).map(Rank::from).collect()
+        let (first, ranks) = (random.below(RANKS), 1 + random.below(RANKS));
+        (0..shape.experts).map(|_| Rank::from((first + random.below(ranks)) % RANKS)).collect()
     };
     PlacementTable::from_assignment((0..shape.layers).map(layer).collect(), RANKS).expect("a table")
 }
@@ -82,7 +78,7 @@ fn moves(top_k: usize, schedule: Schedule, strategy: Strategy, transport: Transp
         Setup::one_rank(folder.path()).start().generate(&requests, &mut |_| {}).expect("one rank").sequences;
 
     let mut random = Random::new(seed);
-    let first = everywhere(&shape, &mut random);
+    let first = anywhere(&shape, &mut random);
     let setup = Setup { schedule, transport, ..Setup::new(folder.path(), RANKS, strategy) };
     let setup = Setup { placement: PlacementSource::Table(first), ..setup };
     let engine = Engine::over(setup.start(), EngineOptions::default()).expect("an engine");
@@ -101,7 +97,7 @@ fn moves(top_k: usize, schedule: Schedule, strategy: Strategy, transport: Transp
                 let submit = |request: &Request| engine.submit(request.clone()).expect("taken");
                 others.extend(requests[1..].iter().map(submit));
             }
-            let table = everywhere(&shape, &mut random);
+            let table = anywhere(&shape, &mut random);
             engine.move_to(table.clone()).expect("it fits");
             let asked = engine.live().moves.asked;
             until(&engine, &what, |live| live.moves.done + live.moves.refused == asked);
@@ -127,7 +123,7 @@ fn moves(top_k: usize, schedule: Schedule, strategy: Strategy, transport: Transp
     assert!(moves.experts > 0 && while_running >= 4, "{what}: {while_running} of 6 ended while requests ran");
     // With nothing under way, too; and what is not on a rank any more is not asked of it.
     assert!(last.is_some());
-    engine.move_to(everywhere(&shape, &mut random)).expect("it fits");
+    engine.move_to(anywhere(&shape, &mut random)).expect("it fits");
     until(&engine, &what, |live| live.moves.done == 7);
     let again: Vec<Completion> = requests
         .iter()
@@ -137,41 +133,74 @@ fn moves(top_k: usize, schedule: Schedule, strategy: Strategy, transport: Transp
     engine.finish();
 }
 
-/// A table in which layer 2 is on the first two ranks alone.
-fn narrow(shape: &Tiny) -> PlacementTable {
-    let rank = |l: usize, e: usize| Rank::from(if l == 2 { e % 2 } else { e % RANKS });
-    let layer = |l| (0..shape.experts).map(|e| rank(l, e)).collect();
-    PlacementTable::from_assignment((0..shape.layers).map(layer).collect(), RANKS).expect("a table")
-}
-
 #[test]
-fn who_would_need_a_context_that_it_lacks_is_named() {
-    let shape = Tiny { seed: 320, ..Tiny::default() };
+fn a_cache_of_any_type_is_passed_on_as_it_is() {
+    let shape = Tiny { positions: 160, seed: 320, ..Tiny::default() };
     let folder = shape.write();
-    let expected =
-        Setup::one_rank(folder.path()).start().generate(&requests_of_20(&shape), &mut |_| {}).expect("runs");
-    for (strategy, fits) in [(Strategy::Coherent, false), (Strategy::Vanilla, true)] {
-        let engine =
-            Engine::over(Setup::new(folder.path(), RANKS, strategy).start(), EngineOptions::default())
-                .expect("an engine");
-        engine.move_to(narrow(&shape)).expect("it is a table of this model");
-        until(&engine, "fewer ranks", |live| live.moves.done == 1);
-        engine.move_to(PlacementTable::round_robin(shape.layers, shape.experts, RANKS)).expect("a table");
-        until(&engine, "more ranks", |live| live.moves.done + live.moves.refused == 2);
-        let moves = engine.live().moves;
-        assert_eq!(moves.done == 2, fits, "{moves:?}");
-        assert!(
-            fits || moves.why.as_ref().is_some_and(|why| why.contains("rank 2 holds no context of layer 3"))
-        );
-        let done: Vec<Completion> = requests_of_20(&shape)
-            .iter()
-            .map(|request| engine.submit(request.clone()).expect("taken").complete().expect("tokens"))
-            .collect();
-        for (done, expected) in done.iter().zip(&expected.sequences) {
-            assert_eq!(done.output_ids, expected.output_ids, "{strategy:?}");
+    let requests = requests(&shape);
+    for (n, kv_dtype) in [KvDtype::F16, KvDtype::Q8].into_iter().enumerate() {
+        let options = |ranks| ClusterOptions { ranks, kv_dtype, ..ClusterOptions::new(folder.path()) };
+        let mut one = Cluster::start(options(1), &NoProgress).expect("one rank");
+        let expected = one.generate(&requests, &mut |_| {}).expect("one rank").sequences;
+        let cluster = Cluster::start(options(RANKS), &NoProgress).expect("a cluster");
+        let engine = Engine::over(cluster, EngineOptions::default()).expect("an engine");
+        let mut random = Random::new(60 + n as u64);
+        // All of it is on one rank, then on another: nobody has anything but from there.
+        for rank in [1, 2] {
+            let mut running: Vec<_> =
+                requests.iter().map(|request| engine.submit(request.clone()).expect("taken")).collect();
+            let first: Vec<_> = running[0].by_ref().take(5 + random.below(20)).collect();
+            let all = vec![vec![Rank::from(rank); shape.experts]; shape.layers];
+            engine.move_to(PlacementTable::from_assignment(all, RANKS).expect("a table")).expect("it fits");
+            until(&engine, "a move", |live| live.moves.done == rank as u64);
+            assert!(engine.live().running > 0, "while requests run");
+            let rest: Vec<_> = running.remove(0).collect();
+            let told = first.into_iter().chain(rest).map(|event| event.expect("a token").token);
+            assert_eq!(told.collect::<Vec<_>>(), expected[0].output_ids, "{kv_dtype}, rank {rank}");
+            for (running, expected) in running.into_iter().zip(&expected[1..]) {
+                let done = running.complete().expect("tokens");
+                assert_eq!(done.output_ids, expected.output_ids, "{kv_dtype}, rank {rank}");
+                assert!(done.logprobs == expected.logprobs, "{kv_dtype}, rank {rank}: a probability");
+            }
         }
         assert!(engine.move_to(PlacementTable::linear(shape.layers, shape.experts, RANKS + 1)).is_err());
         assert!(engine.move_to(PlacementTable::linear(shape.layers + 1, shape.experts, RANKS)).is_err());
+    }
+}
+
+#[test]
+fn what_a_context_was_made_from_is_not_passed_on() {
+    let shape = Tiny { seed: 340, ..Tiny::default() };
+    let folder = shape.write();
+    let requests = requests_of_20(&shape);
+    let mut one = Setup::one_rank(folder.path()).start();
+    let expected = one.generate(&requests, &mut |_| {}).expect("one rank").sequences;
+    let options =
+        ClusterOptions { ranks: RANKS, kv_wire: KvWire::Hidden, ..ClusterOptions::new(folder.path()) };
+    let engine =
+        Engine::over(Cluster::start(options, &NoProgress).expect("a cluster"), EngineOptions::default())
+            .expect("an engine");
+    let run =
+        || requests.iter().map(|request| engine.submit(request.clone()).expect("taken")).collect::<Vec<_>>();
+    let running = run();
+    // Everything is where everything was before, or on fewer ranks; then one of them would have to learn.
+    let two = PlacementTable::linear(shape.layers, shape.experts, 2).assignment;
+    let two = PlacementTable::from_assignment(two, RANKS).expect("a table");
+    for (n, table) in
+        [PlacementTable::linear(shape.layers, shape.experts, RANKS), two].into_iter().enumerate()
+    {
+        engine.move_to(table).expect("it fits");
+        until(&engine, "no new rank", |live| live.moves.done == n as u64 + 1);
+    }
+    let again = run();
+    engine.move_to(PlacementTable::round_robin(shape.layers, shape.experts, RANKS)).expect("it fits");
+    until(&engine, "a refusal", |live| live.moves.refused == 1);
+    let why = engine.live().moves.why.expect("a reason");
+    assert!(why.contains("rank 2 holds no context of layer 0") && why.contains("--kv-wire"), "{why}");
+    for running in [running, again] {
+        for (running, expected) in running.into_iter().zip(&expected) {
+            assert_eq!(running.complete().expect("tokens").output_ids, expected.output_ids);
+        }
     }
 }
 

@@ -70,8 +70,8 @@ impl Buffer {
         }
     }
 
-    /// Records a copy of `size` bytes from byte `offset` on to byte `at` of `staging`; of a texture, which has rows of whole
-    /// [`IMAGE_WIDTH`]s then, from its beginning.
+    /// Records a copy of `size` bytes from byte `offset` on to byte `at` of `staging`; from the beginning of a texture, which has
+    /// rows of whole [`IMAGE_WIDTH`]s then, in whole rows.
     pub(super) fn copy_from(
         &self,
         encoder: &mut wgpu::CommandEncoder,
@@ -81,6 +81,26 @@ impl Buffer {
     ) {
         match &self.memory {
             Memory::Buffer(raw) => encoder.copy_buffer_to_buffer(raw, offset, staging, at, size),
+            Memory::Image(texture, _) if offset > 0 => {
+                let row = self.bytes / u64::from(texture.height());
+                let texel = row / u64::from(texture.width());
+                // Parts of rows: a part of one is a copy of its own.
+                let mut done = 0;
+                while done < size {
+                    let (x, y) = ((offset + done) % row, (offset + done) / row);
+                    let part = (size - done).min(row - x);
+                    let from = wgpu::TexelCopyTextureInfo {
+                        origin: wgpu::Origin3d { x: (x / texel) as u32, y: y as u32, z: 0 },
+                        ..texture.as_image_copy()
+                    };
+                    let layout = wgpu::TexelCopyBufferLayout { offset: at + done, ..Default::default() };
+                    let to = wgpu::TexelCopyBufferInfo { buffer: staging, layout };
+                    let width = (part / texel) as u32;
+                    let extent = wgpu::Extent3d { width, height: 1, depth_or_array_layers: 1 };
+                    encoder.copy_texture_to_buffer(from, to, extent);
+                    done += part;
+                }
+            }
             Memory::Image(texture, _) => {
                 let row = self.bytes / u64::from(texture.height());
                 let layout = wgpu::TexelCopyBufferLayout {

@@ -70,6 +70,11 @@ impl Coherence {
         position == 0 || self.marks.get(&(sequence, layer)).is_some_and(|mark| mark.complete >= position)
     }
 
+    /// Positions from the first on that are all there.
+    pub(crate) fn complete(&self, layer: u16, sequence: u32) -> u32 {
+        self.marks.get(&(sequence, layer)).map_or(0, |mark| mark.complete)
+    }
+
     /// What waits to be written for a layer.
     pub(crate) fn take(&mut self, layer: u16) -> Vec<Arrived> {
         self.waiting.remove(&layer).unwrap_or_default()

@@ -211,7 +211,7 @@ impl Worker {
     }
 
     /// Whether the whole prompt is here at every layer that this rank is in the domain of.
-    fn holds(&self, sequence: u32, home: Rank, prompt: u32) -> bool {
+    pub(super) fn holds(&self, sequence: u32, home: Rank, prompt: u32) -> bool {
         let me = self.comm.rank();
         (0..self.decoder.spec.layers)
             .filter(|&layer| self.domain(layer, home).contains(&me))

@@ -57,6 +57,11 @@ impl Notes {
         self.owed.remove(&sequence);
     }
 
+    /// The sequences whose homes have not been told that their prompt is here.
+    pub(crate) fn owing(&self) -> Vec<u32> {
+        self.owed.iter().copied().collect()
+    }
+
     /// Whether this rank has still to tell a sequence's home that the prompt is here.
     pub(crate) fn owes(&self, sequence: u32) -> bool {
         self.owed.contains(&sequence)

@@ -1,5 +1,6 @@
 //! Flow: what rank 0 decides and how it is carried out, what ranks tell each other, and how they part.
 
+use super::super::moving::MoveOrder;
 use super::super::sequence::{Order, Sequence};
 use super::super::worker::{Command, Directive, STOP, Worker};
 use super::board::Token;
@@ -27,7 +28,11 @@ impl Worker {
             Directive::Order(order) => Some(order.clone()),
             _ => None,
         };
+        let settles = matches!(&directive, Directive::Move(MoveOrder::Settle { .. } | MoveOrder::GiveUp));
         self.carry_out(from, directive)?;
+        if settles {
+            self.acknowledge(flow)?;
+        }
         match order {
             Some(Order::Admit(start)) => {
                 let (id, home) = (start.id, start.home);
@@ -55,6 +60,21 @@ impl Worker {
                 flow.unplaced.retain(|(_, arrived)| arrived.sequence != id);
             }
             None => {}
+        }
+        Ok(())
+    }
+
+    /// Domains are smaller now, so that a prompt may be everywhere where this rank needs it.
+    fn acknowledge(&mut self, flow: &mut Flow) -> Result<(), EngineError> {
+        for id in flow.notes.owing() {
+            let start = self.sequences.running.get(&id).map(|sequence| &sequence.start);
+            let Some((home, prompt)) = start.map(|start| (start.home, start.prompt.len() as u32)) else {
+                continue;
+            };
+            if self.holds(id, home, prompt) {
+                flow.notes.acknowledged(id);
+                self.note_to(home, &Note::Holds(id))?;
+            }
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! Rank 0's part of a move: it orders each step when all ranks have done the one before.
 
-use super::super::sequence::Sequences;
+use super::super::sequence::{Sequence, Sequences};
 use super::super::tables::{Edition, Tables};
 use super::{MoveNews, MoveOrder};
 use exflow_placement::{PlacementTable, Rank};
@@ -15,6 +15,13 @@ pub(crate) struct MoveEnd {
     /// Experts read, on all ranks.
     pub(crate) experts: u64,
     pub(crate) seconds: f64,
+}
+
+/// The tokens that went by the new table are the last ones that were heard of, with that before them: what comes before
+/// was all made before.
+fn ends(sequences: &Sequences) -> Vec<(u32, u32)> {
+    let end = |(&id, sequence): (&u32, &Sequence)| (id, sequence.tokens().saturating_sub(2) as u32);
+    sequences.running.iter().map(end).collect()
 }
 
 impl MoveEnd {
@@ -122,7 +129,7 @@ impl Director {
                 if view.tables.edition() == move_.edition && view.sequences.all_go_by(move_.edition) =>
             {
                 move_.go_to(Step::Settle);
-                (Some(MoveOrder::Settle), None)
+                (Some(MoveOrder::Settle { ends: ends(view.sequences) }), None)
             }
             Step::Settle if move_.done.len() == view.ranks => (None, self.end()),
             _ => (None, None),
@@ -172,7 +179,8 @@ mod tests {
         assert!(matches!(next!(), (None, None)), "its token goes by the old one");
         sequences.sampled(0, 6);
         sequences.went_by(0, new);
-        assert!(matches!(next!(), (Some(MoveOrder::Settle), None)));
+        let (Some(MoveOrder::Settle { ends }), None) = next!() else { panic!("all go by the new one") };
+        assert_eq!(ends, [(0, 3)], "its last token but one went by the new table");
         (0..2).for_each(|rank| director.hear(Rank(rank), MoveNews::Settled));
         let (None, Some(end)) = next!() else { panic!("it is over") };
         assert_eq!((end.outcome.map(|table| table.assignment), end.experts), {

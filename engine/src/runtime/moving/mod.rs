@@ -7,9 +7,11 @@
 //! rank that has no room for both says so before it loads anything, and all go on with the table that they have.
 
 mod director;
+mod filling;
 
 use director::View;
 pub(crate) use director::{Director, MoveEnd};
+use filling::Debt;
 
 use super::tables::Edition;
 use super::worker::{Event, Worker};
@@ -36,7 +38,10 @@ pub(crate) enum MoveOrder {
         replicas: Vec<Replica>,
     },
     Turn,
-    Settle,
+    Settle {
+        /// Of each sequence, where what may have been made by who had not heard of the other table ends.
+        ends: Vec<(u32, u32)>,
+    },
     /// Stay with the old table.
     GiveUp,
 }
@@ -44,7 +49,7 @@ pub(crate) enum MoveOrder {
 /// What a rank tells rank 0 about it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum MoveNews {
-    /// It has the experts of both tables; so many were read.
+    /// It has the experts of both tables, and the contexts that go with them; so many experts were read.
     Loaded(u32),
     /// It cannot have them.
     Refused(String),
@@ -69,6 +74,11 @@ pub(crate) struct Stock {
 #[derive(Default)]
 pub(crate) struct Moving {
     reading: Option<Reading>,
+    /// Experts that were read, while the contexts that go with them are still to come.
+    read: Option<u32>,
+    /// What this rank is to get: (sequence, layer).
+    awaited: Vec<(u32, usize)>,
+    debts: Vec<Debt>,
     /// Layers that may hold experts which no table has any more.
     leaving: Vec<usize>,
     settles: bool,
@@ -85,7 +95,7 @@ struct Reading {
 impl Moving {
     /// Whether there is something to do that nobody will ask for.
     pub(super) fn is_busy(&self) -> bool {
-        self.reading.is_some() || self.settles
+        self.reading.is_some() || self.read.is_some() || self.settles || !self.debts.is_empty()
     }
 }
 
@@ -97,19 +107,20 @@ impl Worker {
     }
 
     fn check_move(&self, table: &PlacementTable) -> Result<(), String> {
-        let spec = &self.decoder.spec;
         if let Some(rank) = self.comm.absent().iter().find(|rank| table.experts_per_rank()[rank.index()] > 0)
         {
             return Err(format!("rank {rank} is not there"));
         }
-        if self.options.strategy == Strategy::Vanilla {
-            return Ok(()); // no context leaves its home
+        // What a cache holds is passed on, but not what it was made from.
+        if self.options.strategy == Strategy::Vanilla || self.decoder.remade.is_none() {
+            return Ok(());
         }
+        let spec = &self.decoder.spec;
         let before = (0..spec.layers).map(|layer| spec.moe_before(layer).map(LayerId::from));
         match self.tables.new_in_a_domain(&self.options.groups, table, before) {
-            Some((layer, rank)) => {
-                Err(format!("rank {rank} holds no context of layer {layer}, whose tokens would come to it"))
-            }
+            Some((layer, rank)) => Err(format!(
+                "rank {rank} holds no context of layer {layer}, and gets none with --kv-wire hidden; use --kv-wire cache"
+            )),
             None => Ok(()),
         }
     }
@@ -140,6 +151,7 @@ impl Worker {
                 match self.room_for(&fresh) {
                     Err(why) => self.moving.news.push(MoveNews::Refused(why)),
                     Ok(()) => {
+                        self.owe_contexts(&table);
                         self.tables.add(edition, table);
                         self.moving.reading = Some(self.read(fresh)?);
                     }
@@ -149,9 +161,15 @@ impl Worker {
                 self.tables.turn();
                 self.sequences.turn_to(self.tables.edition());
             }
-            MoveOrder::Settle | MoveOrder::GiveUp => {
+            MoveOrder::Settle { .. } | MoveOrder::GiveUp => {
+                if let MoveOrder::Settle { ends } = order {
+                    self.end_debts(&ends);
+                } else {
+                    self.moving.debts.clear();
+                }
                 self.tables.settle();
-                self.moving.reading = None;
+                (self.moving.reading, self.moving.read) = (None, None);
+                self.moving.awaited.clear();
                 self.moving.leaving = (0..self.decoder.spec.layers).collect();
                 self.moving.settles = true;
             }
@@ -226,8 +244,7 @@ impl Worker {
             match reading.layers.try_recv() {
                 Err(TryRecvError::Empty) => {}
                 Err(TryRecvError::Disconnected) => {
-                    self.moving.news.push(MoveNews::Loaded(reading.count));
-                    self.moving.reading = None;
+                    (self.moving.read, self.moving.reading) = (Some(reading.count), None);
                 }
                 Ok(read) => {
                     let added = read.and_then(|packed| {
@@ -241,6 +258,13 @@ impl Worker {
                     }
                 }
             }
+        }
+        self.pass_on()?;
+        if let Some(count) = self.moving.read
+            && self.has_contexts()
+        {
+            self.moving.read = None;
+            self.moving.news.push(MoveNews::Loaded(count));
         }
         self.give_up_a_layer()
     }
@@ -257,8 +281,10 @@ impl Worker {
                 return self.decoder.weights.keep_experts(shelf, &self.decoder.gpu, layer, &keep[index]);
             }
         }
-        self.moving.settles = false;
-        self.moving.news.push(MoveNews::Settled);
+        if self.moving.debts.is_empty() {
+            self.moving.settles = false;
+            self.moving.news.push(MoveNews::Settled);
+        }
         Ok(())
     }
 }

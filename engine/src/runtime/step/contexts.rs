@@ -156,6 +156,27 @@ impl Stepper<'_> {
         Ok(())
     }
 
+    /// What the cache holds of positions of a sequence that are all there.
+    pub(crate) fn read_context(
+        &mut self,
+        layer: usize,
+        sequence: u32,
+        positions: std::ops::Range<u32>,
+    ) -> Result<Vec<Vec<u32>>, EngineError> {
+        // Some of it may have come and not been written yet.
+        let arrived = self.take_arrived(layer)?;
+        let words = self.decoder.cache_form.words(4 * self.spec().attention.cache4());
+        let decoder = &*self.decoder;
+        let mut r = decoder.record();
+        decoder.append_arrived(&mut r, layer, arrived);
+        for position in positions {
+            let slot = u64::from(self.slot(sequence, position)?);
+            r.read::<u32>(&decoder.cache[layer], slot * 4 * words as u64, words);
+        }
+        let rows = r.submit()?.fetch()?;
+        Ok(rows.into_iter().map(|bytes| super::words(Some(bytes))).collect())
+    }
+
     /// Puts the rows' keys and values with what is to be sent to the rest of the layer's domain.
     pub(crate) fn gather_contexts(
         &self,
@@ -195,6 +216,11 @@ pub(crate) struct Bulk {
 impl Bulk {
     pub(crate) fn new(ranks: usize) -> Self {
         Self { payloads: (0..ranks).map(|_| Writer::default()).collect() }
+    }
+
+    /// Puts what the cache holds of one (layer, sequence, position) with what goes to a rank.
+    pub(crate) fn add(&mut self, to: Rank, (layer, sequence, position): (u16, u32, u32), words: &[u32]) {
+        self.payloads[to.index()].kv(layer, sequence, position, words);
     }
 
     /// Bytes to all ranks together.
