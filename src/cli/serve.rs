@@ -45,6 +45,22 @@ pub(crate) struct Args {
     /// Counts for the dashboard's affinity map the routes of every request, not only of those that ask for their path
     #[arg(long)]
     count_routes: bool,
+    /// Experts move to other ranks while requests run, where the text of late calls for it and it pays by what a crossing
+    /// takes; looked at every so many tokens, as many as make a profile (100 for each expert with top-1) if none are given
+    #[arg(long, value_name = "TOKENS", num_args = 0..=1, default_missing_value = "auto", value_parser = tokens)]
+    replace_live: Option<Every>,
+}
+
+/// Tokens after which something is looked at, where they are told.
+#[derive(Debug, Clone, Copy)]
+struct Every(Option<usize>);
+
+fn tokens(text: &str) -> Result<Every, String> {
+    match (text, text.parse()) {
+        ("auto", _) => Ok(Every(None)),
+        (_, Ok(tokens @ 1..)) => Ok(Every(Some(tokens))),
+        _ => Err("give a number of tokens from 1 up, or none".into()),
+    }
 }
 
 fn key(text: &str) -> Result<String, String> {
@@ -59,7 +75,12 @@ fn key(text: &str) -> Result<String, String> {
 const SERVED: usize = 8;
 
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
-    let engine_options = EngineOptions { max_waiting: args.max_waiting, count_routes: args.count_routes };
+    let engine_options = EngineOptions {
+        max_waiting: args.max_waiting,
+        count_routes: args.count_routes,
+        replace_live: args.replace_live.is_some(),
+        replace_every: args.replace_live.and_then(|every| every.0),
+    };
     let Some(options) = args.ranks.led(&Bars::new())? else { return Ok(()) };
     let mut cluster = Cluster::start(options, &Bars::new())?;
     let chosen = args.ranks.tune(&mut cluster, SERVED)?;

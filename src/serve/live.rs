@@ -17,7 +17,7 @@ use std::time::Duration;
 /// Between two pictures.
 const EVERY: Duration = Duration::from_millis(500);
 
-/// `GET /api/model`: what does not change while the server runs.
+/// `GET /api/model`: what does not change while the server runs, but for where experts are, which moves may change.
 pub(super) async fn model(State(app): State<Arc<App>>) -> Json<Value> {
     let (spec, options) = (app.engine.spec(), app.engine.options());
     Json(json!({

@@ -115,6 +115,7 @@ fn engine(out: &mut String, live: &LiveStats) {
         head(out, name, kind, help);
         line(out, name, value);
     }
+    moves(out, live);
     ranks(out, live);
     head(out, "exflow_link_bytes_total", "counter", "Bytes from rank to rank.");
     for (from, row) in live.traffic.iter().enumerate() {
@@ -132,6 +133,25 @@ fn engine(out: &mut String, live: &LiveStats) {
         ("control", bytes.control),
     ] {
         line(out, &format!("exflow_bytes_total{{class=\"{class}\"}}"), sum as f64);
+    }
+}
+
+fn moves(out: &mut String, live: &LiveStats) {
+    let moves = &live.moves;
+    head(out, "exflow_moves_total", "counter", "Moves of experts to another table, by what became of them.");
+    for (outcome, count) in [("asked", moves.asked), ("done", moves.done), ("refused", moves.refused)] {
+        line(out, &format!("exflow_moves_total{{outcome=\"{outcome}\"}}"), count as f64);
+    }
+    for (name, help, value) in [
+        (
+            "exflow_moved_experts_total",
+            "Experts that ranks read for moves that are done.",
+            moves.experts as f64,
+        ),
+        ("exflow_move_seconds_total", "Seconds that these moves took.", moves.seconds),
+    ] {
+        head(out, name, "counter", help);
+        line(out, name, value);
     }
 }
 

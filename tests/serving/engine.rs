@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 fn engine(ranks: usize, max_waiting: usize) -> (Engine, Folder) {
     let folder = Tiny { layers: 3, experts: 4, seed: 5, ..Tiny::default() }.write();
     let cluster = Setup::new(folder.path(), ranks, Strategy::Coherent).start();
-    let options = EngineOptions { max_waiting, count_routes: false };
+    let options = EngineOptions { max_waiting, ..EngineOptions::default() };
     (Engine::over(cluster, options).expect("an engine"), folder)
 }
 

@@ -7,3 +7,4 @@ mod engine;
 mod http;
 #[cfg(feature = "server")]
 mod load;
+mod replacing;

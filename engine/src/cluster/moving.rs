@@ -1,6 +1,7 @@
 //! Experts that move while requests run.
 
 use super::Cluster;
+use super::sizing::Sizes;
 use crate::EngineError;
 use crate::runtime::{Command, Event, MoveEnd};
 use exflow_placement::PlacementTable;
@@ -22,6 +23,16 @@ impl Cluster {
         }
         self.moves = true;
         self.command(Command::Move(Box::new(table)))
+    }
+
+    /// Whether experts move.
+    pub(crate) fn moves(&self) -> bool {
+        self.moves
+    }
+
+    /// Bytes of an expert on a device.
+    pub(crate) fn expert_bytes(&self) -> u64 {
+        Sizes::of(&self.options, self.spec(), None).expert
     }
 
     /// Takes note of how a move ended.

@@ -2,6 +2,7 @@
 
 mod live;
 mod owner;
+mod replacing;
 mod routes;
 
 use crate::generate::{Completion, Request, TokenEvent, check_request};
@@ -27,11 +28,17 @@ pub struct EngineOptions {
     /// Whether the routes of every request are counted for [`Engine::affinity`], not only of those that ask for
     /// their path.
     pub count_routes: bool,
+    /// Whether experts move while requests run, where the text of late calls for another table and it pays: routes are
+    /// counted for it.
+    pub replace_live: bool,
+    /// Tokens after which it is looked whether it pays, which is also when a count weighs half; `None`: as many as make a
+    /// profile, 100 for each expert of a layer with top-1.
+    pub replace_every: Option<usize>,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { max_waiting: 256, count_routes: false }
+        Self { max_waiting: 256, count_routes: false, replace_live: false, replace_every: None }
     }
 }
 

@@ -1,8 +1,9 @@
 //! The thread that owns the cluster: hands requests in, tokens out, and counts to those who look.
 
 use super::live::Meter;
-use super::routes::Routes;
-use super::{Ended, Shared, lock};
+use super::replacing::Replacing;
+use super::routes::{COUNT_AT, Routes};
+use super::{Ended, EngineOptions, Shared, lock};
 use crate::generate::{Request, Run, TokenEvent};
 use crate::output::Output;
 use crate::runtime::{Captured, Command, Event, FinishReason, MoveEnd};
@@ -46,6 +47,8 @@ pub(super) struct Owner {
     /// By the cluster's own number of the sequence.
     open: HashMap<u32, Open>,
     routes: Routes,
+    /// Where experts move by themselves.
+    replacing: Option<Replacing>,
     meter: Meter,
     finishing: bool,
     stopping: bool,
@@ -59,10 +62,12 @@ const IDLE: Duration = Duration::from_secs(3600);
 impl Owner {
     pub(super) fn new(cluster: Cluster, shared: Arc<Shared>) -> Self {
         let spec = cluster.spec();
-        let routes = Routes::new(spec.moe_layers(), spec.top_k, spec.experts);
+        let replacing = replacing(&cluster, &shared.options);
+        let count_at = replacing.as_ref().map_or(COUNT_AT, Replacing::count_at);
+        let routes = Routes::new(spec.moe_layers(), spec.top_k, spec.experts, count_at);
         let meter = Meter::new(cluster.options().ranks, spec.moe_layers());
         let (open, finishing, stopping) = (HashMap::new(), false, false);
-        Self { cluster, shared, open, routes, meter, finishing, stopping }
+        Self { cluster, shared, open, routes, replacing, meter, finishing, stopping }
     }
 
     pub(super) fn run(mut self) {
@@ -96,10 +101,12 @@ impl Owner {
                 Some(Event::Captured(captured)) => self.captured(captured),
                 Some(Event::Moved(end)) => self.moved(*end),
                 Some(Event::Report(rank, stats)) => {
+                    self.replacing.iter_mut().for_each(|replacing| replacing.report(&stats));
                     self.meter.add(rank, &stats, &mut self.shared.state().live)
                 }
                 _ => {}
             }
+            self.replace()?;
             if self.meter.is_due(REPORT_EVERY, !self.open.is_empty()) {
                 self.cluster.command(Command::Report)?;
                 self.meter.asked();
@@ -132,7 +139,7 @@ impl Owner {
     ) -> Result<(), EngineError> {
         let (stop, path) = (request.stop.clone(), request.path);
         let prompt = request.prompt_ids.len();
-        let counted = path || self.shared.options.count_routes;
+        let counted = path || self.shared.options.count_routes || self.replacing.is_some();
         let run = Run { capture_routes: counted, ..Run::of(request) };
         match self.cluster.submit(run) {
             Ok(sequence) => {
@@ -174,6 +181,7 @@ impl Owner {
     }
 
     fn moved(&mut self, end: MoveEnd) {
+        self.replacing.iter_mut().for_each(|replacing| replacing.ended(&end));
         let mut state = self.shared.state();
         let moves = &mut state.live.moves;
         match end.outcome {
@@ -201,9 +209,28 @@ impl Owner {
         }
         count(&mut state.live.requests);
         let state = &mut *state;
-        if self.routes.close(sequence, self.open.is_empty(), &mut state.affinity) {
-            self.cluster.learn(&state.affinity);
+        if let Some(counts) = self.routes.close(sequence, self.open.is_empty()) {
+            self.replacing.iter_mut().for_each(|replacing| replacing.count(&counts));
+            match state.affinity.merge(&counts, 1.0) {
+                Ok(()) => self.cluster.learn(&state.affinity),
+                Err(error) => tracing::warn!(%error, "routes that cannot be counted"),
+            }
         }
+    }
+
+    /// Has experts move, where they do so by themselves and it is time for it.
+    fn replace(&mut self) -> Result<(), EngineError> {
+        let Some(replacing) = &mut self.replacing else { return Ok(()) };
+        if let Some(table) = replacing.found() {
+            self.shared.state().live.moves.asked += 1;
+            return self.move_to(table);
+        }
+        if !self.cluster.moves() {
+            let owner = lock(&self.shared.wake).clone();
+            // An owner that has ended needs no waking.
+            replacing.look(self.cluster.placement(), move || drop(owner.send(Event::Wake)));
+        }
+        Ok(())
     }
 
     fn token(
@@ -226,6 +253,9 @@ impl Owner {
         let event = TokenEvent { sequence: 0, token, text, logprobs, finish: finished, ends_text, path };
         let events = open.events.clone();
         self.meter.token(first, now, now - before, &mut self.shared.state().live);
+        if !first {
+            self.replacing.iter_mut().for_each(|replacing| replacing.token(now - before));
+        }
         if finished.is_some() {
             if finish.is_none() {
                 self.cluster.command(Command::Cancel(sequence))?; // a stop text
@@ -246,4 +276,18 @@ impl Owner {
             self.routes.add(rank, sequence, position, layer, experts, weights);
         }
     }
+}
+
+/// What has experts move by themselves, where that was asked for and there is anywhere to move to.
+fn replacing(cluster: &Cluster, options: &EngineOptions) -> Option<Replacing> {
+    let spec = cluster.spec();
+    if !options.replace_live || cluster.options().ranks < 2 {
+        return None;
+    }
+    if !cluster.placement().replicas.is_empty() {
+        tracing::warn!("experts stay where they are: the table has copies, which are not placed anew");
+        return None;
+    }
+    let shape = (spec.moe_layers(), spec.experts, spec.top_k, cluster.expert_bytes());
+    Some(Replacing::new(shape, options.replace_every, cluster.options().schedule))
 }

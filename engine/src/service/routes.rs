@@ -10,6 +10,7 @@ pub(super) struct Routes {
     experts: usize,
     open: HashMap<u32, Sequence>,
     trace: RoutingTrace,
+    count_at: usize,
 }
 
 /// Routes of one request, by position.
@@ -19,12 +20,13 @@ struct Sequence {
     hops: BTreeMap<u32, Vec<Hop>>,
 }
 
-/// Tokens whose routes are kept before they are counted: counting takes time for a large model.
-const COUNT_AT: usize = 4096;
+/// Tokens whose routes are kept before they are counted, at most: counting takes time for a large model.
+pub(super) const COUNT_AT: usize = 4096;
 
 impl Routes {
-    pub(super) fn new(layers: usize, top_k: usize, experts: usize) -> Self {
-        Self { layers, experts, open: HashMap::new(), trace: RoutingTrace::new(layers, top_k) }
+    /// Routes are counted when there are those of `count_at` tokens.
+    pub(super) fn new(layers: usize, top_k: usize, experts: usize, count_at: usize) -> Self {
+        Self { layers, experts, open: HashMap::new(), trace: RoutingTrace::new(layers, top_k), count_at }
     }
 
     pub(super) fn open(&mut self, sequence: u32, prompt: usize) {
@@ -64,8 +66,8 @@ impl Routes {
         }
     }
 
-    /// A request is over: its routes are counted, now or together with later ones. Returns whether there are new counts.
-    pub(super) fn close(&mut self, sequence: u32, last: bool, affinity: &mut Affinity) -> bool {
+    /// A request is over: its routes are counted, now or together with later ones. Returns what was counted.
+    pub(super) fn close(&mut self, sequence: u32, last: bool) -> Option<Affinity> {
         if let Some(open) = self.open.remove(&sequence) {
             let mut expected = None;
             for (position, mut hops) in open.hops {
@@ -83,15 +85,12 @@ impl Routes {
             }
             self.trace.mark_break();
         }
-        let counts = self.trace.tokens() >= COUNT_AT || (last && self.trace.tokens() > 0);
-        if counts {
-            let empty = RoutingTrace::new(self.layers, self.trace.k());
-            let trace = std::mem::replace(&mut self.trace, empty);
-            let counted = Affinity::from_trace(&trace, self.experts);
-            if let Err(error) = counted.and_then(|counts| affinity.merge(&counts, 1.0)) {
-                tracing::warn!(%error, "routes that cannot be counted");
-            }
+        if self.trace.tokens() < self.count_at && !(last && self.trace.tokens() > 0) {
+            return None;
         }
-        counts
+        let empty = RoutingTrace::new(self.layers, self.trace.k());
+        let trace = std::mem::replace(&mut self.trace, empty);
+        let counted = Affinity::from_trace(&trace, self.experts);
+        counted.map_err(|error| tracing::warn!(%error, "routes that cannot be counted")).ok()
     }
 }

@@ -3,6 +3,7 @@
 import { json } from "./api.js";
 import { $, count, html, percent, rankColour, style, surface, swatch } from "./draw.js";
 
+let moved = 0; // moves of experts that the placement is drawn after
 let seen = -1; // requests done when the affinity was last asked for
 let counts = null;
 let asked = 0; // requests for counts; only the last one's answer is drawn
@@ -31,6 +32,13 @@ export function startMaps(model) {
   redraw();
   return {
     changed(live) {
+      if (live.moves.done !== moved) {
+        moved = live.moves.done;
+        json("/api/model").then((now) => {
+          model.assignment = now.assignment;
+          drawPlacement(model);
+        }).catch(() => { moved = -1; });
+      }
       if (live.requests.finished + live.requests.cancelled !== seen) {
         seen = live.requests.finished + live.requests.cancelled;
         load().catch(() => { seen = -1; });
