@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod harness;
+mod moves;
 mod partition;
 #[allow(dead_code, unreachable_pub, reason = "made for other tests too")]
 #[path = "../../transport/tests/support/relay.rs"]

@@ -50,6 +50,8 @@ pub(super) struct Owner {
     /// Where experts move by themselves.
     replacing: Option<Replacing>,
     meter: Meter,
+    /// Whose table others know.
+    epoch: u32,
     finishing: bool,
     stopping: bool,
 }
@@ -66,8 +68,9 @@ impl Owner {
         let count_at = replacing.as_ref().map_or(COUNT_AT, Replacing::count_at);
         let routes = Routes::new(spec.moe_layers(), spec.top_k, spec.experts, count_at);
         let meter = Meter::new(cluster.options().ranks, spec.moe_layers());
-        let (open, finishing, stopping) = (HashMap::new(), false, false);
-        Self { cluster, shared, open, routes, replacing, meter, finishing, stopping }
+        let (open, epoch) = (HashMap::new(), cluster.epoch());
+        let (finishing, stopping) = (false, false);
+        Self { cluster, shared, open, routes, replacing, meter, epoch, finishing, stopping }
     }
 
     pub(super) fn run(mut self) {
@@ -105,6 +108,11 @@ impl Owner {
                     self.meter.add(rank, &stats, &mut self.shared.state().live)
                 }
                 _ => {}
+            }
+            if self.cluster.epoch() != self.epoch {
+                // A lost rank's experts are elsewhere.
+                self.epoch = self.cluster.epoch();
+                self.shared.state().table = self.cluster.placement().clone();
             }
             self.replace()?;
             if self.meter.is_due(REPORT_EVERY, !self.open.is_empty()) {
