@@ -482,4 +482,4 @@ impl<K> Early<K> {
 
 #[cfg(test)]
 #[path = "board_tests.rs"]
-mod tests;
+pub(super) mod tests;

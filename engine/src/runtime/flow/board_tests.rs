@@ -9,11 +9,11 @@ use exflow_placement::{ExpertId, LayerId, PlacementTable, Route, Strategy};
 use proptest::prelude::*;
 use std::collections::VecDeque;
 
-const LAYERS: usize = 4;
-const EXPERTS: usize = 6;
-const PROMPT: u32 = 3;
+pub(in super::super) const LAYERS: usize = 4;
+pub(in super::super) const EXPERTS: usize = 6;
+pub(in super::super) const PROMPT: u32 = 3;
 
-fn mix(parts: &[u64]) -> u64 {
+pub(in super::super) fn mix(parts: &[u64]) -> u64 {
     parts.iter().fold(0x9e37_79b9, |h, p| {
         let h = (h ^ p).wrapping_mul(0xd134_2543_de82_ef95);
         h ^ (h >> 29)
@@ -25,35 +25,35 @@ fn whole(parts: &[u64]) -> f32 {
     (mix(parts) % 1000) as f32
 }
 
-fn embed(id: u32, position: u32) -> f32 {
+pub(in super::super) fn embed(id: u32, position: u32) -> f32 {
     whole(&[1, u64::from(id), u64::from(position)])
 }
 
-fn attend(layer: usize, x: f32, context: f32) -> f32 {
+pub(in super::super) fn attend(layer: usize, x: f32, context: f32) -> f32 {
     (x + whole(&[2, layer as u64]) + context) % 4096.0
 }
 
-fn made(layer: usize, x: f32) -> f32 {
+pub(in super::super) fn made(layer: usize, x: f32) -> f32 {
     whole(&[3, layer as u64, x as u64])
 }
 
-fn choose(layer: usize, x: f32, top_k: usize) -> Vec<Choice> {
+pub(in super::super) fn choose(layer: usize, x: f32, top_k: usize) -> Vec<Choice> {
     let first = mix(&[4, layer as u64, x as u64]) as usize % EXPERTS;
     let choice =
         |k| Choice { k: k as u16, expert: ((first + k * 2) % EXPERTS) as u16, weight: (top_k - k) as f32 };
     (0..top_k).map(choice).collect()
 }
 
-fn serve(layer: usize, choice: &Choice, x: f32) -> f32 {
+pub(in super::super) fn serve(layer: usize, choice: &Choice, x: f32) -> f32 {
     choice.weight * whole(&[5, layer as u64, u64::from(choice.expert), x as u64])
 }
 
-fn sample(x: f32) -> u32 {
+pub(in super::super) fn sample(x: f32) -> u32 {
     mix(&[6, x as u64]) as u32 % 64
 }
 
 /// What one rank says.
-fn alone(sequence: u32, tokens: usize, top_k: usize) -> Vec<u32> {
+pub(in super::super) fn alone(sequence: u32, tokens: usize, top_k: usize) -> Vec<u32> {
     let mut kv = [0.0; LAYERS];
     let mut out = Vec::new();
     for position in 0..PROMPT + tokens as u32 - 1 {

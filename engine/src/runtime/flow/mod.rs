@@ -13,9 +13,10 @@ mod orders;
 
 pub(crate) use depart::latencies;
 
-use super::coherence::Arrived;
+use super::coherence::{Arrived, Coherence};
 use super::frames::{KvRow, Reader};
 use super::moving;
+use super::sequence::Sequences;
 use super::step::Bulk;
 use super::worker::{STOP, Worker};
 use crate::EngineError;
@@ -286,21 +287,24 @@ impl Worker {
     fn pick(&self, flow: &mut Flow) -> Option<Picked> {
         let layers = self.decoder.spec.layers;
         let (sequences, coherence) = (&self.sequences, &self.coherence);
-        flow.board.pick(|unit: &Unit| {
-            let (first, last) = (&unit.tokens[0], &unit.tokens[unit.tokens.len() - 1]);
-            let Some(sequence) = sequences.running.get(&first.sequence) else { return Lack::Ids };
-            if unit.stage == layers {
-                // Limits and penalties go by what was sampled before, of which all must have been heard.
-                let heard = unit.prefill || sequence.tokens() > last.position as usize;
-                return if heard { Lack::Nothing } else { Lack::Ids };
-            }
-            let (layer, position) = (unit.stage as u16, first.position);
-            match (sequence.slot(last.position), coherence.is_complete(layer, first.sequence, position)) {
-                (None, _) => Lack::Ids,
-                (_, false) => Lack::Context,
-                _ => Lack::Nothing,
-            }
-        })
+        flow.board.pick(|unit| lack(sequences, coherence, layers, unit))
+    }
+}
+
+/// What a unit that has all its partials still needs on this rank.
+fn lack(sequences: &Sequences, coherence: &Coherence, layers: usize, unit: &Unit) -> Lack {
+    let (first, last) = (&unit.tokens[0], &unit.tokens[unit.tokens.len() - 1]);
+    let Some(sequence) = sequences.running.get(&first.sequence) else { return Lack::Ids };
+    if unit.stage == layers {
+        // Limits and penalties go by what was sampled before, of which all must have been heard.
+        let heard = unit.prefill || sequence.tokens() > last.position as usize;
+        return if heard { Lack::Nothing } else { Lack::Ids };
+    }
+    let (layer, position) = (unit.stage as u16, first.position);
+    match (sequence.slot(last.position), coherence.is_complete(layer, first.sequence, position)) {
+        (None, _) => Lack::Ids,
+        (_, false) => Lack::Context,
+        _ => Lack::Nothing,
     }
 }
 
@@ -310,3 +314,7 @@ fn check_layer(layer: usize, layers: usize, from: Rank) -> Result<(), EngineErro
         false => Err(EngineError::Internal(format!("rank {from} sent something of layer {layer}"))),
     }
 }
+
+#[cfg(test)]
+#[path = "hazard_tests.rs"]
+mod hazard_tests;
