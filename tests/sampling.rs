@@ -48,14 +48,33 @@ fn host_and_device_draw_the_same_tokens() {
         plain,
     ];
     let of = |sampling: &Sampling| Request { sampling: sampling.clone(), ..request(&shape.prompt(4, 2), 24) };
-    let mut cluster = Setup::one_rank(folder.path()).start();
-    let device = tokens(&generate(&mut cluster, &filters.each_ref().map(of)));
+    let start = |ranks, schedule, on_device| {
+        common::prepare();
+        let mut options = ClusterOptions::new(folder.path());
+        (options.ranks, options.schedule, options.draws_on_device) = (ranks, schedule, Some(on_device));
+        Cluster::start(options, &NoProgress).expect("a cluster")
+    };
+    let requests = filters.each_ref().map(of);
+    let mut cluster = start(1, Schedule::Rounds, true);
+    let device = tokens(&generate(&mut cluster, &requests));
     assert!(device.windows(2).any(|two| two[0] != two[1]), "the filters matter");
-    // A penalty is the host's to see to; the least one that there is moves no draw.
-    let host = filters.clone().map(|s| Sampling { repetition_penalty: 1.0 + f32::EPSILON, ..s });
-    assert_eq!(tokens(&generate(&mut cluster, &host.each_ref().map(of))), device);
-    // One by one on two ranks, and with log-probabilities, which the host takes from the logits.
-    let mut cluster = Setup::new(folder.path(), 2, Strategy::Coherent).start();
+    // A penalty is the host's to see to; the least one that there is moves no draw. A greedy text runs beside them.
+    let penalty = |s: &Sampling| Sampling { repetition_penalty: 1.0 + f32::EPSILON, ..s.clone() };
+    let host = filters.each_ref().map(|sampling| of(&penalty(sampling)));
+    let mixed = [&host[..], &requests[..], &[request(&shape.prompt(4, 2), 24)]].concat();
+    let both = tokens(&generate(&mut cluster, &mixed));
+    assert_eq!(both[..6], device[..]);
+    assert_eq!(both[6..12], device[..]);
+    for (ranks, schedule, on_device) in [
+        (1, Schedule::Rounds, false),
+        (2, Schedule::Rounds, true),
+        (3, Schedule::Flow, true),
+        (2, Schedule::Flow, false),
+    ] {
+        let drawn = tokens(&generate(&mut start(ranks, schedule, on_device), &requests));
+        assert_eq!(drawn, device, "{ranks} ranks, {schedule}, on the device: {on_device}");
+    }
+    // One by one, and with log-probabilities, which the host takes from the logits.
     for (sampling, expected) in filters.iter().zip(&device) {
         let asked = Request { logprobs: Some(2), ..of(sampling) };
         assert_eq!(tokens(&generate(&mut cluster, &[asked])), std::slice::from_ref(expected));

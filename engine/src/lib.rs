@@ -39,7 +39,7 @@ pub use exflow_placement::{Affinity, PlacementTable, Rank, RoutingTrace, Strateg
 pub use generate::{Completion, Generation, Hop, Request, TokenEvent};
 pub use gpu::{
     DeviceMemory, DeviceReport, FormTuning, KeptPipelines, Probe, TileUpTo, TuningReport, devices,
-    launch_threads_set, prepare_process, probe,
+    keep_pool_from_bytes, launch_threads_set, pool_from_bytes, prepare_process, probe,
 };
 pub use logits::{LayerRouting, LogitsDump};
 pub use model::{ModelSpec, spec};

@@ -252,6 +252,8 @@ pub struct ClusterOptions {
     /// Bytes that each rank of this process may take: weights that do not fit are refused, the cache takes what is
     /// left. `None`: nothing is refused before it is tried.
     pub memory: Option<u64>,
+    /// Whether devices draw tokens or the host does, which gives the same ones; `None`: devices that are no CPUs.
+    pub draws_on_device: Option<bool>,
     /// Bytes of experts' matrices that are bound together at most; an expert is never cut. `None`: as much as the adapter binds.
     pub expert_chunk_bytes: Option<u64>,
     /// The group of processes that this one belongs to; `None`: all ranks are in this process.
@@ -349,6 +351,7 @@ impl ClusterOptions {
             devices: Vec::new(),
             memory: None,
             expert_chunk_bytes: None,
+            draws_on_device: None,
             group: None,
         }
     }

@@ -1,6 +1,6 @@
 //! How the next token is chosen from a row of logits. Random numbers are a function of seed and position, so that a
 //! text is the same wherever its tokens are sampled; what is drawn with them is one function of integers, which the device
-//! runs as `sample.wgsl` and the host, where a repetition penalty asks for it, as that kernel's twin.
+//! runs as `sample.wgsl` and the host, where a repetition penalty asks for it or devices are CPUs, as that kernel's twin.
 
 use exflow_shaders::params::Draw;
 use exflow_shaders::reference;
@@ -50,7 +50,7 @@ impl Sampling {
         }
     }
 
-    /// Whether the device chooses by itself; it knows nothing of the tokens before.
+    /// Whether a device can choose by itself; it knows nothing of the tokens before.
     pub(crate) fn on_device(&self) -> bool {
         self.repetition_penalty == 1.0
     }

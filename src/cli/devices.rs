@@ -1,7 +1,7 @@
 //! `exflow devices`: every adapter of this machine.
 
 use super::failure::Failure;
-use super::flags::LARGE_MODEL_BYTES;
+use super::flags::large_model_bytes;
 use super::output::{self, Format};
 use exflow::engine::{self, DeviceReport, FormTuning, TileUpTo};
 use exflow::report::byte_text;
@@ -25,6 +25,9 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         for device in engine::devices() {
             let (name, seconds) = engine::tune(Some(&device.index.to_string()))?;
             output::note(&format!("{name}: measured in {seconds:.1} s"));
+            if device.kind == "cpu" && engine::launch_threads_set().is_none() {
+                engine::keep_pool_from_bytes(pool_from_bytes(device.index)?)?;
+            }
         }
     }
     let devices = engine::devices();
@@ -38,6 +41,43 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         ));
     }
     Ok(())
+}
+
+/// Launches of a step, and the share of a model's files that it reads, for which the pool is weighed.
+const STEP_LAUNCHES: f64 = 100.0;
+const STEP_SHARE: f64 = 1.0 / 3.0;
+
+/// Bytes of a model's files from which on lavapipe's pool of threads gains more by its products than it takes for its
+/// launches. It reads its number of threads when a process starts: two other ones measure it.
+fn pool_from_bytes(adapter: usize) -> Result<u64, Failure> {
+    let without = rates(adapter, 0)?;
+    let pool = rates(adapter, std::thread::available_parallelism().map_or(1, usize::from))?;
+    Ok(crossing(without, pool))
+}
+
+/// Seconds of a launch and bytes per second of products without and with the pool, to the size where both are equal.
+fn crossing((launch, read): (f64, f64), (pool_launch, pool_read): (f64, f64)) -> u64 {
+    let per_byte = 1.0 / read - 1.0 / pool_read;
+    let launches = STEP_LAUNCHES * (pool_launch - launch).max(0.0);
+    // Where the pool gains nothing it is for no model.
+    if per_byte > 0.0 { (launches / per_byte / STEP_SHARE) as u64 } else { u64::MAX }
+}
+
+/// Seconds of a launch, and bytes per second of products with a row, with so many threads of lavapipe.
+fn rates(adapter: usize, threads: usize) -> Result<(f64, f64), Failure> {
+    let failed = |what: String| Failure::Run(format!("measuring with LP_NUM_THREADS={threads}: {what}"));
+    let exe = std::env::current_exe().map_err(|e| failed(e.to_string()))?;
+    let output = std::process::Command::new(exe)
+        .args(["bench", "device", "--format", "json", "--adapter", &adapter.to_string()])
+        .env("LP_NUM_THREADS", threads.to_string())
+        .output()
+        .map_err(|e| failed(e.to_string()))?;
+    let told: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    let number = |name: &str| told[name].as_f64().filter(|value| *value > 0.0);
+    match (number("launch_us"), number("matvec_bytes_per_s")) {
+        (Some(launch_us), Some(bytes)) => Ok((launch_us / 1e6, bytes)),
+        _ => Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned())),
+    }
 }
 
 fn describe(device: &DeviceReport) -> String {
@@ -105,10 +145,13 @@ fn variants(form: &str, of: &FormTuning) -> String {
 fn launch_threads(device: &DeviceReport) -> Option<String> {
     (device.kind == "cpu").then(|| match engine::launch_threads_set() {
         Some(set) => format!("{set}, as set"),
-        None => format!(
-            "0 for several ranks and models of less than {}, else its own choice",
-            byte_text(LARGE_MODEL_BYTES as f64)
-        ),
+        None => match large_model_bytes() {
+            u64::MAX => "0: its pool of threads was measured to gain nothing here".to_owned(),
+            bytes => format!(
+                "0 for several ranks and models of less than {}, else its own choice",
+                byte_text(bytes as f64)
+            ),
+        },
     })
 }
 
@@ -128,4 +171,18 @@ fn as_json(device: &DeviceReport) -> serde_json::Value {
         "compiled_kernels": device.kept,
         "lp_num_threads": launch_threads(device),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::crossing;
+
+    #[test]
+    fn the_pool_pays_where_products_gain_what_launches_lose() {
+        // 40 µs more for each of 100 launches; a third of the bytes at 4 instead of 2 GB/s.
+        let bytes = crossing((5e-6, 2e9), (45e-6, 4e9));
+        assert_eq!(bytes / 1_000_000, 48);
+        assert_eq!(crossing((5e-6, 2e9), (45e-6, 2e9)), u64::MAX);
+        assert_eq!(crossing((45e-6, 2e9), (5e-6, 4e9)), 0);
+    }
 }

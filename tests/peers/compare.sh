@@ -53,8 +53,9 @@ peer() {
     GGML_VK_VISIBLE_DEVICES=0 build/bin/llama-bench -m "olmoe/model-$1.gguf" -ngl 99 -p "$2" -n "$3" -r 1 -o json |
         python3 -c 'import json, sys
 for run in json.load(sys.stdin):
-    name = f"pp{run["n_prompt"]}" if run["n_prompt"] else f"tg{run["n_gen"]}"
-    print(f"llama.cpp '"$1"' {name} {run["avg_ts"]:.2f}")'
+    prompt, decode, rate = run["n_prompt"], run["n_gen"], run["avg_ts"]
+    name = f"pp{prompt}" if prompt else f"tg{decode}"
+    print(f"llama.cpp '"$1"' {name} {rate:.2f}")'
 }
 # The flags that hold matrices in a type.
 held() {
@@ -66,7 +67,8 @@ ours() {
     "$exflow" bench model -m olmoe $(held "$type") -p "$prompt" -n "$decode" --batch "$batch" -r 1 --format json |
         python3 -c 'import json, sys
 for run in json.load(sys.stdin):
-    print(f"exflow '"$type"' {run["test"]} batch {run["batch"]} {run["tokens_per_s"]:.2f}")'
+    test, batch, rate = run["test"], run["batch"], run["tokens_per_s"]
+    print(f"exflow '"$type"' {test} batch {batch} {rate:.2f}")'
 }
 
 for round in $(seq "$ROUNDS"); do

@@ -3,7 +3,7 @@
 use super::seconds;
 use crate::EngineError;
 use crate::gpu::{Gpu, Usage};
-use exflow_shaders::{Kernel, Variant, Weights, params};
+use exflow_shaders::{Kernel, LANE_COLUMNS4, Variant, Weights, params};
 use serde::Serialize;
 
 /// What an adapter was measured to do, by kernels.
@@ -19,6 +19,8 @@ pub struct DeviceRates {
     pub f32_flops: f64,
     /// Operations per second of `dot4I8Packed`, eight for each, on registers.
     pub dot4_ops: f64,
+    /// Bytes of an f32 matrix that its product with one row reads per second.
+    pub matvec_bytes_per_s: f64,
     /// What one of many small dependent launches takes.
     pub launch_us: f64,
 }
@@ -57,6 +59,7 @@ pub(super) fn rates(gpu: &Gpu) -> Result<DeviceRates, EngineError> {
     let work = LANES as f64 * f64::from(ROUNDS) * PER_ROUND;
     let (f32_seconds, dot4_seconds) = (arithmetic(Weights::F32)?, arithmetic(Weights::Q8)?);
 
+    let matvec = matvec(gpu)?;
     let small = params::Probe { rounds: 1, ..p };
     let launches = 64;
     let many = seconds(gpu, &out, &|r| {
@@ -70,6 +73,36 @@ pub(super) fn rates(gpu: &Gpu) -> Result<DeviceRates, EngineError> {
         copy_bytes_per_s: 32.0 * COPY4 as f64 / copy,
         f32_flops: 2.0 * work / f32_seconds,
         dot4_ops: 8.0 * work / dot4_seconds,
+        matvec_bytes_per_s: matvec,
         launch_us: 1e6 * many / f64::from(launches),
     })
+}
+
+/// vec4s of a side of the matrix: 16 MiB.
+const SIDE4: usize = 512;
+
+/// Bytes that a product of a matrix with one row reads per second.
+fn matvec(gpu: &Gpu) -> Result<f64, EngineError> {
+    let units = 4 * SIDE4 * SIDE4;
+    let matrix = gpu.matrix("a matrix", Weights::F32, vec![[0; 4]; units])?;
+    let row = gpu.buffer("a row", 16 * SIDE4 as u64, Usage::Storage)?;
+    let out = gpu.buffer("its product", 16 * SIDE4 as u64, Usage::Storage)?;
+    let side4 = SIDE4 as u32;
+    let (w_units, w_stride) = Weights::F32.units(4 * SIDE4);
+    let p = params::Linear {
+        rows: 1,
+        k4: side4,
+        n4: side4,
+        w_units: w_units as u32,
+        w_stride: w_stride as u32,
+        x_stride4: side4,
+        y_stride4: side4,
+        scale: 1.0,
+        ..params::Linear::default()
+    };
+    let variant = gpu.cut(Weights::F32).linear(1);
+    let groups = [1, side4.div_ceil(LANE_COLUMNS4 as u32).div_ceil(gpu.workgroup()), 1];
+    let buffers = [&row, &matrix, &row, &row, &out];
+    let time = seconds(gpu, &out, &|r| r.launch(Kernel::Linear, variant, &p, &buffers, groups))?;
+    Ok(16.0 * units as f64 / time)
 }

@@ -182,8 +182,8 @@ impl Gpu {
         }
     }
 
-    /// Memory for a matrix of so many units, for copies to fill.
-    pub(super) fn empty_matrix(
+    /// Memory for a matrix of so many units, for copies or [`Gpu::put_units`] to fill.
+    pub(crate) fn empty_matrix(
         &self,
         label: &str,
         form: Weights,
@@ -204,6 +204,38 @@ impl Gpu {
             }
             false => self.buffer(label, 4 * words, Usage::Storage),
         }
+    }
+
+    /// Writes units of a matrix from unit `first` on, before whatever is submitted next.
+    pub(crate) fn put_units(&self, matrix: &Buffer, first: usize, units: &[[u32; 4]]) {
+        let Memory::Image(texture, _) = &matrix.memory else {
+            self.write(matrix, UNIT_BYTES * first as u64, units);
+            return self.uploads(UNIT_BYTES * units.len() as u64);
+        };
+        // What is left of a row, whole rows, and the beginning of one.
+        let width = texture.width() as usize;
+        let mut done = 0;
+        while done < units.len() {
+            let (at, left) = (first + done, units.len() - done);
+            let (x, y) = (at % width, at / width);
+            let (columns, rows) = match x {
+                0 if left >= width => (width, left / width),
+                _ => (left.min(width - x), 1),
+            };
+            let part = &units[done..done + columns * rows];
+            let origin = wgpu::Origin3d { x: x as u32, y: y as u32, z: 0 };
+            let layout = wgpu::TexelCopyBufferLayout {
+                offset: 0,
+                bytes_per_row: Some((UNIT_BYTES as usize * columns) as u32),
+                rows_per_image: None,
+            };
+            let size =
+                wgpu::Extent3d { width: columns as u32, height: rows as u32, depth_or_array_layers: 1 };
+            let to = wgpu::TexelCopyTextureInfo { origin, ..texture.as_image_copy() };
+            self.queue.write_texture(to, bytemuck::cast_slice(part), layout, size);
+            done += part.len();
+        }
+        self.uploads(UNIT_BYTES * units.len() as u64);
     }
 
     /// A texture that holds `units`, texels of as many words each as an array has.

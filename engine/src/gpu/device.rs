@@ -37,6 +37,7 @@ pub(crate) struct Gpu {
     hands_over: bool,
     tuning: Tuning,
     most_in_chunk: Option<u64>,
+    draws: bool,
 }
 
 /// Bytes that may wait for their way to the device.
@@ -69,6 +70,7 @@ impl Gpu {
             params: RefCell::default(),
             ahead: RefCell::default(),
             most_in_chunk: None,
+            draws: report.kind != "cpu",
             failure,
             next_buffer_id: AtomicU64::new(0),
             uploading: AtomicU64::new(0),
@@ -131,6 +133,16 @@ impl Gpu {
     /// Whether lanes can hand each other values: subgroups of eight lanes at least.
     pub(crate) fn hands_over(&self) -> bool {
         self.hands_over
+    }
+
+    /// Whether tokens are drawn here; on a CPU the host does that in less time, whose memory the logits are in.
+    pub(crate) fn draws(&self) -> bool {
+        self.draws
+    }
+
+    /// Has it draw or not; `None`: as above.
+    pub(crate) fn set_draws(&mut self, draws: Option<bool>) {
+        self.draws = draws.unwrap_or(!self.is_cpu);
     }
 
     /// Has experts lie in chunks of at most so many bytes; `None`: of as many as one binding takes.

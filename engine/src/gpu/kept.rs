@@ -90,13 +90,17 @@ fn read(path: &Path) -> Option<Vec<u8>> {
     (Sha256::digest(data)[..] == *digest).then(|| data.to_vec())
 }
 
-/// Writes the file in one piece: others see it before or after.
 fn write(path: &Path, data: &[u8]) -> std::io::Result<()> {
+    replace(path, &[&Sha256::digest(data)[..], data].concat())
+}
+
+/// Writes a file in one piece: others see it before or after.
+pub(super) fn replace(path: &Path, content: &[u8]) -> std::io::Result<()> {
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder)?;
     }
     let fresh = path.with_extension(format!("{}.tmp", std::process::id()));
-    std::fs::write(&fresh, [&Sha256::digest(data)[..], data].concat())?;
+    std::fs::write(&fresh, content)?;
     std::fs::rename(&fresh, path)
 }
 

@@ -11,6 +11,7 @@ mod probe;
 mod recording;
 mod report;
 mod stamps;
+mod threads;
 mod tuning;
 
 pub(crate) use buffer::{Buffer, Usage};
@@ -22,5 +23,6 @@ pub use probe::{Probe, probe};
 pub(crate) use recording::Recording;
 pub(crate) use report::chosen;
 pub use report::{DeviceReport, devices, launch_threads_set, prepare_process};
+pub use threads::{keep_pool_from_bytes, pool_from_bytes};
 pub(crate) use tuning::{Cut, EXPERT_ROWS, LINEAR_ROWS, Tuning, form_name};
 pub use tuning::{FormTuning, TileUpTo, TuningReport};

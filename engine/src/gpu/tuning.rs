@@ -122,15 +122,10 @@ impl Subject {
         Ok(Some(content.weights))
     }
 
-    /// Writes the file in one piece: others see it before or after.
+    /// Keeps what was measured.
     pub(super) fn write(&self, path: &Path, weights: &Tuning) -> Result<(), EngineError> {
         let content = Content { subject: self.clone(), weights: weights.clone() };
-        let fresh = path.with_extension(format!("{}.tmp", std::process::id()));
-        let write = || {
-            path.parent().map_or(Ok(()), std::fs::create_dir_all)?;
-            std::fs::write(&fresh, serde_json::to_vec_pretty(&content)?)?;
-            std::fs::rename(&fresh, path)
-        };
+        let write = || kept::replace(path, &serde_json::to_vec_pretty(&content)?);
         write().map_err(|e: std::io::Error| {
             let remedy = "make room, or set XDG_CACHE_HOME to a folder that can be written";
             EngineError::file(path, format!("cannot be written: {e}"), remedy)

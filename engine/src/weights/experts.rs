@@ -1,5 +1,6 @@
 //! Experts, shared experts and dense FFNs: one form on the device for all that stand on disk.
 
+use super::chunks::Chunk;
 use super::layers::{Dense, LayerFfn, LayerWeights, Loader, Matrix, ModelWeights, form_of, pack_as};
 use super::names::{ExpertForm, Names};
 use super::rows::Rows;
@@ -26,15 +27,6 @@ pub(crate) struct Experts {
     pub(crate) chunks: Vec<Chunk>,
 }
 
-/// Whole experts whose matrices are bound together.
-pub(crate) struct Chunk {
-    /// Local number of the first.
-    pub(crate) first: usize,
-    /// How many they are, 1 at least.
-    pub(crate) count: usize,
-    pub(crate) ffn: Ffn,
-}
-
 /// One expert, on its way to the device; gate rows above up rows.
 struct Expert {
     up: Rows,
@@ -52,12 +44,12 @@ pub(crate) struct PackedExperts {
 
 /// [`Ffn`] before it is on a device.
 #[derive(Default)]
-struct PackedFfn {
-    form: Weights,
-    up: Vec<pack::Unit>,
-    up_bias: Vec<f32>,
-    down: Vec<pack::Unit>,
-    down_bias: Vec<f32>,
+pub(super) struct PackedFfn {
+    pub(super) form: Weights,
+    pub(super) up: Vec<pack::Unit>,
+    pub(super) up_bias: Vec<f32>,
+    pub(super) down: Vec<pack::Unit>,
+    pub(super) down_bias: Vec<f32>,
 }
 
 /// Where a rank reads experts from, and in which form it holds them.
@@ -84,23 +76,6 @@ impl<'a> Shelf<'a> {
         let ffn = Shelf { ..*self }.loader((), &mut ignore).pack_experts(layer, ids)?;
         self.store.release();
         Ok(PackedExperts { layer, ids: ids.to_vec(), ffn })
-    }
-}
-
-impl PackedFfn {
-    /// Takes the first `now` of `all` experts out of it.
-    fn split_off(&mut self, now: usize, all: usize) -> Self {
-        fn first<T>(of: &mut Vec<T>, now: usize, all: usize) -> Vec<T> {
-            let rest = of.split_off(of.len() / all * now);
-            std::mem::replace(of, rest)
-        }
-        Self {
-            form: self.form,
-            up: first(&mut self.up, now, all),
-            up_bias: first(&mut self.up_bias, now, all),
-            down: first(&mut self.down, now, all),
-            down_bias: first(&mut self.down_bias, now, all),
-        }
     }
 }
 
@@ -210,43 +185,9 @@ impl Loader<'_> {
         let label = self.names.of_layer(layer, self.names.moe);
         let mut chunks = Vec::new();
         for (first, ids) in self.cut(layer, held) {
-            let packed = self.pack_experts(layer, ids)?;
-            let ffn = self.upload_ffn(&label, self.spec.expert, packed)?;
-            chunks.push(Chunk { first, count: ids.len(), ffn });
+            chunks.push(Chunk { first, count: ids.len(), ffn: self.chunk(&label, layer, ids)? });
         }
         Ok(Experts { local: self.numbers(held), chunks })
-    }
-
-    /// `count` packed experts.
-    fn upload_experts(
-        &self,
-        label: &str,
-        mut packed: PackedFfn,
-        count: usize,
-    ) -> Result<Vec<Chunk>, EngineError> {
-        let (mut chunks, mut first) = (Vec::new(), 0);
-        while first < count {
-            let (now, left) = (self.per_chunk(packed.form).min(count - first), count - first);
-            let ffn = self.upload_ffn(label, self.spec.expert, packed.split_off(now, left))?;
-            chunks.push(Chunk { first, count: now, ffn });
-            first += now;
-        }
-        Ok(chunks)
-    }
-
-    /// Chunks of a list by local numbers, with the number of each one's first.
-    fn cut<'t, T>(&self, layer: usize, all: &'t [T]) -> impl Iterator<Item = (usize, &'t [T])> + use<'t, T> {
-        let most = self.per_chunk(self.expert_form(layer));
-        all.chunks(most).enumerate().map(move |(index, chunk)| (index * most, chunk))
-    }
-
-    /// How many experts one binding takes; 1 also where that is too large, which its buffer will tell.
-    fn per_chunk(&self, form: Weights) -> usize {
-        let spec = self.spec.expert;
-        let (h, i) = (4 * self.spec.h4(), 4 * spec.i4());
-        let bytes = |rows: usize, columns: usize| 16 * (rows * form.units(columns).1) as u64;
-        let largest = bytes(spec.activation.matrices() * i, h).max(bytes(h, i)).max(1);
-        (self.gpu.max_matrix_bytes(form) / largest).max(1) as usize
     }
 
     /// Local number of each logical expert, where these are held.
@@ -323,7 +264,12 @@ impl Loader<'_> {
         self.upload_ffn(&under, spec, packed)
     }
 
-    fn upload_ffn(&self, label: &str, spec: FfnSpec, packed: PackedFfn) -> Result<Ffn, EngineError> {
+    pub(super) fn upload_ffn(
+        &self,
+        label: &str,
+        spec: FfnSpec,
+        packed: PackedFfn,
+    ) -> Result<Ffn, EngineError> {
         let (h, i) = (4 * self.spec.h4(), 4 * spec.i4());
         let bias = |values: Vec<f32>| -> Result<Option<Buffer>, EngineError> {
             if spec.bias { self.gpu.buffer_of(label, &values).map(Some) } else { Ok(None) }
@@ -343,14 +289,14 @@ impl Loader<'_> {
 }
 
 impl<G> Loader<'_, G> {
-    fn pack_experts(&mut self, layer: usize, ids: &[ExpertId]) -> Result<PackedFfn, EngineError> {
+    pub(super) fn pack_experts(&mut self, layer: usize, ids: &[ExpertId]) -> Result<PackedFfn, EngineError> {
         let label = self.names.of_layer(layer, self.names.moe);
         let read = |loader: &mut Self, index: usize| loader.expert(layer, ids[index].index());
         self.pack_ffn(&label, self.spec.expert, self.expert_form(layer), ids.len(), read)
     }
 
     /// How a layer's experts are held: as they are published where that is MXFP4 and nobody asked for another rounding.
-    fn expert_form(&self, layer: usize) -> Weights {
+    pub(super) fn expert_form(&self, layer: usize) -> Weights {
         let blocks = format!("{}.experts.gate_up_proj_blocks", self.names.of_layer(layer, self.names.moe));
         let packed = self.names.experts == ExpertForm::GptOss && !self.rounds && self.store.has(&blocks);
         if packed { Weights::Mx4 } else { self.form }

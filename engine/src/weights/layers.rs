@@ -240,6 +240,18 @@ impl Loader<'_> {
     }
 
     /// Matrices of (rows, columns) that [`pack_as`] made, one behind the other.
+    /// Memory for matrices of (rows, columns), `units` units of all of them.
+    pub(super) fn empty_matrix(
+        &self,
+        name: &str,
+        form: Weights,
+        units: usize,
+        (height, width): (usize, usize),
+    ) -> Result<Matrix, EngineError> {
+        let buffer = self.gpu.empty_matrix(name, form, units)?;
+        Ok(Matrix { buffer, form, height4: height / 4, width4: width / 4, units })
+    }
+
     pub(super) fn upload_units(
         &self,
         form: Weights,

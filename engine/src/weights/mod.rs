@@ -2,6 +2,7 @@
 
 mod agreement;
 mod attention;
+mod chunks;
 mod experts;
 #[cfg(test)]
 mod experts_tests;
@@ -14,7 +15,8 @@ mod store;
 
 pub(crate) use agreement::check;
 pub(crate) use attention::{AttentionWeights, LatentWeights};
-pub(crate) use experts::{Chunk, Ffn, PackedExperts, Shelf};
+pub(crate) use chunks::Chunk;
+pub(crate) use experts::{Ffn, PackedExperts, Shelf};
 pub(crate) use layers::{Dense, LayerFfn, LayerWeights, Matrix, ModelWeights, Norm};
 pub(crate) use store::Store;
 #[cfg(test)]

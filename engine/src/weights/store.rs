@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The weights of one model folder, in one file or in shards.
 pub(crate) struct Store {
@@ -17,6 +18,8 @@ pub(crate) struct Store {
     index: BTreeMap<String, usize>,
     /// Rows and columns that share one scale of an 8-bit matrix.
     fp8_block: (usize, usize),
+    /// Bytes that were read since pages were given back.
+    window: AtomicU64,
 }
 
 struct Shard {
@@ -32,6 +35,8 @@ const COPY_ANEW: &str = "copy or download the model anew";
 const SAMPLE_BYTES: usize = 256;
 /// Bytes of config and tokenizer that enter it: no real one comes near them.
 const MAX_HASHED_BYTES: u64 = 64 << 20;
+/// What a load keeps of its files in memory, beside what is on its way.
+const WINDOW_BYTES: u64 = 32 << 20;
 const INDEX: &str = "model.safetensors.index.json";
 /// No real index or header comes near it; a larger one is not read.
 const MAX_INDEX_BYTES: u64 = 32 << 20;
@@ -43,7 +48,8 @@ impl Store {
         let fp8_block = formats::fp8_block(folder);
         let one = folder.join("model.safetensors");
         if one.exists() || !folder.join(INDEX).exists() {
-            return Ok(Self { shards: vec![Shard::open(one)?], index: BTreeMap::new(), fp8_block });
+            let (shards, index) = (vec![Shard::open(one)?], BTreeMap::new());
+            return Ok(Self { shards, index, fp8_block, window: AtomicU64::new(0) });
         }
         let (path, names) = read_index(folder)?;
         let mut files: Vec<&String> = names.values().collect();
@@ -60,7 +66,7 @@ impl Store {
             }
             index.insert(name.clone(), shard);
         }
-        Ok(Self { shards, index, fp8_block })
+        Ok(Self { shards, index, fp8_block, window: AtomicU64::new(0) })
     }
 
     /// SHA-256 over config, tokenizer and index (where there are such), every header and a sample of every tensor.
@@ -101,7 +107,7 @@ impl Store {
         shape: &[usize],
         range: Range<usize>,
     ) -> Result<Vec<f32>, EngineError> {
-        let (shard, info) = self.find(name, shape)?;
+        let (shard, info) = self.find(name, shape, range.len() as u64)?;
         let values = match info.dtype {
             Dtype::F8_E4M3 => self.read_fp8(name, shape, shard.bytes(info, &range, 1), range.start)?,
             Dtype::F32 => formats::f32s(shard.bytes(info, &range, 4)),
@@ -117,7 +123,15 @@ impl Store {
 
     /// Gives the pages that were read back to the system, which keeps the files' content as long as it has room.
     pub(crate) fn release(&self) {
+        self.window.store(0, Ordering::Relaxed);
         self.shards.iter().for_each(|shard| crate::os::release(&shard.map));
+    }
+
+    /// The same once much was read since.
+    pub(crate) fn release_some(&self) {
+        if self.window.load(Ordering::Relaxed) >= WINDOW_BYTES {
+            self.release();
+        }
     }
 
     /// `values`, which stand in tensor `name` from element `first` on, if all of them are numbers.
@@ -145,7 +159,7 @@ impl Store {
         shape: &[usize],
         range: Range<usize>,
     ) -> Result<&[u8], EngineError> {
-        let (shard, info) = self.find(name, shape)?;
+        let (shard, info) = self.find(name, shape, range.len() as u64)?;
         match info.dtype {
             Dtype::U8 => Ok(shard.bytes(info, &range, 1)),
             other => Err(self.bad(name, format!("dtype {other:?}, not U8"), COPY_ANEW)),
@@ -180,7 +194,8 @@ impl Store {
         &self.shards[self.index.get(name).copied().unwrap_or(0)]
     }
 
-    fn find(&self, name: &str, shape: &[usize]) -> Result<(&Shard, &TensorInfo), EngineError> {
+    /// The tensor, of which `range_of` elements are going to be read.
+    fn find(&self, name: &str, shape: &[usize], range_of: u64) -> Result<(&Shard, &TensorInfo), EngineError> {
         let shard = self.shard(name);
         let Some(info) = shard.metadata.info(name) else {
             return Err(self.bad(name, "missing", COPY_ANEW));
@@ -189,6 +204,9 @@ impl Store {
             let what = format!("shape {:?}, config.json says {shape:?}", info.shape);
             return Err(self.bad(name, what, "use the config.json that belongs to these weights"));
         }
+        let (start, end) = info.data_offsets;
+        let elements = shape.iter().product::<usize>().max(1) as u64;
+        self.window.fetch_add(range_of * ((end - start) as u64 / elements), Ordering::Relaxed);
         Ok((shard, info))
     }
 

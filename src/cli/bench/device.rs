@@ -33,11 +33,12 @@ pub(super) fn describe(rates: &DeviceRates) -> String {
         None => String::new(),
     };
     format!(
-        "{}{threads}: copies {:.1} GB/s, f32 {:.1} GFLOP/s, dot4 {:.1} GOP/s, a launch {:.1} µs\n",
+        "{}{threads}: copies {:.1} GB/s, f32 {:.1} GFLOP/s, dot4 {:.1} GOP/s, products with a row {:.1} GB/s, a launch {:.1} µs\n",
         rates.adapter,
         rates.copy_bytes_per_s / 1e9,
         rates.f32_flops / 1e9,
         rates.dot4_ops / 1e9,
+        rates.matvec_bytes_per_s / 1e9,
         rates.launch_us
     )
 }

@@ -152,13 +152,18 @@ impl RankFlags {
     }
 }
 
-/// Where the time of matrix products outweighs the 45 µs that each launch pays for the pool.
-pub(super) const LARGE_MODEL_BYTES: u64 = 128 << 20;
+/// Where the time of matrix products outweighs the 45 µs that each launch pays for the pool, unless it was measured here.
+const LARGE_MODEL_BYTES: u64 = 128 << 20;
+
+/// Bytes of a model's files from which on the driver's pool of threads pays for one rank.
+pub(super) fn large_model_bytes() -> u64 {
+    exflow::engine::pool_from_bytes().unwrap_or(LARGE_MODEL_BYTES)
+}
 
 /// `ranks`, or 0 for one with large matrices. What is still to be downloaded from a Hub is large.
 pub(crate) fn hosted(model: &Path, ranks: usize) -> usize {
     let is_large =
-        || exflow::hub::local(model).is_none_or(|folder| weight_bytes(&folder) >= LARGE_MODEL_BYTES);
+        || exflow::hub::local(model).is_none_or(|folder| weight_bytes(&folder) >= large_model_bytes());
     if ranks == 1 && is_large() { 0 } else { ranks }
 }
 

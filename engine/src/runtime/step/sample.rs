@@ -4,7 +4,7 @@ use super::super::sequence::Sampled;
 use super::super::worker::Captured;
 use super::{Outcome, Row, Stepper, floats, words};
 use crate::EngineError;
-use crate::sampling::Logprobs;
+use crate::sampling::{Logprobs, Sampling};
 use exflow_shaders::params::Draw;
 
 impl Stepper<'_> {
@@ -38,7 +38,7 @@ impl Stepper<'_> {
             if is_last || sequence.start.capture_logits {
                 heads.push(t as u32);
                 let sampling = &sequence.start.sampling;
-                let drawn = is_last && sampling.on_device();
+                let drawn = is_last && self.on_device(sampling);
                 draws.push(if drawn { sampling.draw(row.position + 1) } else { Draw::default() });
             }
         }
@@ -49,6 +49,11 @@ impl Stepper<'_> {
             gpu.write(&s.draws, 0, &draws);
         }
         Ok(heads)
+    }
+
+    /// Whether the device chooses a token by itself.
+    fn on_device(&self, sampling: &Sampling) -> bool {
+        sampling.on_device() && (sampling.temperature == 0.0 || self.decoder.gpu.draws())
     }
 
     pub(super) fn sampled(
@@ -66,7 +71,7 @@ impl Stepper<'_> {
             if row.position as usize + 1 >= sequence.start.prompt.len() {
                 let (start, position) = (&sequence.start, row.position + 1);
                 let of_row = || &logits[i * stride..][..self.spec().vocab_size];
-                let token = match start.sampling.on_device() {
+                let token = match self.on_device(&start.sampling) {
                     true => token,
                     false => {
                         let before = start.prompt.iter().chain(&sequence.output).copied();
@@ -94,7 +99,7 @@ impl Stepper<'_> {
     pub(super) fn reads_logits(&self, rows: &[Row]) -> Result<bool, EngineError> {
         Ok(rows.iter().any(|row| {
             self.sequences.running.get(&row.sequence).is_some_and(|s| {
-                s.start.capture_logits || s.start.logprobs.is_some() || !s.start.sampling.on_device()
+                s.start.capture_logits || s.start.logprobs.is_some() || !self.on_device(&s.start.sampling)
             })
         }))
     }

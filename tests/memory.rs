@@ -1,0 +1,55 @@
+//! How much memory of the host a load takes.
+
+mod common;
+
+use common::tiny::Tiny;
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+/// The most memory that a process which loads `model` in `ranks` ranks has, in bytes, where the system tells.
+fn peak(model: &Path, ranks: &str, more: &[&str]) -> Option<u64> {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_exflow"))
+        .args(["bench", "model", "-p", "2", "-n", "1", "-r", "1", "--ep-size", ranks, "-m"])
+        .arg(model)
+        .args(more)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the command starts");
+    let status = format!("/proc/{}/status", child.id());
+    let mut most = None;
+    while child.try_wait().expect("a child").is_none() {
+        let text = fs::read_to_string(&status).unwrap_or_default();
+        let line = text.lines().find(|line| line.starts_with("VmHWM:"));
+        let kilobytes = line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+        most = most.max(kilobytes.map(|kb| kb << 10));
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    assert!(child.wait().expect("a child").success());
+    most
+}
+
+#[test]
+fn a_load_takes_little_more_than_what_it_loads() {
+    let adapter = exflow::engine::devices().into_iter().next().expect("an adapter");
+    // Elsewhere what is on the device is no memory of the host's.
+    if adapter.kind != "cpu" {
+        return;
+    }
+    let small = Tiny { hidden: 256, inner: 64, experts: 2, layers: 4, ..Tiny::default() }.write();
+    let large = Tiny { hidden: 256, inner: 1024, experts: 32, layers: 4, ..Tiny::default() };
+    let weights = (4 * large.layers * large.experts * 2 * large.hidden * large.inner) as u64;
+    let large = large.write();
+    let Some(without) = peak(small.path(), "1", &[]) else { return };
+    for (ranks, more, held) in
+        [("1", &[][..], weights), ("2", &[], weights), ("1", &["--dtype", "f16"], weights / 2)]
+    {
+        let taken = peak(large.path(), ranks, more).expect("as before").saturating_sub(without);
+        assert!(taken > held, "{ranks} ranks, {more:?}: {taken} bytes hold {held}");
+        // A rank's window on the file is 32 MiB.
+        let most = held + held / 5 + ranks.parse::<u64>().expect("a number") * (32 << 20);
+        assert!(taken < most, "{ranks} ranks, {more:?}: {taken} of {most} bytes for {held} of weights");
+    }
+}
