@@ -9,7 +9,7 @@ use crate::output::Output;
 use crate::runtime::{Captured, Command, Event, FinishReason, MoveEnd};
 use crate::sampling::Logprobs;
 use crate::{Cluster, EngineError};
-use exflow_placement::PlacementTable;
+use exflow_placement::{PlacementTable, Strategy};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -233,7 +233,7 @@ impl Owner {
             self.shared.state().live.moves.asked += 1;
             return self.move_to(table);
         }
-        if !self.cluster.moves() {
+        if !self.cluster.moves() && self.cluster.absent().is_empty() {
             let owner = lock(&self.shared.wake).clone();
             // An owner that has ended needs no waking.
             replacing.look(self.cluster.placement(), move || drop(owner.send(Event::Wake)));
@@ -292,8 +292,15 @@ fn replacing(cluster: &Cluster, options: &EngineOptions) -> Option<Replacing> {
     if !options.replace_live || cluster.options().ranks < 2 {
         return None;
     }
-    if !cluster.placement().replicas.is_empty() {
-        tracing::warn!("experts stay where they are: the table has copies, which are not placed anew");
+    let why = match cluster.options().strategy {
+        Strategy::Vanilla => "under vanilla no token stays with its expert",
+        Strategy::Coherent if !cluster.placement().replicas.is_empty() => {
+            "the table has copies, which are not placed anew"
+        }
+        Strategy::Coherent => "",
+    };
+    if !why.is_empty() {
+        tracing::warn!("experts stay where they are: {why}");
         return None;
     }
     let shape = (spec.moe_layers(), spec.experts, spec.top_k, cluster.expert_bytes());

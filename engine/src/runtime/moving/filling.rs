@@ -12,9 +12,12 @@ use super::super::worker::Worker;
 use crate::EngineError;
 use crate::options::Prefill;
 use exflow_placement::{LayerId, PlacementTable, Rank, Strategy};
+use std::time::{Duration, Instant};
 
-/// Positions of one layer that are passed on between two steps, of all sequences together.
+/// Positions that are read from the device at once, of all sequences and layers together.
 const SLICE: u32 = 64;
+/// What that may take between two steps, but for the slice that goes beyond.
+const BUDGET: Duration = Duration::from_millis(2);
 /// Tokens at the end of a text that are not waited for: they are on their way.
 const ON_THEIR_WAY: usize = 2;
 
@@ -77,9 +80,13 @@ impl Worker {
 
     /// Passes a part of what is owed on.
     pub(super) fn pass_on(&mut self) -> Result<(), EngineError> {
-        if self.moving.debts.is_empty() {
-            return Ok(());
-        }
+        let began = Instant::now();
+        while !self.moving.debts.is_empty() && self.pass_a_slice()? && began.elapsed() < BUDGET {}
+        Ok(())
+    }
+
+    /// Whether there was anything.
+    fn pass_a_slice(&mut self) -> Result<bool, EngineError> {
         let mut debts = std::mem::take(&mut self.moving.debts);
         debts.retain(|debt| {
             self.sequences.running.contains_key(&debt.sequence) && debt.end.is_none_or(|end| debt.next < end)
@@ -104,6 +111,6 @@ impl Worker {
         let half = debts.len() / 2;
         debts.rotate_left(half);
         self.moving.debts = debts;
-        Ok(())
+        Ok(left < SLICE)
     }
 }
