@@ -40,8 +40,10 @@ pub(crate) struct Gpu {
     draws: bool,
 }
 
-/// Bytes that may wait for their way to the device.
+/// Bytes that may wait for their way to the device; fewer where that is the host's own memory, as what was once waiting there
+/// stays with the process.
 const UPLOAD_WINDOW: u64 = 32 << 20;
+const HOST_UPLOAD_WINDOW: u64 = 8 << 20;
 
 /// How long an ending rank waits for what its device still computes.
 const LAST_WORK: Duration = Duration::from_secs(5);
@@ -175,7 +177,8 @@ impl Gpu {
     /// Notes that `bytes` wait for their way to the device, and sends them off where those are many: until then they are
     /// there twice.
     pub(super) fn uploads(&self, bytes: u64) {
-        if self.uploading.fetch_add(bytes, Ordering::Relaxed) + bytes >= UPLOAD_WINDOW {
+        let window = if self.is_cpu { HOST_UPLOAD_WINDOW } else { UPLOAD_WINDOW };
+        if self.uploading.fetch_add(bytes, Ordering::Relaxed) + bytes >= window {
             self.uploading.store(0, Ordering::Relaxed);
             self.queue.submit([]);
             // A device that is lost says so at the next read-back.
@@ -215,8 +218,13 @@ impl Drop for Gpu {
 
 /// A new device of an adapter called `name`, with all that the adapter has.
 fn make(adapter: &wgpu::Adapter, name: &str) -> Result<Idle, EngineError> {
+    let memory_hints = match adapter.get_info().device_type {
+        wgpu::DeviceType::Cpu => wgpu::MemoryHints::MemoryUsage,
+        _ => wgpu::MemoryHints::Performance,
+    };
     let descriptor = wgpu::DeviceDescriptor {
         label: Some("exflow rank"),
+        memory_hints,
         required_limits: adapter.limits(),
         required_features: adapter.features()
             & (wgpu::Features::SUBGROUP

@@ -101,12 +101,18 @@ impl ModelWeights {
         let rounds = quant.is_some();
         let mut loader = Loader { spec, names: Names::of(spec), store, gpu, form, rounds, read };
         let (vocab, hidden) = (spec.vocab_size, spec.hidden);
-        let rows = loader.whole(loader.names.embedding, vocab, hidden)?.padded();
-        let token_embedding = loader.upload_as(Weights::F32, loader.names.embedding, &rows, rows.count())?;
+        let token_embedding = {
+            let rows = loader.whole(loader.names.embedding, vocab, hidden)?.padded();
+            loader.upload_as(Weights::F32, loader.names.embedding, &rows, rows.count())?
+        };
         let position_embedding = match spec.learned_positions {
             true => Some(loader.matrix("wpe.weight", spec.max_positions, hidden)?),
             false => None,
         };
+        // The largest tensors come first, while there is least beside them.
+        store.release();
+        let head = loader.head(&token_embedding)?;
+        store.release();
         let layer = |layer| {
             let held = spec.moe_index(layer).map(|index| experts[index].as_slice());
             let made = loader.layer(layer, held);
@@ -115,22 +121,6 @@ impl ModelWeights {
         };
         let layers = (0..spec.layers).map(layer).collect::<Result<_, _>>()?;
         let final_norm = loader.norm(loader.names.final_norm)?;
-        let weight = match spec.tied_head {
-            true => token_embedding.clone(),
-            false => {
-                let rows = loader.whole("lm_head.weight", vocab, hidden)?.padded();
-                loader.upload_matrix("lm_head.weight", &rows, rows.count())?
-            }
-        };
-        let bias = match spec.head_bias {
-            true => {
-                let bias = loader.vector("lm_head.bias", vocab)?.widen(4 * spec.v4());
-                Some(loader.upload("lm_head.bias", &bias.values)?)
-            }
-            false => None,
-        };
-        let head = Dense { weight, bias };
-        store.release();
         Ok(Self { form, token_embedding, position_embedding, layers, final_norm, head })
     }
 
@@ -145,6 +135,25 @@ impl ModelWeights {
 }
 
 impl Loader<'_> {
+    fn head(&mut self, token_embedding: &Matrix) -> Result<Dense, EngineError> {
+        let vocab = self.spec.vocab_size;
+        let weight = match self.spec.tied_head {
+            true => token_embedding.clone(),
+            false => {
+                let rows = self.whole("lm_head.weight", vocab, self.spec.hidden)?.padded();
+                self.upload_matrix("lm_head.weight", &rows, rows.count())?
+            }
+        };
+        let bias = match self.spec.head_bias {
+            true => {
+                let bias = self.vector("lm_head.bias", vocab)?.widen(4 * self.spec.v4());
+                Some(self.upload("lm_head.bias", &bias.values)?)
+            }
+            false => None,
+        };
+        Ok(Dense { weight, bias })
+    }
+
     fn layer(&mut self, layer: usize, held: Option<&[ExpertId]>) -> Result<LayerWeights, EngineError> {
         let (norm_1, norm_2) = (self.names.norm_1, self.names.norm_2);
         Ok(LayerWeights {
