@@ -86,9 +86,6 @@ impl PlacementTable {
             }
         }
         table.set_replicas(kept);
-        if let Some(affinity) = affinity {
-            table.look_ahead(affinity);
-        }
         Ok(table)
     }
 

@@ -7,7 +7,6 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{ExpertId, LayerId, Rank};
-use crate::outlook;
 use crate::table::PlacementTable;
 
 /// Where a token goes after its experts ran.
@@ -80,30 +79,9 @@ impl PlacementTable {
         let serving = self.serving(layer, residence, experts);
         let next = match strategy {
             Strategy::Vanilla => residence,
-            Strategy::Coherent => self.next_residence(layer, &serving, residence, experts, weights),
+            Strategy::Coherent => next_residence(&serving, residence, weights),
         };
         Route { serving, next }
-    }
-
-    /// Where a token goes on: without an outlook the residence if it serves a choice, else the rank of the largest weight;
-    /// with one the rank of S that saves most frames over links, where that is clearly more than those save.
-    fn next_residence(
-        &self,
-        layer: LayerId,
-        serving: &[Rank],
-        residence: Rank,
-        experts: &[ExpertId],
-        weights: &[f32],
-    ) -> Rank {
-        let by_weight = by_weight(serving, residence, weights);
-        let Some(outlook) = self.outlook.as_ref().filter(|_| serving.len() > 1) else { return by_weight };
-        let saved = |rank: Rank| outlook.saved(self, (layer, experts), serving, rank);
-        let best = serving.iter().copied().map(|rank| (saved(rank), rank));
-        best.fold(
-            (saved(by_weight) + outlook::MARGIN, by_weight),
-            |best, next| if next.0 > best.0 { next } else { best },
-        )
-        .1
     }
 
     fn serving(&self, layer: LayerId, residence: Rank, experts: &[ExpertId]) -> Vec<Rank> {
@@ -140,7 +118,7 @@ impl PlacementTable {
 }
 
 /// The residence if it serves a choice, else the rank of the largest weight (of equal ones the earlier).
-fn by_weight(serving: &[Rank], residence: Rank, weights: &[f32]) -> Rank {
+fn next_residence(serving: &[Rank], residence: Rank, weights: &[f32]) -> Rank {
     if serving.contains(&residence) {
         return residence;
     }

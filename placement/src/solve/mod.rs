@@ -59,7 +59,6 @@ pub fn solve(
                 Some(replicas::predicted_cost(&table, affinity, topology, &options.weights));
         }
     }
-    table.look_ahead(affinity);
     Ok(table)
 }
 
