@@ -86,6 +86,9 @@ impl PlacementTable {
             }
         }
         table.set_replicas(kept);
+        if let Some(affinity) = affinity {
+            table.look_ahead(affinity);
+        }
         Ok(table)
     }
 

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{ExpertId, LayerId, Rank};
+use crate::outlook;
 use crate::table::PlacementTable;
 
 /// Where a token goes after its experts ran.
@@ -79,9 +80,34 @@ impl PlacementTable {
         let serving = self.serving(layer, residence, experts);
         let next = match strategy {
             Strategy::Vanilla => residence,
-            Strategy::Coherent => next_residence(&serving, residence, weights),
+            Strategy::Coherent => self.next_residence(layer, &serving, residence, experts, weights),
         };
         Route { serving, next }
+    }
+
+    /// Where a token goes on: the rank of S that saves most, by weight between equals; with an outlook another one where it is
+    /// expected to save clearly more.
+    fn next_residence(
+        &self,
+        layer: LayerId,
+        serving: &[Rank],
+        residence: Rank,
+        experts: &[ExpertId],
+        weights: &[f32],
+    ) -> Rank {
+        let by_weight = by_weight(serving, residence, weights);
+        if serving.len() < 2 {
+            return by_weight;
+        }
+        let now = |rank: Rank| saved_now(serving, residence, rank);
+        let most = |than: Rank, margin: f64, saved: &dyn Fn(Rank) -> f64| {
+            let ranks = serving.iter().map(|&rank| (saved(rank), rank));
+            ranks.fold((saved(than) + margin, than), |best, next| if next.0 > best.0 { next } else { best }).1
+        };
+        let without = most(by_weight, 0.0, &|rank| f64::from(now(rank)));
+        let Some(outlook) = &self.outlook else { return without };
+        let ahead = |rank: Rank| f64::from(now(rank)) + outlook.met(self, (layer, experts), rank);
+        most(without, outlook::MARGIN, &ahead)
     }
 
     fn serving(&self, layer: LayerId, residence: Rank, experts: &[ExpertId]) -> Vec<Rank> {
@@ -117,8 +143,17 @@ impl PlacementTable {
     }
 }
 
+/// Crossings that a token saves at this layer by going on at `rank`: the partials that are made there; and one more where
+/// nobody but `rank` and the residence serves it, as then its row and the residence's partials travel at once, where
+/// one that stays waits for a row to go and a partial to come back.
+fn saved_now(serving: &[Rank], residence: Rank, rank: Rank) -> u32 {
+    let here = serving.iter().filter(|serves| **serves == rank).count() as u32;
+    let at_once = rank != residence && serving.iter().all(|serves| [residence, rank].contains(serves));
+    here + u32::from(at_once)
+}
+
 /// The residence if it serves a choice, else the rank of the largest weight (of equal ones the earlier).
-fn next_residence(serving: &[Rank], residence: Rank, weights: &[f32]) -> Rank {
+fn by_weight(serving: &[Rank], residence: Rank, weights: &[f32]) -> Rank {
     if serving.contains(&residence) {
         return residence;
     }
@@ -151,7 +186,15 @@ mod tests {
         assert_eq!(route(0, &[1], &[1.0]), (vec![0], 0));
         assert_eq!(route(2, &[1], &[1.0]), (vec![1], 1));
         assert_eq!(route(2, &[1, 3], &[0.5, 0.5]), (vec![3, 3], 3));
-        assert_eq!(route(2, &[2, 1], &[0.4, 0.6]), (vec![2, 1], 2));
+    }
+
+    #[test]
+    fn a_token_that_two_ranks_serve_goes_from_one_to_the_other() {
+        assert_eq!(route(2, &[2, 1], &[0.6, 0.4]), (vec![2, 1], 1), "row and partial travel at once");
+        assert_eq!(route(2, &[2, 2], &[0.6, 0.4]), (vec![2, 2], 2));
+        // Of three ranks none is without a way there and a way back; one with two experts saves a partial.
+        assert_eq!(route(2, &[2, 1, 3], &[0.5, 0.3, 0.2]), (vec![2, 3, 3], 3));
+        assert_eq!(route(2, &[0, 2, 3], &[0.5, 0.3, 0.2]).1, 2);
     }
 
     #[test]

@@ -257,20 +257,22 @@ impl<'r> Replay<'r> {
     /// Rows of one token: to the ranks that serve it, and their outputs to where it goes on.
     fn rows(&mut self, from: Rank, route: &Route, dispatch: &mut Exchange<'_>, combine: &mut Exchange<'_>) {
         let row = self.options.row_bytes;
-        let (mut there, mut back) = (0.0f64, 0.0f64);
+        let mut slowest = 0.0f64;
         for &rank in &route.ranks() {
             dispatch.send(from, rank, row);
             self.crossings += f64::from(u8::from(rank != from));
-            there = there.max(self.crossing_us(from, rank, row));
             let partials = if self.options.combine_sum {
                 1
             } else {
                 route.serving.iter().filter(|serving| **serving == rank).count()
             };
             (0..partials).for_each(|_| combine.send(rank, route.next, row));
-            back = back.max(self.crossing_us(rank, route.next, partials as f64 * row));
+            // A way there and a way on; nobody waits for who has a shorter one.
+            let way =
+                self.crossing_us(from, rank, row) + self.crossing_us(rank, route.next, partials as f64 * row);
+            slowest = slowest.max(way);
         }
-        self.flow_us += there + back;
+        self.flow_us += slowest;
         // Where a token attends next is where it stays or crosses to; vanilla pays for the way back as well.
         let host = |rank: Rank| self.topology.host_of(rank);
         self.transitions += 1.0;

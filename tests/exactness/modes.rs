@@ -3,9 +3,10 @@
 use crate::common::tiny::Tiny;
 use crate::common::{Setup, generate, prepare, request, tokens};
 use exflow::engine::{
-    Cluster, ClusterOptions, Combine, Domain, Feed, KvWire, NoProgress, Overlap, PlacementTable, Prefill,
-    Rank, RunStats, Schedule, Strategy, TransportKind,
+    Cluster, ClusterOptions, Combine, Domain, Feed, KvWire, NoProgress, Overlap, PlacementSource,
+    PlacementTable, Prefill, Rank, RunStats, Schedule, Strategy, TransportKind,
 };
+use exflow_placement::Affinity;
 use std::path::Path;
 
 fn start(model: &Path, change: impl FnOnce(&mut ClusterOptions)) -> Cluster {
@@ -208,6 +209,31 @@ fn keys_and_values_may_travel_as_their_layers_input() {
             let expected = f64::from(10 + 4 * 32) / f64::from(10 + 4 * 64);
             assert!((share - expected).abs() < 0.02, "{share} of the bytes");
         }
+    }
+}
+
+#[test]
+fn where_tokens_of_several_experts_go_on_changes_no_bit() {
+    let shape = Tiny { seed: 100, top_k: 2, layers: 3, experts: 8, positions: 400, ..Tiny::default() };
+    let folder = shape.write();
+    let mut alone = Setup::one_rank(folder.path()).start();
+    let texts: Vec<_> = (0..4).map(|s| shape.prompt(64, s)).collect();
+    let trace = alone.profile(&texts, &NoProgress).expect("a profile");
+    let counts = Affinity::from_trace(&trace, shape.experts).expect("counts");
+    let by_weight = PlacementTable::round_robin(shape.layers, shape.experts, 4);
+    let mut ahead = by_weight.clone();
+    ahead.look_ahead(&counts);
+    assert!(ahead.outlook.is_some());
+    for schedule in [Schedule::Rounds, Schedule::Flow] {
+        let mut crossings = |table: &PlacementTable| {
+            let what = format!("{schedule}, outlook: {}", table.outlook.is_some());
+            let stats = stats_of_equal_run(&shape, folder.path(), &mut alone, &what, |options| {
+                options.schedule = schedule;
+                options.placement = PlacementSource::Table(table.clone());
+            });
+            stats.crossings_per_token
+        };
+        assert_ne!(crossings(&ahead), crossings(&by_weight), "{schedule}: tokens go elsewhere");
     }
 }
 

@@ -59,6 +59,7 @@ pub fn solve(
                 Some(replicas::predicted_cost(&table, affinity, topology, &options.weights));
         }
     }
+    table.look_ahead(affinity);
     Ok(table)
 }
 

@@ -55,6 +55,16 @@ pub enum TableError {
         /// Rows of the assignment.
         found: usize,
     },
+    /// What a table expects of the next layers has another shape.
+    #[error(
+        "placement table: \"outlook\" has {found} numbers for {expected}: make the table again with `exflow place`"
+    )]
+    Outlook {
+        /// L * E * R.
+        expected: usize,
+        /// How many there are.
+        found: usize,
+    },
     /// A layer assigns another number of experts than the table says.
     #[error("placement table, layer {layer}: {experts} experts expected, {found} are assigned")]
     Experts {

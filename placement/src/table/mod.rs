@@ -7,6 +7,7 @@ use std::path::Path;
 
 use crate::cost::Weights;
 use crate::ids::{ExpertId, LayerId, Rank};
+use crate::outlook::Outlook;
 pub use error::TableError;
 use serde::{Deserialize, Serialize};
 
@@ -40,6 +41,9 @@ pub struct PlacementTable {
     /// Further copies, ascending.
     #[serde(default)]
     pub replicas: Vec<Replica>,
+    /// Where the next experts of tokens with several are expected: decides where they go on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outlook: Option<Outlook>,
     /// Digest of the model that the counts are of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model_digest: Option<String>,
@@ -116,6 +120,7 @@ impl PlacementTable {
             ranks,
             assignment,
             replicas: Vec::new(),
+            outlook: None,
             model_digest: None,
             source: Some(source.to_owned()),
             objective: None,
@@ -148,12 +153,14 @@ impl PlacementTable {
         std::fs::write(path, text + "\n").map_err(|source| TableError::Io { path: path.into(), source })
     }
 
-    /// Replaces the copies: sorted, without those that the rank holds already.
+    /// Replaces the copies: sorted, without those that the rank holds already. What is expected of the next layer depends
+    /// on them: it is forgotten until [`PlacementTable::look_ahead`] is called again.
     pub fn set_replicas(&mut self, mut replicas: Vec<Replica>) {
         replicas.sort_unstable();
         replicas.dedup();
         replicas.retain(|r| self.primary(r.layer, r.expert) != Some(r.rank));
         self.replicas = replicas;
+        self.outlook = None;
     }
 
     /// Whether every expert has exactly one primary holder among the ranks and every copy is another's.
@@ -173,7 +180,12 @@ impl PlacementTable {
             .enumerate()
             .try_for_each(|(layer, row)| self.check_row(LayerId::from(layer), row))?;
         self.replicas.iter().try_for_each(|replica| self.check_replica(replica))?;
-        self.replicas.windows(2).try_for_each(|pair| check_order(pair[0], pair[1]))
+        self.replicas.windows(2).try_for_each(|pair| check_order(pair[0], pair[1]))?;
+        let (expected, found) = (Outlook::len_of(self), self.outlook.as_ref().map(Outlook::len));
+        match found {
+            Some(found) if found != expected => Err(TableError::Outlook { expected, found }),
+            _ => Ok(()),
+        }
     }
 
     fn check_row(&self, layer: LayerId, row: &[Rank]) -> Result<(), TableError> {

@@ -6,8 +6,9 @@ use super::board::{Serve, Token};
 use crate::options::Combine;
 use exflow_placement::{Rank, Route};
 
-/// Sends a token on: returns the rows that leave, and whether the token stays on `me`, with what the next hop needs
-/// noted in it. `choices` are in router order.
+/// Sends a token on: returns the rows to ranks that serve it, and whether the token stays on `me`, with what the next hop needs
+/// noted in it. One that leaves while it is served here too has a row to `me` among them, as it has to any other rank.
+/// `choices` are in router order.
 pub(crate) fn depart(
     me: Rank,
     token: &mut Token,
@@ -23,7 +24,7 @@ pub(crate) fn depart(
         let of = choices.iter().zip(&route.serving).filter(move |(_, serving)| **serving == rank);
         of.map(|(choice, _)| *choice).collect::<Vec<_>>()
     };
-    let leaving = route.ranks().into_iter().filter(|rank| *rank != me);
+    let leaving = route.ranks().into_iter().filter(|rank| *rank != me || !stays);
     let row = |to: Rank| {
         let Token { sequence, position, edition, .. } = *token;
         let (choices, residual) = (served_by(to), residual.to_vec());
@@ -54,12 +55,12 @@ pub(crate) fn stay(
 }
 
 /// One-way latencies that a token waits for at a layer: none where all its experts are where it is, one where all are
-/// where it goes, else two.
+/// where it goes or where it comes from, else two.
 pub(crate) fn latencies(me: Rank, route: &Route) -> u64 {
-    let all_on = |rank: Rank| route.serving.iter().all(|serving| *serving == rank);
-    match (all_on(me), all_on(route.next)) {
-        (true, _) => 0,
-        (_, true) => 1,
+    let all_on = |ranks: &[Rank]| route.serving.iter().all(|serving| ranks.contains(serving));
+    match route.next == me {
+        true if all_on(&[me]) => 0,
+        false if all_on(&[me, route.next]) => 1,
         _ => 2,
     }
 }

@@ -163,17 +163,17 @@ impl Worker {
                     && flow.notes.is_coherent(token.sequence);
                 let strategy = if coherent { Strategy::Coherent } else { Strategy::Vanilla };
                 let home = self.sequences.running.get(&token.sequence).map_or(me, |s| s.start.home);
-                let (table, layer) = (self.tables.of(token.edition)?, LayerId::from(index));
+                let (table, moe_layer) = (self.tables.of(token.edition)?, LayerId::from(index));
                 let combine = self.options.combine;
                 if prefill && self.replicates() {
                     // Every rank plans what the home would, and keeps its own copy of the token.
-                    let route = table.route(strategy, layer, home, &experts, weights);
+                    let route = table.route(strategy, moe_layer, home, &experts, weights);
                     depart::stay(me, token, &Route { next: me, ..route }, &choices, combine, residual);
                     at += 1;
                     continue;
                 }
                 let (groups, at_home) = (&self.options.groups, (home, me));
-                let route = bounds::route(groups, table, (strategy, layer), at_home, &experts, weights);
+                let route = bounds::route(groups, table, (strategy, moe_layer), at_home, &experts, weights);
                 if !prefill {
                     self.stats.latencies += depart::latencies(me, &route);
                     if let Some(main) = token.main {
@@ -184,6 +184,10 @@ impl Worker {
                 let (leaving, stay) = depart::depart(me, token, &route, &choices, combine, residual);
                 stays &= stay;
                 for (to, row) in leaving {
+                    if to == me {
+                        flow.board.row(layer as u16, prefill, row);
+                        continue;
+                    }
                     payloads[to.index()].get_or_insert_with(|| begin(prefill)).row(&row);
                     self.stats.crossings += u64::from(!prefill);
                 }

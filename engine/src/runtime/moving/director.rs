@@ -84,7 +84,7 @@ impl Director {
             return Err("experts are moving already".into());
         }
         let edition = tables.edition().next();
-        let (assignment, replicas) = (table.assignment.clone(), table.replicas.clone());
+        let PlacementTable { assignment, replicas, outlook, .. } = table.clone();
         self.move_ = Some(Move {
             edition,
             table,
@@ -94,7 +94,7 @@ impl Director {
             began: Instant::now(),
             refused: None,
         });
-        Ok(MoveOrder::Load { edition, assignment, replicas })
+        Ok(MoveOrder::Load { edition, assignment, replicas, outlook })
     }
 
     /// Takes note of what a rank has done.

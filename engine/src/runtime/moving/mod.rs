@@ -20,7 +20,7 @@ use crate::model::ModelSpec;
 use crate::options::{Dtype, Quant};
 use crate::stats::gib;
 use crate::weights::{PackedExperts, Shelf, Store};
-use exflow_placement::{ExpertId, LayerId, PlacementTable, Rank, Replica, Strategy};
+use exflow_placement::{ExpertId, LayerId, Outlook, PlacementTable, Rank, Replica, Strategy};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
@@ -36,6 +36,7 @@ pub(crate) enum MoveOrder {
         edition: Edition,
         assignment: Vec<Vec<Rank>>,
         replicas: Vec<Replica>,
+        outlook: Option<Outlook>,
     },
     Turn,
     Settle {
@@ -143,9 +144,10 @@ impl Worker {
     /// Carries out what rank 0 ordered about experts.
     pub(super) fn carry_out_move(&mut self, order: MoveOrder) -> Result<(), EngineError> {
         match order {
-            MoveOrder::Load { edition, assignment, replicas } => {
+            MoveOrder::Load { edition, assignment, replicas, outlook } => {
                 let mut table = PlacementTable::from_assignment(assignment, self.tables.now().ranks)?;
                 table.set_replicas(replicas);
+                table.outlook = outlook;
                 table.check()?;
                 let fresh = self.missing(&table);
                 match self.room_for(&fresh) {
