@@ -11,8 +11,13 @@ esac
 # A driver is a manifest in one of the loader's folders that names a library which is really there, and the
 # loader itself. Manifests of GPUs that this machine lacks do no harm: lavapipe comes in the same package.
 has_loader() {
-  ldconfig -p 2>/dev/null | grep -q 'libvulkan\.so\.1' ||
-    ls /usr/lib*/libvulkan.so.1 /usr/lib/*/libvulkan.so.1 /usr/local/lib/libvulkan.so.1 >/dev/null 2>&1
+  # No pipe: where grep has seen enough, ldconfig would end by a signal and count as failed.
+  grep -q 'libvulkan\.so\.1' <<<"$(ldconfig -p 2>/dev/null || true)" && return 0
+  local file
+  for file in /usr/lib*/libvulkan.so.1 /usr/lib/*/libvulkan.so.1 /usr/local/lib/libvulkan.so.1; do
+    if [ -e "$file" ]; then return 0; fi
+  done
+  return 1
 }
 
 has_driver() {
