@@ -88,18 +88,7 @@ fn matvec(gpu: &Gpu) -> Result<f64, EngineError> {
     let row = gpu.buffer("a row", 16 * SIDE4 as u64, Usage::Storage)?;
     let out = gpu.buffer("its product", 16 * SIDE4 as u64, Usage::Storage)?;
     let side4 = SIDE4 as u32;
-    let (w_units, w_stride) = Weights::F32.units(4 * SIDE4);
-    let p = params::Linear {
-        rows: 1,
-        k4: side4,
-        n4: side4,
-        w_units: w_units as u32,
-        w_stride: w_stride as u32,
-        x_stride4: side4,
-        y_stride4: side4,
-        scale: 1.0,
-        ..params::Linear::default()
-    };
+    let p = super::square_product(Weights::F32, SIDE4, 1);
     let variant = gpu.cut(Weights::F32).linear(1);
     let groups = [1, side4.div_ceil(LANE_COLUMNS4 as u32).div_ceil(gpu.workgroup()), 1];
     let buffers = [&row, &matrix, &row, &row, &out];

@@ -131,19 +131,7 @@ impl<'g> Probe<'g> {
 
     /// Seconds of a product of `rows` rows.
     fn linear(&self, way: &Way, tile: RowTile, rows: usize) -> Result<f64, EngineError> {
-        let side4 = self.side4 as u32;
-        let (w_units, w_stride) = self.form.units(4 * self.side4);
-        let p = params::Linear {
-            rows: rows as u32,
-            k4: side4,
-            n4: side4,
-            w_units: w_units as u32,
-            w_stride: w_stride as u32,
-            x_stride4: side4,
-            y_stride4: side4,
-            scale: 1.0,
-            ..params::Linear::default()
-        };
+        let p = super::square_product(self.form, self.side4, rows);
         let [x, y] = &self.rows;
         let buffers = [x, &way.matrix, x, x, y];
         let groups = [rows.div_ceil(tile.rows()) as u32, self.columns(), 1];
@@ -227,14 +215,7 @@ const RUNS: usize = 2;
 
 /// Seconds that one round of `record` takes, which writes to `seen`.
 fn seconds(gpu: &Gpu, seen: &Buffer, record: &dyn Fn(&mut Recording<'_>)) -> Result<f64, EngineError> {
-    let run = |rounds: usize| -> Result<f64, EngineError> {
-        let mut r = Recording::new(gpu);
-        (0..rounds).for_each(|_| record(&mut r));
-        r.read::<u32>(seen, 0, 1);
-        let started = Instant::now();
-        r.submit()?.fetch()?;
-        Ok(started.elapsed().as_secs_f64())
-    };
+    let run = |rounds| super::run(gpu, seen, record, rounds);
     // The first one may make the pipeline.
     let once = run(1)?.min(run(1)?).max(1e-6);
     let rounds = ((RUN_SECONDS / once) as usize).clamp(1, 64);
