@@ -256,6 +256,10 @@ pub struct ClusterOptions {
     pub draws_on_device: Option<bool>,
     /// Bytes of experts' matrices that are bound together at most; an expert is never cut. `None`: as much as the adapter binds.
     pub expert_chunk_bytes: Option<u64>,
+    /// Whether every kernel that steps of any number of rows launch is made before the first one, or each when it is first launched,
+    /// for which that step waits; `None`: before the first where steps will be many, of several ranks or of an
+    /// [`Engine`](crate::Engine).
+    pub warm_up: Option<bool>,
     /// The group of processes that this one belongs to; `None`: all ranks are in this process.
     pub group: Option<GroupOptions>,
 }
@@ -352,6 +356,7 @@ impl ClusterOptions {
             memory: None,
             expert_chunk_bytes: None,
             draws_on_device: None,
+            warm_up: None,
             group: None,
         }
     }

@@ -153,6 +153,8 @@ pub struct RunStats {
     pub busy_share: f64,
     /// In flow: frames that were dropped because their sequence had ended.
     pub dropped_frames: u64,
+    /// `[R]` kernels that a rank's driver made during the run, each when it was first launched: steps of 5 to 60 ms more on lavapipe.
+    pub kernels_made: Vec<u64>,
     /// `[R]` (token, expert) pairs worked on by each rank.
     pub expert_load: Vec<u64>,
 }
@@ -259,6 +261,7 @@ pub(crate) fn summarise(
             ratio(busy, busy + idle)
         },
         dropped_frames: reports.iter().map(|r| r.dropped).sum(),
+        kernels_made: reports.iter().map(|r| r.kernels_made).collect(),
         expert_load: reports.iter().map(|r| r.pairs).collect(),
     }
 }

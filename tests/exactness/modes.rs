@@ -4,7 +4,7 @@ use crate::common::tiny::Tiny;
 use crate::common::{Setup, generate, prepare, request, tokens};
 use exflow::engine::{
     Cluster, ClusterOptions, Combine, Domain, Feed, KvWire, NoProgress, Overlap, PlacementSource,
-    PlacementTable, Prefill, Rank, RunStats, Schedule, Strategy, TransportKind,
+    PlacementTable, Prefill, Quant, Rank, RunStats, Schedule, Strategy, TransportKind,
 };
 use exflow_placement::Affinity;
 use std::path::Path;
@@ -273,4 +273,26 @@ fn replicated_prompts_are_not_summed_at_the_source() {
     (options.ranks, options.combine, options.prefill) = (2, Combine::Sum, Prefill::Replicated);
     let error = Cluster::start(options, &NoProgress).err().expect("it is refused");
     assert!(error.is_input() && error.to_string().contains("every rank"), "{error}");
+}
+
+#[test]
+fn no_step_waits_for_a_kernel() {
+    let shape = Tiny { seed: 101, top_k: 2, layers: 2, experts: 8, positions: 400, ..Tiny::default() };
+    let folder = shape.write();
+    let lengths = [1, 2, 300, 3, 9, 17, 40, 5];
+    let requests: Vec<_> =
+        lengths.iter().enumerate().map(|(s, n)| request(&shape.prompt(*n, s as u64), 3 + 2 * s)).collect();
+    let made = |warm_up: Option<bool>, quant: Quant, ranks: usize, schedule: Schedule| {
+        let mut cluster = start(folder.path(), |options| {
+            (options.warm_up, options.quant) = (warm_up, Some(quant));
+            (options.ranks, options.schedule) = (ranks, schedule);
+        });
+        generate(&mut cluster, &requests).stats.kernels_made.iter().sum::<u64>()
+    };
+    // Nothing else here holds its matrices so: no device that a rank takes over has these kernels.
+    assert!(made(Some(false), Quant::Q4_0, 3, Schedule::Rounds) > 0);
+    for schedule in [Schedule::Rounds, Schedule::Flow] {
+        assert_eq!(made(None, Quant::Q8_0, 3, schedule), 0, "{schedule}");
+    }
+    assert_eq!(made(Some(true), Quant::Q8_0, 1, Schedule::Rounds), 0, "one rank");
 }

@@ -238,7 +238,12 @@ impl Loader<'_> {
         let held_as = (self.options.dtype, self.options.quant);
         let weights = ModelWeights::load(self.spec, self.store, &gpu, &held, held_as, &mut read)?;
         let cache = (self.plan.cache_blocks * BLOCK, self.options.kv_dtype.into());
-        Decoder::new(gpu, self.spec.clone(), weights, cache)
+        let decoder = Decoder::new(gpu, self.spec.clone(), weights, cache)?;
+        let shares = self.plan.table.ranks > 1;
+        if self.options.warm_up.unwrap_or(shares) {
+            decoder.warm_up(shares)?;
+        }
+        Ok(decoder)
     }
 
     /// Other experts than before, of which those are read that were not there, beside a cache of the plan's size.

@@ -9,6 +9,8 @@ use std::collections::HashMap;
 /// Both caches of one device.
 pub(super) struct Pipelines {
     pub(super) pipelines: PipelineCache,
+    /// How many were made since somebody asked.
+    made: u64,
     /// By the ids of parameters and buffers.
     bind_groups: HashMap<(Kernel, Variant, [u64; MAX_BINDINGS]), wgpu::BindGroup>,
 }
@@ -25,7 +27,7 @@ pub(super) struct Pipeline {
 
 impl From<PipelineCache> for Pipelines {
     fn from(pipelines: PipelineCache) -> Self {
-        Self { pipelines, bind_groups: HashMap::new() }
+        Self { pipelines, made: 0, bind_groups: HashMap::new() }
     }
 }
 
@@ -41,13 +43,25 @@ impl Gpu {
         self.pipelines.borrow_mut().bind_groups.clear();
     }
 
+    /// How many pipelines were made since this was last asked.
+    pub(crate) fn take_made(&self) -> u64 {
+        std::mem::take(&mut self.pipelines.borrow_mut().made)
+    }
+
+    /// Whether it has that pipeline.
+    pub(super) fn has_made(&self, kernel: Kernel, variant: Variant) -> bool {
+        self.pipelines.borrow().pipelines.contains_key(&(kernel, variant))
+    }
+
     /// The pipeline of a variant that this device runs ([`Gpu::runs`]).
     fn pipeline(&self, kernel: Kernel, variant: Variant) -> Result<Pipeline, EngineError> {
         if let Some(found) = self.pipelines.borrow().pipelines.get(&(kernel, variant)) {
             return Ok(found.clone());
         }
         let made = self.make_pipeline(kernel, variant)?;
-        self.pipelines.borrow_mut().pipelines.insert((kernel, variant), made.clone());
+        let mut cache = self.pipelines.borrow_mut();
+        cache.pipelines.insert((kernel, variant), made.clone());
+        cache.made += 1;
         Ok(made)
     }
 

@@ -71,6 +71,8 @@ pub(crate) struct RankStats {
     pub(crate) kv_blocks: (u64, u64),
     /// The most blocks that were in use since the last report.
     pub(crate) kv_peak_blocks: u64,
+    /// Kernels that were made in between: some step waited for each.
+    pub(crate) kernels_made: u64,
     /// Bytes that the device has allocated then.
     pub(crate) memory_bytes: Option<u64>,
 }

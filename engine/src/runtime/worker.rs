@@ -294,6 +294,7 @@ impl Worker {
         self.reported = now;
         stats.kv_blocks = self.sequences.blocks();
         stats.kv_peak_blocks = self.sequences.take_peak();
+        stats.kernels_made = self.decoder.gpu.take_made();
         stats.memory_bytes = self.decoder.gpu.allocated_bytes();
         self.tell(Event::Report(self.comm.rank(), Box::new(stats)));
     }

@@ -105,10 +105,11 @@ impl Engine {
     /// # Errors
     /// Those of [`Cluster::start`].
     pub fn start(
-        cluster: ClusterOptions,
+        mut cluster: ClusterOptions,
         options: EngineOptions,
         progress: &dyn Progress,
     ) -> Result<Self, EngineError> {
+        cluster.warm_up.get_or_insert(true);
         Self::over(Cluster::start(cluster, progress)?, options)
     }
 

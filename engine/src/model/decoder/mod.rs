@@ -4,6 +4,7 @@
 mod attention;
 mod experts;
 mod pieces;
+mod warm_up;
 
 pub(crate) use experts::{ExpertBatch, LocalFfn};
 pub(crate) use pieces::Piece;
