@@ -9,7 +9,7 @@ use crate::output::Output;
 use crate::runtime::{Captured, Command, Event, FinishReason, MoveEnd};
 use crate::sampling::Logprobs;
 use crate::{Cluster, EngineError};
-use exflow_placement::{PlacementTable, Strategy};
+use exflow_placement::{Affinity, PlacementTable, Strategy};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -216,13 +216,19 @@ impl Owner {
             None => state.live.waiting -= 1,
         }
         count(&mut state.live.requests);
-        let state = &mut *state;
-        if let Some(counts) = self.routes.close(sequence, self.open.is_empty()) {
-            self.replacing.iter_mut().for_each(|replacing| replacing.count(&counts));
-            match state.affinity.merge(&counts, 1.0) {
-                Ok(()) => self.cluster.learn(&state.affinity),
-                Err(error) => tracing::warn!(%error, "routes that cannot be counted"),
-            }
+        drop(state);
+        let counted = self.routes.close(sequence, self.open.is_empty());
+        self.learn(counted);
+    }
+
+    /// Takes in routes that were counted.
+    fn learn(&mut self, counted: Option<Affinity>) {
+        let Some(counts) = counted else { return };
+        self.replacing.iter_mut().for_each(|replacing| replacing.count(&counts));
+        let mut state = self.shared.state();
+        match state.affinity.merge(&counts, 1.0) {
+            Ok(()) => self.cluster.learn(&state.affinity),
+            Err(error) => tracing::warn!(%error, "routes that cannot be counted"),
         }
     }
 
@@ -256,7 +262,6 @@ impl Owner {
         let text = open.output.push(codec, &open.stop, token, finish, now)?;
         let ends_text = finish == Some(FinishReason::Stop);
         let path = if open.path { self.routes.path_of_token(sequence) } else { Vec::new() };
-        self.routes.step(sequence);
         let finished = open.output.finish;
         let event = TokenEvent { sequence: 0, token, text, logprobs, finish: finished, ends_text, path };
         let events = open.events.clone();
@@ -264,6 +269,8 @@ impl Owner {
         if !first {
             self.replacing.iter_mut().for_each(|replacing| replacing.token(now - before));
         }
+        let counted = self.routes.step(sequence);
+        self.learn(counted);
         if finished.is_some() {
             if finish.is_none() {
                 self.cluster.command(Command::Cancel(sequence))?; // a stop text
