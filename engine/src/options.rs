@@ -252,6 +252,9 @@ pub struct ClusterOptions {
     /// Bytes that each rank of this process may take: weights that do not fit are refused, the cache takes what is
     /// left. `None`: nothing is refused before it is tried.
     pub memory: Option<u64>,
+    /// Whether memory is left for experts that move ([`Engine::move_to`](crate::Engine::move_to)) when the cache is sized by
+    /// what is left: for those of another table beside those that a rank holds. The cache has its least size in any case.
+    pub room_for_moves: bool,
     /// Whether devices draw tokens or the host does, which gives the same ones; `None`: devices that are no CPUs.
     pub draws_on_device: Option<bool>,
     /// Bytes of experts' matrices that are bound together at most; an expert is never cut. `None`: as much as the adapter binds.
@@ -354,6 +357,7 @@ impl ClusterOptions {
             cache_positions: None,
             devices: Vec::new(),
             memory: None,
+            room_for_moves: false,
             expert_chunk_bytes: None,
             draws_on_device: None,
             warm_up: None,

@@ -81,7 +81,8 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         replace_live: args.replace_live.is_some(),
         replace_every: args.replace_live.and_then(|every| every.0),
     };
-    let Some(options) = args.ranks.led(&Bars::new())? else { return Ok(()) };
+    let Some(mut options) = args.ranks.led(&Bars::new())? else { return Ok(()) };
+    options.room_for_moves = engine_options.replace_live;
     let mut cluster = Cluster::start(options, &Bars::new())?;
     let chosen = args.ranks.tune(&mut cluster, SERVED)?;
     let engine = Engine::over(cluster, engine_options)?;

@@ -53,6 +53,12 @@ pub enum StudyError {
         /// The first output token that differs, from 0.
         token: usize,
     },
+    /// Experts stayed where they are.
+    #[error("experts did not move: {why}")]
+    Refused {
+        /// Why.
+        why: String,
+    },
 }
 
 impl StudyError {
@@ -60,7 +66,7 @@ impl StudyError {
     pub fn is_input(&self) -> bool {
         match self {
             Self::Engine(error) => error.is_input(),
-            Self::Differ { .. } => false,
+            Self::Differ { .. } | Self::Refused { .. } => false,
             _ => true,
         }
     }

@@ -302,7 +302,8 @@ fn agree(
 }
 
 /// The value below which a share of the sorted values lies.
-fn quantile(values: &mut [f64], share: f64) -> f64 {
+/// The value that `share` of them are not above; 0 of none. Sorts them.
+pub(super) fn quantile(values: &mut [f64], share: f64) -> f64 {
     values.sort_by(f64::total_cmp);
     let at = (values.len() as f64 * share).ceil() as usize;
     values.get(at.saturating_sub(1)).or(values.last()).copied().unwrap_or(0.0)

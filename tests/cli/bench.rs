@@ -112,3 +112,32 @@ fn the_grid_of_strategies_holds_the_cells_that_were_asked_for() {
         assert_eq!(output.status.code(), Some(2), "{wrong:?}");
     }
 }
+
+#[test]
+fn what_requests_notice_of_a_move() {
+    let folder = tiny();
+    let base = ["bench", "moves", "-m", utf8(folder.path()), "--ep-size", "2", "-n", "40", "-r", "2"];
+    for schedule in ["rounds", "flow"] {
+        let more = ["--schedule", schedule, "--sequences", "3"];
+        let (out, _) = succeeded(&[&base[..], &more, &["--format", "json"]].concat());
+        let value: Value = serde_json::from_str(&out).expect("one JSON document");
+        assert_eq!(value["schedule"], schedule);
+        for kind in ["without", "with"] {
+            // 39 gaps of each of three sequences but for the first 8, of two runs.
+            assert_eq!(value[kind]["count"], 2 * 3 * (39 - 8), "{value}");
+        }
+        assert!(value["moving"]["count"].as_u64().is_some_and(|count| count > 0), "{value}");
+        let of = |kind: &str, figure: &str| value[kind][figure].as_f64().expect(figure);
+        for kind in ["without", "with", "moving"] {
+            assert!(of(kind, "p50_ms") > 0.0 && of(kind, "longest_ms") <= of(kind, "worst_ms"), "{value}");
+        }
+        assert!(value["experts"].as_u64() > Some(0) && value["move_ms"].as_f64() > Some(0.0), "{value}");
+    }
+    let (out, _) = succeeded(&[&base[..], &["--placement", "linear", "--to", "round_robin"]].concat());
+    assert!(out.contains("| while experts moved |") && out.contains("tokens were told while"), "{out}");
+    let wrongs = [&["--placement", "linear"][..], &["--to", "nowhere.json"], &["--sequences", "0"]];
+    for wrong in wrongs {
+        let output = exflow(&[&base[..], wrong].concat());
+        assert_eq!(output.status.code(), Some(2), "{wrong:?}");
+    }
+}

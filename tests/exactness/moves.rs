@@ -6,6 +6,7 @@ use exflow::engine::{
     Cluster, ClusterOptions, Completion, Engine, EngineOptions, KvDtype, KvWire, LiveStats, NoProgress,
     PlacementSource, PlacementTable, Rank, Request, Schedule, Strategy, TransportKind,
 };
+use exflow::placement::Replica;
 use std::time::{Duration, Instant};
 
 const RANKS: usize = 3;
@@ -19,13 +20,25 @@ fn until(engine: &Engine, what: &str, so: impl Fn(&LiveStats) -> bool) {
     }
 }
 
-/// A random table. Some layers are on one rank or two alone, so that contexts have to follow.
+/// A random table. Some layers are on one rank or two alone, so that contexts have to follow; of some experts there are
+/// copies.
 fn anywhere(shape: &Tiny, random: &mut Random) -> PlacementTable {
     let layer = |_| {
         let (first, ranks) = (random.below(RANKS), 1 + random.below(RANKS));
         (0..shape.experts).map(|_| Rank::from((first + random.below(ranks)) % RANKS)).collect()
     };
-    PlacementTable::from_assignment((0..shape.layers).map(layer).collect(), RANKS).expect("a table")
+    let assignment: Vec<Vec<Rank>> = (0..shape.layers).map(layer).collect();
+    let mut copies = Vec::new();
+    for (l, e) in (0..shape.layers).flat_map(|l| (0..shape.experts).map(move |e| (l, e))) {
+        let rank = Rank::from(random.below(3 * RANKS));
+        if rank.index() < RANKS && rank != assignment[l][e] {
+            copies.push(Replica { layer: l.into(), expert: e.into(), rank });
+        }
+    }
+    assert!(!copies.is_empty());
+    let mut table = PlacementTable::from_assignment(assignment, RANKS).expect("a table");
+    table.set_replicas(copies);
+    table
 }
 
 /// Prompts of several lengths; of some the likeliest tokens with their probabilities are told, which are all of the logits
@@ -102,6 +115,7 @@ fn moves(top_k: usize, schedule: Schedule, strategy: Strategy, transport: Transp
             let asked = engine.live().moves.asked;
             until(&engine, &what, |live| live.moves.done + live.moves.refused == asked);
             assert_eq!(engine.placement().assignment, table.assignment, "{what}");
+            assert_eq!(engine.placement().replicas, table.replicas, "{what}");
             while_running += usize::from(engine.live().running > 0);
             last = Some(table);
         }
@@ -121,6 +135,10 @@ fn moves(top_k: usize, schedule: Schedule, strategy: Strategy, transport: Transp
     let moves = engine.live().moves;
     assert_eq!((moves.asked, moves.done, moves.refused), (6, 6, 0), "{what}: {:?}", moves.why);
     assert!(moves.experts > 0 && while_running >= 4, "{what}: {while_running} of 6 ended while requests ran");
+    // Between two steps a rank takes in one layer, so that requests go on while experts are read: in rounds all of them with
+    // each layer, in flow at least some.
+    let least = if schedule == Schedule::Rounds { shape.layers as u64 - 1 } else { 1 };
+    assert!(moves.tokens >= 4 * least, "{what}: {moves:?}");
     // With nothing under way, too; and what is not on a rank any more is not asked of it.
     assert!(last.is_some());
     engine.move_to(anywhere(&shape, &mut random)).expect("it fits");
@@ -243,6 +261,50 @@ fn a_rank_without_room_for_both_tables_is_named_and_all_go_on() {
     let why = engine.live().moves.why.expect("a reason");
     assert!(why.contains("rank ") && why.contains("experts beside") && why.contains("are missing"), "{why}");
     assert_eq!(engine.placement().assignment, before.assignment);
+    for (running, expected) in running.into_iter().zip(&expected) {
+        assert_eq!(running.complete().expect("tokens").output_ids, expected.output_ids);
+    }
+}
+
+#[test]
+fn memory_is_left_for_moves_where_that_is_asked_for() {
+    let shape = Tiny { seed: 350, ..Tiny::default() };
+    let folder = shape.write();
+    let requests = requests_of_20(&shape);
+    let mut one = Setup::one_rank(folder.path()).start();
+    let expected = one.generate(&requests, &mut |_| {}).expect("one rank").sequences;
+    let start = |memory: u64, room_for_moves: bool| {
+        let options = ClusterOptions {
+            ranks: 2,
+            memory: Some(memory),
+            room_for_moves,
+            ..ClusterOptions::new(folder.path())
+        };
+        let cluster = Cluster::start(options, &NoProgress).ok()?;
+        Some(Engine::over(cluster, EngineOptions::default()).expect("an engine"))
+    };
+    let positions = |memory| start(memory, false).map_or(0, |engine| engine.cache_positions());
+    // So much that the cache takes what is left, and no more than that.
+    let (mut small, mut large) = (0, 64 << 20);
+    let memory = loop {
+        let middle = (small + large) / 2;
+        match positions(middle) / shape.positions {
+            0..10 => small = middle,
+            10..15 => break middle,
+            _ => large = middle,
+        }
+        assert!(large - small > 1024, "no memory of which the cache takes the rest");
+    };
+    let engine = start(memory, true).expect("a cluster");
+    // Once more the matrices of a rank's experts, at the bytes that keys and values of a position take.
+    let experts = 4 * shape.layers * shape.experts / 2 * 2 * shape.hidden * shape.inner;
+    let position = 4 * shape.layers * 2 * shape.hidden;
+    let (left, all) = (engine.cache_positions(), positions(memory));
+    assert!(left + experts / position <= all && left >= shape.positions, "{left} of {all} positions");
+    let running: Vec<_> =
+        requests.iter().map(|request| engine.submit(request.clone()).expect("taken")).collect();
+    engine.move_to(PlacementTable::linear(shape.layers, shape.experts, 2)).expect("it fits the model");
+    until(&engine, "a move", |live| live.moves.done == 1);
     for (running, expected) in running.into_iter().zip(&expected) {
         assert_eq!(running.complete().expect("tokens").output_ids, expected.output_ids);
     }

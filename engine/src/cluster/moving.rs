@@ -42,7 +42,10 @@ impl Cluster {
             Ok(table) => {
                 self.table = table.clone();
                 self.group.place(table);
-                self.tell(&format!("{} experts were read and moved in {:.1} s", end.experts, end.seconds));
+                self.tell(&format!(
+                    "{} experts were read and moved in {:.1} s; {} tokens were told while they were read",
+                    end.experts, end.seconds, end.tokens
+                ));
             }
             Err(why) => self.tell(&format!("experts stay where they are: {why}")),
         }

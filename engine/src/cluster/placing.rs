@@ -88,7 +88,8 @@ pub(crate) fn decide(
     let ClusterOptions {
         strategy, combine, dtype, quant, kv_dtype, kv_wire, schedule, prefill, overlap, ..
     } = *options;
-    let cache_blocks = sizes.cache_blocks(roster, offers, &held);
+    let to_hold = if options.room_for_moves { with_moves(&table) } else { held };
+    let cache_blocks = sizes.cache_blocks(roster, offers, &to_hold);
     base.cache_blocks.get_or_insert(cache_blocks);
     let groups = groups(options, roster);
     Ok(Plan {
@@ -105,6 +106,15 @@ pub(crate) fn decide(
         cache_blocks,
         table,
     })
+}
+
+/// `[R]` experts that a rank holds at most while they move to another table that gives it as many, none of them the same,
+/// and the layer that is put together at the time is there twice.
+fn with_moves(table: &PlacementTable) -> Vec<usize> {
+    let of_layer = |layer: usize, rank: usize| table.experts_of(layer.into(), Rank::from(rank)).len();
+    let most = |rank| (0..table.layers).map(|layer| of_layer(layer, rank)).max().unwrap_or(0);
+    let held = table.experts_per_rank().into_iter().enumerate();
+    held.map(|(rank, held)| 2 * held + 2 * most(rank)).collect()
 }
 
 /// `[R]` the group that each rank's sequences are bounded to; empty: to none.
@@ -241,6 +251,31 @@ mod tests {
         for unlike in [new, ("B", "1.0")] {
             let error = check_alike(&[offer(&[old]), offer(&[old, unlike])]).expect_err("it is refused");
             assert!(error.is_input() && error.to_string().contains("process 1"), "{error}");
+        }
+    }
+
+    #[test]
+    fn there_is_room_for_any_other_table_of_as_many_experts() {
+        for (layers, experts, ranks) in [(3, 8, 2), (5, 16, 4), (2, 7, 3)] {
+            let tables = [
+                PlacementTable::round_robin(layers, experts, ranks),
+                PlacementTable::linear(layers, experts, ranks),
+            ];
+            for (now, next) in [(&tables[0], &tables[1]), (&tables[1], &tables[0])] {
+                let room = with_moves(now);
+                for rank in 0..ranks {
+                    let of =
+                        |table: &PlacementTable, layer: usize| table.experts_of(layer.into(), rank.into());
+                    let fresh = |layer| {
+                        let held = of(now, layer);
+                        of(next, layer).iter().filter(|expert| !held.contains(expert)).count()
+                    };
+                    let held: usize = (0..layers).map(|layer| of(now, layer).len()).sum();
+                    let coming: usize = (0..layers).map(fresh).sum();
+                    let twice = (0..layers).map(|layer| of(now, layer).len() + fresh(layer)).max();
+                    assert!(coming > 0 && held + coming + twice.unwrap_or(0) <= room[rank], "{room:?}");
+                }
+            }
         }
     }
 

@@ -250,6 +250,7 @@ impl Worker {
         let counted = self.sequences.sampled(sampled.sequence, sampled.token);
         self.sequences.went_by(sampled.sequence, sampled.edition);
         let Some(counted) = counted.filter(|c| c.new && self.comm.rank() == Rank(0)) else { return };
+        self.director.token();
         self.tell(Event::Token {
             request: counted.request,
             token: counted.token,

@@ -52,6 +52,8 @@ pub struct MoveCounts {
     pub experts: u64,
     /// Seconds that these took together.
     pub seconds: f64,
+    /// Tokens told while those experts were read.
+    pub tokens: u64,
     /// Why the last one of those refused was.
     pub why: Option<String>,
 }

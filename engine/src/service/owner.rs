@@ -197,6 +197,7 @@ impl Owner {
                 moves.done += 1;
                 moves.experts += end.experts;
                 moves.seconds += end.seconds;
+                moves.tokens += end.tokens;
                 state.table = table;
             }
             Err(why) => {
@@ -299,15 +300,8 @@ fn replacing(cluster: &Cluster, options: &EngineOptions) -> Option<Replacing> {
     if !options.replace_live || cluster.options().ranks < 2 {
         return None;
     }
-    let why = match cluster.options().strategy {
-        Strategy::Vanilla => "under vanilla no token stays with its expert",
-        Strategy::Coherent if !cluster.placement().replicas.is_empty() => {
-            "the table has copies, which are not placed anew"
-        }
-        Strategy::Coherent => "",
-    };
-    if !why.is_empty() {
-        tracing::warn!("experts stay where they are: {why}");
+    if cluster.options().strategy == Strategy::Vanilla {
+        tracing::warn!("experts stay where they are: under vanilla no token stays with its expert");
         return None;
     }
     let shape = (spec.moe_layers(), spec.experts, spec.top_k, cluster.expert_bytes());

@@ -4,6 +4,8 @@ mod alltoall;
 mod device;
 mod kernels;
 mod model;
+mod models;
+mod moves;
 mod strategies;
 
 use super::failure::Failure;
@@ -27,6 +29,7 @@ pub(crate) enum Part {
     Device(device::Args),
     Kernels(kernels::Args),
     Model(model::Args),
+    Moves(moves::Args),
     Strategies(strategies::Args),
 }
 
@@ -96,6 +99,7 @@ impl Args {
             Some(Part::Device(_)) => 0,
             Some(Part::Kernels(args)) => args.ranks.hosted(),
             Some(Part::Model(args)) => args.ranks.hosted(),
+            Some(Part::Moves(args)) => args.ranks.hosted(),
             Some(Part::Strategies(args)) => args.device_ranks(),
             None if self.group.is_told() => flags::hosted(self.model(), 1),
             None => self.ep_size,
@@ -108,6 +112,7 @@ impl Args {
             Some(Part::Alltoall(_) | Part::Device(_) | Part::Strategies(_)) => None,
             Some(Part::Kernels(args)) => Some(&mut args.ranks.model),
             Some(Part::Model(args)) => Some(&mut args.ranks.model),
+            Some(Part::Moves(args)) => Some(&mut args.ranks.model),
             None => self.model.as_mut(),
         }
     }
@@ -125,6 +130,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         Some(Part::Device(args)) => device::run(args),
         Some(Part::Kernels(args)) => kernels::run(args),
         Some(Part::Model(args)) => model::run(args),
+        Some(Part::Moves(args)) => moves::run(args),
         None => three(args),
     }
 }

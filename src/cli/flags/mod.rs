@@ -365,7 +365,8 @@ pub(crate) fn ranks(text: &str) -> Result<usize, String> {
     }
 }
 
-fn placement(text: &str) -> Result<PlacementSource, String> {
+/// Where experts live, as typed.
+pub(crate) fn placement(text: &str) -> Result<PlacementSource, String> {
     Ok(match text {
         "round_robin" => PlacementSource::RoundRobin,
         "linear" => PlacementSource::Linear,

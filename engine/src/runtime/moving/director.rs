@@ -14,6 +14,8 @@ pub(crate) struct MoveEnd {
     pub(crate) outcome: Result<PlacementTable, String>,
     /// Experts read, on all ranks.
     pub(crate) experts: u64,
+    /// Tokens told from the order to read them until the last rank had them, and the contexts that go with them.
+    pub(crate) tokens: u64,
     pub(crate) seconds: f64,
 }
 
@@ -27,7 +29,7 @@ fn ends(sequences: &Sequences) -> Vec<(u32, u32)> {
 impl MoveEnd {
     /// Of a move that did not begin.
     pub(crate) fn refused(why: String) -> Self {
-        Self { outcome: Err(why), experts: 0, seconds: 0.0 }
+        Self { outcome: Err(why), experts: 0, tokens: 0, seconds: 0.0 }
     }
 }
 
@@ -44,6 +46,7 @@ struct Move {
     /// The ranks that have done this step.
     done: BTreeSet<Rank>,
     experts: u64,
+    tokens: u64,
     began: Instant,
     /// Why it was given up.
     refused: Option<String>,
@@ -91,6 +94,7 @@ impl Director {
             step: Step::Load,
             done: BTreeSet::new(),
             experts: 0,
+            tokens: 0,
             began: Instant::now(),
             refused: None,
         });
@@ -109,6 +113,13 @@ impl Director {
             MoveNews::Refused(why) => drop(move_.refused.get_or_insert(why)),
             // One refused before it had loaded.
             MoveNews::Loaded(_) | MoveNews::Settled => {}
+        }
+    }
+
+    /// A token was told.
+    pub(crate) fn token(&mut self) {
+        if let Some(move_) = self.move_.as_mut().filter(|move_| move_.step == Step::Load) {
+            move_.tokens += 1;
         }
     }
 
@@ -137,9 +148,9 @@ impl Director {
     }
 
     fn end(&mut self) -> Option<MoveEnd> {
-        let Move { table, experts, began, refused, .. } = self.move_.take()?;
+        let Move { table, experts, tokens, began, refused, .. } = self.move_.take()?;
         let outcome = refused.map_or(Ok(table), Err);
-        Some(MoveEnd { outcome, experts, seconds: began.elapsed().as_secs_f64() })
+        Some(MoveEnd { outcome, experts, tokens, seconds: began.elapsed().as_secs_f64() })
     }
 }
 
@@ -168,10 +179,12 @@ mod tests {
             };
         }
         director.hear(Rank(1), MoveNews::Loaded(3));
+        director.token();
         assert!(matches!(next!(), (None, None)));
         director.hear(Rank(0), MoveNews::Loaded(1));
         assert!(matches!(next!(), (Some(MoveOrder::Turn), None)));
         assert!(matches!(next!(), (None, None)), "it has not been carried out");
+        director.token();
         let new = Edition(1);
         tables.add(new, PlacementTable::round_robin(2, 4, 2));
         tables.turn();
@@ -183,8 +196,8 @@ mod tests {
         assert_eq!(ends, [(0, 3)], "its last token but one went by the new table");
         (0..2).for_each(|rank| director.hear(Rank(rank), MoveNews::Settled));
         let (None, Some(end)) = next!() else { panic!("it is over") };
-        assert_eq!((end.outcome.map(|table| table.assignment), end.experts), {
-            (Ok(PlacementTable::round_robin(2, 4, 2).assignment), 4)
+        assert_eq!((end.outcome.map(|table| table.assignment), end.experts, end.tokens), {
+            (Ok(PlacementTable::round_robin(2, 4, 2).assignment), 4, 1)
         });
         assert!(!director.is_busy());
     }

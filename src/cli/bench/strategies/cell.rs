@@ -2,7 +2,8 @@
 
 use super::super::super::failure::Failure;
 use super::super::super::output;
-use super::{Args, LinkName, TableName, model_folder, routes_path, table_path};
+use super::super::models::model_folder;
+use super::{Args, LinkName, TableName, routes_path, table_path};
 use exflow::engine::{ClusterOptions, NoProgress, RoutingTrace, Schedule, Strategy, TransportKind};
 use exflow::placement::PlacementTable;
 use exflow::study::{self, Candidate, Cell, Grid, GridRow};

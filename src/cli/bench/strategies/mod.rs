@@ -5,11 +5,12 @@ mod tables;
 
 use super::super::failure::Failure;
 use super::super::{flags, output};
+use super::models::{Scratch, model_folder};
 use clap::ValueEnum;
 use exflow::engine::{Cluster, ClusterOptions, Overlap, Schedule, Strategy};
 use exflow::placement::{PlacementTable, SolveOptions};
 use exflow::progress::Bars;
-use exflow::study::{self, GridRow, SyntheticModel};
+use exflow::study::{self, GridRow};
 use exflow::transport::link::LinkSpec;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -150,9 +151,6 @@ impl std::fmt::Display for TableName {
     }
 }
 
-/// Where the bundled model is, from the repository's root.
-const BUNDLED: &str = "examples/models/gpt-moe-16e";
-
 /// A row of the grid: its name among ablations, what runs while rows travel, and how it runs.
 type SettingArgs = (Option<&'static str>, Overlap, Strategy, Schedule, TableName);
 
@@ -236,61 +234,23 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
 /// Solves the tables, then measures each cell in a process of its own: drivers may keep something of every device that
 /// a process ever had.
 fn grid(args: &Args) -> Result<Vec<GridRow>, Failure> {
-    let folder = Scratch::new()?;
+    let folder = Scratch::new("strategies")?;
     let (models, ranks, sequences, links) = match args.quick {
         true => (vec!["bundled".to_owned()], vec![4], vec![8], vec![LinkName::Local, LinkName::Wan]),
         false => (args.models.clone(), args.ranks.clone(), args.sequences.clone(), args.links.clone()),
     };
     let mut rows = Vec::new();
     for model in &models {
-        let path = model_folder(model, &folder.0, args.seed)?;
-        solve_tables(args, model, &path, &ranks, &folder.0)?;
+        let path = model_folder(model, folder.path(), args.seed)?;
+        solve_tables(args, model, &path, &ranks, folder.path())?;
         for &ranks in &ranks {
             for link in &links {
                 output::note(&format!("{model}, {ranks} ranks, {link}"));
-                rows.extend(cell::child(args, model, ranks, *link, &sequences, &folder.0)?);
+                rows.extend(cell::child(args, model, ranks, *link, &sequences, folder.path())?);
             }
         }
     }
     Ok(rows)
-}
-
-/// A folder that goes with the process.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> Result<Self, Failure> {
-        let path = std::env::temp_dir().join(format!("exflow-strategies-{}", std::process::id()));
-        std::fs::create_dir_all(&path).map_err(|e| {
-            Failure::Run(format!("{}: {e}; set TMPDIR to a folder that can be written", path.display()))
-        })?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-fn model_folder(model: &str, scratch: &Path, seed: u64) -> Result<PathBuf, Failure> {
-    match model {
-        "bundled" => match Path::new(BUNDLED).is_dir() {
-            true => Ok(PathBuf::from(BUNDLED)),
-            false => Err(Failure::Input(format!(
-                "the bundled model is not at {BUNDLED}: start in the repository's root, or give folders to --models"
-            ))),
-        },
-        "synthetic-gqa" => {
-            let path = scratch.join("synthetic-gqa");
-            if !path.is_dir() {
-                SyntheticModel { seed, ..SyntheticModel::default() }.write(&path)?;
-            }
-            Ok(path)
-        }
-        folder => Ok(PathBuf::from(folder)),
-    }
 }
 
 fn table_path(folder: &Path, model: &str, ranks: usize, table: TableName) -> PathBuf {
