@@ -29,7 +29,7 @@ pub(crate) enum Part {
     Device(device::Args),
     Kernels(kernels::Args),
     Model(model::Args),
-    Moves(moves::Args),
+    Moves(Box<moves::Args>),
     Strategies(strategies::Args),
 }
 
