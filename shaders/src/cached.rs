@@ -31,6 +31,13 @@ impl Cache {
         }
     }
 
+    /// Words from a row of `width` values in the cache to the next: where a row is a multiple of 1 KiB, 64 bytes are left
+    /// free behind it.
+    pub fn stride(self, width: usize) -> usize {
+        let words = self.words(width);
+        if words.is_multiple_of(256) { words + 16 } else { words }
+    }
+
     /// Words of an element of the cache, which holds four values: what a kernel takes at once.
     pub fn texel_words(self) -> u32 {
         match self {

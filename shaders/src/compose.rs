@@ -77,7 +77,7 @@ fn compose(kernel: Kernel, variant: Variant) -> Result<String, ComposeError> {
     Ok(compiled.syntax.to_string())
 }
 
-fn flags(variant: Variant) -> [(&'static str, bool); 23] {
+fn flags(variant: Variant) -> [(&'static str, bool); 24] {
     [
         ("one", variant.tile == RowTile::One),
         ("tile2", variant.tile == RowTile::Two),
@@ -99,6 +99,7 @@ fn flags(variant: Variant) -> [(&'static str, bool); 23] {
         ("kv8", variant.cache == Cache::Q8),
         ("slim", variant.values == Values::Slim),
         ("narrow", variant.values == Values::Narrow),
+        ("usual", variant.values == Values::Usual),
         ("wide", variant.values == Values::Wide),
         ("swiglu", variant.activation == Activation::SwiGlu),
         ("clamped_glu", variant.activation == Activation::ClampedGlu),

@@ -100,10 +100,12 @@ impl RowTile {
 /// How many columns the values of a head have at most: so many fit into the registers of `attention.wgsl`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub enum Values {
-    /// 32 with subgroups, as [`Values::Medium`] without.
+    /// 32 with subgroups, as [`Values::Usual`] without.
     Slim,
-    /// 64 with subgroups, as [`Values::Medium`] without.
+    /// 64 with subgroups, as [`Values::Usual`] without.
     Narrow,
+    /// 128, as most models have it.
+    Usual,
     /// 256.
     #[default]
     Medium,
@@ -117,7 +119,8 @@ impl Values {
         match columns {
             0..=32 => Self::Slim,
             33..=64 => Self::Narrow,
-            65..=256 => Self::Medium,
+            65..=128 => Self::Usual,
+            129..=256 => Self::Medium,
             _ => Self::Wide,
         }
     }
@@ -315,13 +318,14 @@ impl Kernel {
             let wide = Variant { values: Values::Wide, ..plain };
             let with = |v: Variant| Variant { subgroup: true, ..v };
             let cpu = |v: Variant| Variant { image: true, ..with(v) };
+            let usual = Variant { values: Values::Usual, ..plain };
             let [slim, narrow] =
                 [Values::Slim, Values::Narrow].map(|values| cpu(Variant { values, ..plain }));
-            bases.extend([with(plain), cpu(plain), slim, narrow, wide, with(wide), cpu(wide)]);
+            bases.extend([with(plain), cpu(plain), slim, narrow]);
+            bases.extend([usual, with(usual), cpu(usual), wide, with(wide), cpu(wide)]);
             for cache in [Cache::F16, Cache::Q8] {
-                bases.extend(
-                    [plain, slim, narrow, cpu(plain), wide, cpu(wide)].map(|v| Variant { cache, ..v }),
-                );
+                let of = [plain, cpu(plain), slim, narrow, usual, cpu(usual), wide, cpu(wide)];
+                bases.extend(of.map(|v| Variant { cache, ..v }));
             }
             // Each behind the one that does the same in one launch.
             bases = bases.into_iter().flat_map(|v| [v, Variant { split: true, ..v }]).collect();

@@ -43,8 +43,10 @@ const BLOCK: u32 = 16u;  // positions per cache block
 
 @if(subgroup && slim) const COLUMNS: u32 = 1u;        // vec4s of values that a lane makes: of up to 32 columns,
 @elif(subgroup && narrow) const COLUMNS: u32 = 2u;    // 64,
+@elif(subgroup && usual) const COLUMNS: u32 = 4u;     // 128,
 @elif(subgroup && wide) const COLUMNS: u32 = 16u;     // 512,
 @elif(subgroup) const COLUMNS: u32 = 8u;              // or 256 by eight lanes,
+@elif(slim || narrow || usual) const COLUMNS: u32 = 1u;  // 128,
 @elif(wide) const COLUMNS: u32 = 4u;                  // 512
 @else const COLUMNS: u32 = 2u;                        // or 256 by 32 lanes
 
@@ -55,9 +57,8 @@ fn element(i: u32) -> Cached {
     @else return cache[i];
 }
 
-// Four values of a row of the cache.
-fn cached(slot: u32, column: u32) -> vec4<f32> {
-    let row = slot * cached_stride(p.cache_stride4);
+// Four values of the row of the cache that begins at element `row`.
+fn cached(row: u32, column: u32) -> vec4<f32> {
     @if(kv16) {
         let two = element(row + column);
         return vec4<f32>(unpack2x16float(two.x), unpack2x16float(two.y));
@@ -71,9 +72,9 @@ fn cached(slot: u32, column: u32) -> vec4<f32> {
     }
 }
 
-// The cache slot of a position.
-fn slot_of(query: Query, position: u32) -> u32 {
-    return block_table[query.table_row * p.table_stride + position / BLOCK] * BLOCK + position % BLOCK;
+// The block of the cache that holds the positions `number * BLOCK` and on.
+fn block_of(query: Query, number: u32) -> u32 {
+    return block_table[query.table_row * p.table_stride + number];
 }
 
 // Sums over positions, relative to the largest of their scores.
@@ -141,8 +142,31 @@ fn write(row: u32, split: u32, splits: u32, all: ptr<function, Sums>, lanes: u32
     }
 }
 
-// The same sums as below with eight lanes that hand each other queries, weights and slots: a lane has four positions
-// of a tile, eight apart. Work is cut where a tile has fewer than 32 positions, by eights.
+// Products of a head's query with the keys of each lane's four positions. Lanes load the query in turn, and each of its vec4s
+// serves four loads that do not wait for each other.
+@if(subgroup) fn four_products(q_base: u32, k_base: u32, rows: vec4<u32>, lane: u32) -> vec4<f32> {
+    var a = vec4<f32>(0.0);
+    var b = vec4<f32>(0.0);
+    var c = vec4<f32>(0.0);
+    var d = vec4<f32>(0.0);
+    for (var first = 0u; first < p.d4; first += 8u) {
+        let mine = q[q_base + min(first + lane, p.d4 - 1u)];
+        for (var e = 0u; e < min(8u, p.d4 - first); e++) {
+            let value = subgroupShuffle(mine, e);
+            let column = k_base + first + e;
+            a = fma(value, cached(rows.x, column), a);
+            b = fma(value, cached(rows.y, column), b);
+            c = fma(value, cached(rows.z, column), c);
+            d = fma(value, cached(rows.w, column), d);
+        }
+    }
+    return vec4<f32>(
+        (a.x + a.y) + (a.z + a.w), (b.x + b.y) + (b.z + b.w), (c.x + c.y) + (c.z + c.w), (d.x + d.y) + (d.z + d.w)
+    );
+}
+
+// The same sums as below with eight lanes that hand each other queries, weights and rows: a lane has four positions
+// of a tile, eight apart. Those beyond the context count nothing, in place of values at its end.
 @if(subgroup) @compute @workgroup_size(8)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
@@ -154,7 +178,9 @@ fn main(
     let query = queries[token];
     let first = query.position + 1u - min(query.position + 1u, p.window);
     let key_head = head / p.group;
+    let k_base = key_head * p.d4;
     let q_base = token * p.q_stride4 + head * p.d4;
+    let v_base = p.v_offset4 + key_head * p.v_head4;
     let seen_here = span(first, query.position, group.z);
     var sums = nothing();
     @if(!split) var all = beginning(head);
@@ -166,31 +192,17 @@ fn main(
                 sums = nothing();
             }
         }
-        let from_block = (max(first, tile) - tile) / 8u;
-        let to_block = (min(LANES, query.position - tile + 1u) + 7u) / 8u;
-        var scores = vec4<f32>(sums.largest);
-        var seen = vec4<bool>(false);
-        var slots = vec4<u32>(0u);
-        for (var j = from_block; j < to_block; j++) {
-            let at = tile + 8u * j + lane;
-            let slot = slot_of(query, clamp(at, first, query.position));
-            let k_base = key_head * p.d4;
-            var sum = vec4<f32>(0.0);
-            for (var d = 0u; d < p.d4; d += 8u) {
-                let mine = q[q_base + min(d + lane, p.d4 - 1u)];
-                for (var e = 0u; e < 8u; e++) {
-                    // Beyond the last column 0 is added.
-                    let value = select(vec4<f32>(0.0), subgroupShuffle(mine, e), d + e < p.d4);
-                    sum = fma(value, cached(slot, k_base + min(d + e, p.d4 - 1u)), sum);
-                }
-            }
-            let score = ((sum.x + sum.y) + (sum.z + sum.w)) * p.scale;
-            let here = vec4<u32>(j) == vec4<u32>(0u, 1u, 2u, 3u);
-            let counts = at >= first && at <= query.position;
-            scores = select(scores, vec4<f32>(score), here & vec4<bool>(counts));
-            seen = select(seen, vec4<bool>(counts), here);
-            slots = select(slots, vec4<u32>(slot), here);
-        }
+        let at = vec4<u32>(tile + lane) + vec4<u32>(0u, 8u, 16u, 24u);
+        let from_position = vec4<u32>(max(first, tile));
+        let here = clamp(at, from_position, vec4<u32>(query.position));
+        let seen = at == here;
+        // A tile is two blocks.
+        let one = block_of(query, from_position.x / BLOCK);
+        let other = block_of(query, min(tile / BLOCK + 1u, query.position / BLOCK));
+        let blocks = select(vec4<u32>(one), vec4<u32>(other), here >= vec4<u32>(tile + BLOCK));
+        var rows = (blocks * BLOCK + here % BLOCK) * cached_stride(p.cache_stride4);
+        let products = four_products(q_base, k_base, rows, lane) * p.scale;
+        let scores = select(vec4<f32>(sums.largest), products, seen);
         let largest = max(max(scores.x, scores.y), max(scores.z, scores.w));
         let tile_max = max(sums.largest, subgroupMax(largest));
         let correction = exp(sums.largest - tile_max);
@@ -199,21 +211,19 @@ fn main(
         for (var c = 0u; c < COLUMNS; c++) {
             sums.values[c] *= correction;
         }
-        let weights = select(vec4<f32>(0.0), exp(scores - vec4<f32>(tile_max)), seen);
-        for (var j = from_block; j < to_block; j++) {
-            let eight = weights[j];
-            let eight_slots = slots[j];
+        var weights = select(vec4<f32>(0.0), exp(scores - vec4<f32>(tile_max)), seen);
+        for (var eights = tile; eights <= query.position && eights < tile + LANES; eights += 8u) {
             for (var i = 0u; i < 8u; i++) {
-                let weight = subgroupShuffle(eight, i);
+                let weight = subgroupShuffle(weights.x, i);
                 sums.denominator += weight;
-                let slot = subgroupShuffle(eight_slots, i);
-                let v_base = p.v_offset4 + key_head * p.v_head4;
+                let row = subgroupShuffle(rows.x, i);
                 for (var c = 0u; c < COLUMNS; c++) {
-                    let column = c * 8u + lane;
-                    let value = cached(slot, v_base + min(column, p.v4 - 1u));
+                    let value = cached(row, v_base + min(c * 8u + lane, p.v4 - 1u));
                     sums.values[c] = fma(vec4<f32>(weight), value, sums.values[c]);
                 }
             }
+            weights = weights.yzwx;
+            rows = rows.yzwx;
         }
     }
 
@@ -231,7 +241,7 @@ fn main(
 }
 
 @if(!subgroup) var<workgroup> scores: array<f32, 32>;
-@if(!subgroup) var<workgroup> slots: array<u32, 32>;
+@if(!subgroup) var<workgroup> rows: array<u32, 32>;
 
 @if(!subgroup) @compute @workgroup_size(LANES)
 fn main(
@@ -260,12 +270,12 @@ fn main(
         let to_lane = min(LANES, query.position - tile + 1u);
         if lane >= from_lane && lane < to_lane {
             let position = tile + lane;
-            let slot = block_table[query.table_row * p.table_stride + position / BLOCK] * BLOCK + position % BLOCK;
-            slots[lane] = slot;
+            let row = (block_of(query, position / BLOCK) * BLOCK + position % BLOCK) * cached_stride(p.cache_stride4);
+            rows[lane] = row;
             let k_base = key_head * p.d4;
             var sum = vec4<f32>(0.0);
             for (var d = 0u; d < p.d4; d++) {
-                sum = fma(q[q_base + d], cached(slot, k_base + d), sum);
+                sum = fma(q[q_base + d], cached(row, k_base + d), sum);
             }
             scores[lane] = ((sum.x + sum.y) + (sum.z + sum.w)) * p.scale;
         }
@@ -288,7 +298,7 @@ fn main(
             for (var c = 0u; c < COLUMNS; c++) {
                 let column = c * LANES + lane;
                 if column < p.v4 {
-                    sums.values[c] = fma(vec4<f32>(weight), cached(slots[i], v_base + column), sums.values[c]);
+                    sums.values[c] = fma(vec4<f32>(weight), cached(rows[i], v_base + column), sums.values[c]);
                 }
             }
         }

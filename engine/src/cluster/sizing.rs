@@ -111,7 +111,7 @@ impl Sizes {
         let expert = spec.elements(1) - spec.elements(0);
         // Embeddings are held in f32.
         let embedding = (spec.vocab_size * spec.hidden) as u64;
-        let values = Cache::from(options.kv_dtype).words(4 * spec.attention.cache4());
+        let values = Cache::from(options.kv_dtype).stride(4 * spec.attention.cache4());
         let layer_block = 4 * (BLOCK * values) as u64;
         let context = spec.max_positions;
         let blocks = |positions: usize| positions.div_ceil(BLOCK).max(1);

@@ -43,6 +43,9 @@ pub(super) const UNIT_BYTES: u64 = 16;
 /// llvmpipe makes no larger textures.
 const MAX_IMAGE_BYTES: u64 = 1 << 30;
 
+/// What a list takes that is compared with the one before it: all of a step's parameters, or what is as small.
+const HELD_BYTES: usize = 1 << 15;
+
 impl Buffer {
     /// Size in bytes.
     pub(crate) fn bytes(&self) -> u64 {
@@ -303,9 +306,23 @@ impl Gpu {
         Ok(buffer)
     }
 
+    /// Has a buffer that no kernel writes begin with `data`, before whatever is submitted next: where it does so already, as
+    /// from step to step with most lists, nothing is uploaded.
+    pub(crate) fn hold<T: Pod>(&self, buffer: &Buffer, data: &[T]) {
+        let bytes: &[u8] = bytemuck::cast_slice(data);
+        if self.held.borrow().get(&buffer.id).is_some_and(|held| held.starts_with(bytes)) {
+            return;
+        }
+        self.write(buffer, 0, data);
+        if bytes.len() <= HELD_BYTES {
+            self.held.borrow_mut().insert(buffer.id, bytes.to_vec());
+        }
+    }
+
     /// Writes `data` at byte `offset`, before whatever is submitted next.
     pub(crate) fn write<T: Pod>(&self, buffer: &Buffer, offset: u64, data: &[T]) {
         if let (false, Memory::Buffer(raw)) = (data.is_empty(), &buffer.memory) {
+            self.held.borrow_mut().remove(&buffer.id);
             self.queue.write_buffer(raw, offset, bytemuck::cast_slice(data));
         }
     }

@@ -9,6 +9,7 @@ use super::tuning::{Cut, Tuning, form_name};
 use crate::EngineError;
 use exflow_shaders::Weights;
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -25,6 +26,8 @@ pub(crate) struct Gpu {
     pub(super) staging: RefCell<Vec<wgpu::Buffer>>,
     pub(super) params: RefCell<Vec<super::Buffer>>,
     pub(super) ahead: RefCell<Ahead>,
+    /// By buffer: what [`Gpu::hold`] last wrote to it.
+    pub(super) held: RefCell<HashMap<u64, Vec<u8>>>,
     pub(super) failure: Arc<Mutex<Option<String>>>,
     next_buffer_id: AtomicU64,
     uploading: AtomicU64,
@@ -71,6 +74,7 @@ impl Gpu {
             staging: RefCell::default(),
             params: RefCell::default(),
             ahead: RefCell::default(),
+            held: RefCell::default(),
             most_in_chunk: None,
             draws: report.kind != "cpu",
             failure,

@@ -11,8 +11,24 @@ pub(super) struct Pipelines {
     pub(super) pipelines: PipelineCache,
     /// How many were made since somebody asked.
     made: u64,
-    /// By the ids of parameters and buffers.
-    bind_groups: HashMap<(Kernel, Variant, [u64; MAX_BINDINGS]), wgpu::BindGroup>,
+    /// By what is bound.
+    bind_groups: HashMap<(Kernel, Variant, Bound), wgpu::BindGroup>,
+}
+
+/// The ids of parameters and buffers that a launch binds.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Bound([u64; MAX_BINDINGS]);
+
+impl Bound {
+    pub(super) fn of(params: &Buffer, buffers: &[&Buffer]) -> Result<Self, EngineError> {
+        let mut ids = [0; MAX_BINDINGS];
+        if buffers.len() >= MAX_BINDINGS {
+            return Err(EngineError::Internal(format!("a launch binds {} buffers", buffers.len())));
+        }
+        ids[0] = params.id;
+        ids[1..].iter_mut().zip(buffers).for_each(|(id, buffer)| *id = buffer.id);
+        Ok(Self(ids))
+    }
 }
 
 /// Pipelines, which outlive the buffers that they were made for.
@@ -41,6 +57,7 @@ impl Gpu {
     /// Lets go of all buffers that launches were bound to: those that were replaced are freed by it.
     pub(crate) fn forget_bindings(&self) {
         self.pipelines.borrow_mut().bind_groups.clear();
+        self.held.borrow_mut().clear();
     }
 
     /// How many pipelines were made since this was last asked.
@@ -114,17 +131,11 @@ impl Gpu {
         &self,
         kernel: Kernel,
         variant: Variant,
-        params: &Buffer,
-        buffers: &[&Buffer],
+        bound: Bound,
+        (params, buffers): (&Buffer, &[&Buffer]),
     ) -> Result<(wgpu::ComputePipeline, wgpu::BindGroup), EngineError> {
         let pipeline = self.pipeline(kernel, variant)?;
         let raw = params.raw()?;
-        let mut ids = [0; MAX_BINDINGS];
-        if buffers.len() >= MAX_BINDINGS {
-            return Err(EngineError::Internal(format!("{} has too many bindings", kernel.name())));
-        }
-        ids[0] = params.id;
-        ids[1..].iter_mut().zip(buffers).for_each(|(id, buffer)| *id = buffer.id);
         let mut cache = self.pipelines.borrow_mut();
         if cache.bind_groups.len() > MAX_BIND_GROUPS {
             cache.bind_groups.clear();
@@ -149,7 +160,7 @@ impl Gpu {
                 entries: &entries,
             })
         };
-        let group = cache.bind_groups.entry((kernel, variant, ids)).or_insert_with(make).clone();
+        let group = cache.bind_groups.entry((kernel, variant, bound)).or_insert_with(make).clone();
         Ok((pipeline.raw, group))
     }
 }

@@ -1,5 +1,6 @@
 //! A recording of launches and read-backs, executed as one submission.
 
+use super::pipelines::Bound;
 use super::stamps::Stamps;
 use super::{Buffer, Gpu, Usage};
 use crate::EngineError;
@@ -12,22 +13,28 @@ enum Size {
     Indirect(Buffer, u64),
 }
 
+/// What a launch is known by; all else follows from it.
 #[derive(PartialEq)]
-struct Launch {
+struct Call {
     kernel: Kernel,
     variant: Variant,
-    pipeline: wgpu::ComputePipeline,
-    bind_group: wgpu::BindGroup,
+    bound: Bound,
     /// Where its parameters are in their buffer.
     params_offset: u32,
     size: Size,
+}
+
+struct Launch {
+    call: Call,
+    pipeline: wgpu::ComputePipeline,
+    bind_group: wgpu::BindGroup,
 }
 
 /// Bytes of a buffer of parameter blocks; a recording that needs more takes several.
 const PARAMS_BYTES: usize = 1 << 15;
 
 /// What a submission does; parameter blocks and what else is uploaded for it are no part of it.
-#[derive(Default, PartialEq)]
+#[derive(Default)]
 struct Work {
     launches: Vec<Launch>,
     /// Buffer, offset and size in bytes of what is read back.
@@ -53,7 +60,11 @@ pub(super) struct Ahead {
 /// Launches in order; each sees what the ones before it wrote.
 pub(crate) struct Recording<'g> {
     gpu: &'g Gpu,
-    work: Work,
+    /// What was submitted last, of which the first `same` launches are this recording's; once one differs, all are.
+    ahead: Ahead,
+    same: usize,
+    differs: bool,
+    reads: Vec<(Buffer, u64, u64)>,
     /// What goes into each buffer of parameter blocks.
     params: Vec<Vec<u8>>,
     /// Launches are of no workgroups, and only of kernels that the device has not made yet.
@@ -73,7 +84,17 @@ pub(crate) struct Submission<'g> {
 
 impl<'g> Recording<'g> {
     pub(crate) fn new(gpu: &'g Gpu) -> Self {
-        Self { gpu, work: Work::default(), params: Vec::new(), without_work: false, failure: None }
+        let ahead = gpu.ahead.take();
+        Self {
+            gpu,
+            ahead,
+            same: 0,
+            differs: false,
+            reads: Vec::new(),
+            params: Vec::new(),
+            without_work: false,
+            failure: None,
+        }
     }
 
     /// Launches that only have the device make their kernels: drivers do part of that when one is first launched.
@@ -122,23 +143,31 @@ impl<'g> Recording<'g> {
         }
         let size = if self.without_work { Size::Groups([0; 3]) } else { size };
         let (block, params_offset) = self.put(bytemuck::bytes_of(params));
-        let bound = self
-            .gpu
-            .params_buffer(block)
-            .and_then(|params| self.gpu.bound(kernel, variant, &params, buffers));
-        match bound {
-            Ok((pipeline, bind_group)) => {
-                self.work.launches.push(Launch {
-                    kernel,
-                    variant,
-                    pipeline,
-                    bind_group,
-                    params_offset,
-                    size,
-                });
-            }
-            Err(e) => drop(self.failure.get_or_insert(e)),
+        if let Err(e) = self.call(block, (kernel, variant, params_offset, size), buffers) {
+            let _ = self.failure.get_or_insert(e);
         }
+    }
+
+    fn call(
+        &mut self,
+        block: usize,
+        (kernel, variant, params_offset, size): (Kernel, Variant, u32, Size),
+        buffers: &[&Buffer],
+    ) -> Result<(), EngineError> {
+        let params = self.gpu.params_buffer(block)?;
+        let call = Call { kernel, variant, bound: Bound::of(&params, buffers)?, params_offset, size };
+        let launches = &mut self.ahead.last.launches;
+        if !self.differs {
+            if launches.get(self.same).is_some_and(|launch| launch.call == call) {
+                self.same += 1;
+                return Ok(());
+            }
+            launches.truncate(self.same);
+            self.differs = true;
+        }
+        let (pipeline, bind_group) = self.gpu.bound(kernel, variant, call.bound, (&params, buffers))?;
+        launches.push(Launch { call, pipeline, bind_group });
+        Ok(())
     }
 
     /// Notes a launch's parameters; returns which buffer they are in, and where.
@@ -158,7 +187,7 @@ impl<'g> Recording<'g> {
 
     /// Asks for `count` elements of `T` from byte `offset` of `buffer`, as they are after the last launch.
     pub(crate) fn read<T: Pod>(&mut self, buffer: &Buffer, offset: u64, count: usize) {
-        self.work.reads.push((buffer.clone(), offset, (count * std::mem::size_of::<T>()) as u64));
+        self.reads.push((buffer.clone(), offset, (count * std::mem::size_of::<T>()) as u64));
     }
 
     /// Executes the recording.
@@ -168,21 +197,25 @@ impl<'g> Recording<'g> {
         }
         let gpu = self.gpu;
         for (block, bytes) in self.params.iter().enumerate() {
-            gpu.write(&gpu.params_buffer(block)?, 0, bytes);
+            gpu.hold(&gpu.params_buffer(block)?, bytes);
         }
-        let stamps = gpu.stamps(self.work.launches.iter().map(|launch| (launch.kernel, launch.variant)));
-        let Ahead { last, again } = gpu.ahead.take();
-        let repeats = last == self.work;
+        let Ahead { last: mut work, again } = self.ahead;
+        let repeats = !self.differs && self.same == work.launches.len() && self.reads == work.reads;
+        if !self.differs {
+            work.launches.truncate(self.same);
+        }
+        work.reads = self.reads;
+        let stamps = gpu.stamps(work.launches.iter().map(|of| (of.call.kernel, of.call.variant)));
         let encoded = match again.filter(|_| repeats && stamps.is_none()) {
             Some(encoded) => encoded,
-            None => self.work.encode(gpu, stamps.as_ref())?,
+            None => work.encode(gpu, stamps.as_ref())?,
         };
         let index = gpu.queue.submit([encoded.commands]);
         let again = match repeats && stamps.is_none() {
-            true => Some(self.work.encode(gpu, None)?),
+            true => Some(work.encode(gpu, None)?),
             false => None,
         };
-        gpu.ahead.replace(Ahead { last: self.work, again });
+        gpu.ahead.replace(Ahead { last: work, again });
         Ok(Submission { gpu, staging: encoded.staging, stamps, sizes: encoded.sizes, index })
     }
 }
@@ -195,8 +228,8 @@ impl Work {
             stamps.iter().for_each(|stamps| stamps.write(&mut pass, 0));
             for (index, launch) in self.launches.iter().enumerate() {
                 pass.set_pipeline(&launch.pipeline);
-                pass.set_bind_group(0, &launch.bind_group, &[launch.params_offset]);
-                match &launch.size {
+                pass.set_bind_group(0, &launch.bind_group, &[launch.call.params_offset]);
+                match &launch.call.size {
                     Size::Groups([x, y, z]) => pass.dispatch_workgroups(*x, *y, *z),
                     Size::Indirect(buffer, offset) => {
                         pass.dispatch_workgroups_indirect(buffer.raw()?, *offset)

@@ -25,6 +25,8 @@ impl Bench {
         {
             let kv_heads = heads / group;
             let cache4 = kv_heads * d4 + if latent { 0 } else { kv_heads * v4 };
+            // Rows of one case are a multiple of 1 KiB, and lie apart.
+            let cache4 = if has_sinks == 1 { cache4.next_multiple_of(128) } else { cache4 };
             let q_stride4 = heads * d4 + cache4;
             let (q, slots) = (v.floats(rows * 4 * q_stride4), 2 * blocks * KV_BLOCK);
             let (packed, cache) = self.cache(variant, &v.floats(slots * 4 * cache4), 4 * cache4)?;

@@ -178,7 +178,7 @@ impl Bench {
                 half: 4 * half4 as u32,
                 ..Default::default()
             };
-            let (parts, form, words) = (heads + 2, variant.cache, 80 * variant.cache.words(4 * cache4));
+            let (parts, form, words) = (heads + 2, variant.cache, 80 * variant.cache.stride(4 * cache4));
             let pairs: Vec<[f32; 2]> = turns.chunks_exact(2).map(|t| [t[0], t[1]]).collect();
             let mut kept = vec![0; words];
             reference::place(&place, parts, form, &[], &[], &pairs, &slots, &mut expected, &mut kept);
@@ -260,7 +260,7 @@ impl Bench {
             let turns = v.floats(2 * rows * (p.half as usize).max(1));
             let turns: Vec<[f32; 2]> = turns.chunks_exact(2).map(|t| [t[0], t[1]]).collect();
             let mut expected = x.clone();
-            let words = 80 * variant.cache.words(4 * cache4);
+            let words = 80 * variant.cache.stride(4 * cache4);
             let form = variant.cache;
             let lists = (&q_weight[..], &k_weight[..], &turns[..], &slots[..]);
             reference::place(

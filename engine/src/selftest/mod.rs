@@ -182,8 +182,10 @@ impl Bench {
     /// Rows of `width` values as the variant's cache holds them, and the numbers that they stand for.
     fn cache(&self, variant: Variant, rows: &[f32], width: usize) -> Result<(Buffer, Vec<f32>), EngineError> {
         let form = variant.cache;
-        let words: Vec<Vec<u32>> = rows.chunks_exact(width).map(|row| form.pack(row)).collect();
+        let mut words: Vec<Vec<u32>> = rows.chunks_exact(width).map(|row| form.pack(row)).collect();
         let values = words.iter().flat_map(|row| form.unpack(row, width)).collect();
+        // What lies between rows counts nothing.
+        words.iter_mut().for_each(|row| row.resize(form.stride(width), f32::NAN.to_bits()));
         let words = words.concat();
         let buffer = match (variant.image, form) {
             (false, _) => self.up(&words)?,

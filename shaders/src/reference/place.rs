@@ -47,7 +47,8 @@ pub fn place(
         }
         if p.appends != 0 {
             let (from, words) = (row * stride + offset + q_heads * d, form.words(width));
-            cache[slot as usize * words..][..words].copy_from_slice(&form.pack(&x[from..][..width]));
+            cache[slot as usize * form.stride(width)..][..words]
+                .copy_from_slice(&form.pack(&x[from..][..width]));
         }
     }
 }

@@ -5,11 +5,18 @@
 @elif(kv8) alias Cached = u32;
 @else alias Cached = vec4<f32>;
 
-// Elements of the cache in a row of `width4` vec4s.
+// Elements of the cache from a row of `width4` vec4s to the next. Where that were a multiple of 1 KiB, 64 bytes are left free
+// behind each: the same column of many rows would share a few lines of a CPU's cache.
 fn cached_stride(width4: u32) -> u32 {
-    @if(kv8) return width4 + (width4 + 7u) / 8u;
-    @else return width4;
+    @if(kv8) let elements = width4 + (width4 + 7u) / 8u;
+    @else let elements = width4;
+    return elements + select(0u, LINE, elements % (16u * LINE) == 0u);
 }
+
+// Elements in 64 bytes.
+@if(kv16) const LINE: u32 = 8u;
+@elif(kv8) const LINE: u32 = 16u;
+@else const LINE: u32 = 4u;
 
 // Where element `i` of the cache is in a texture.
 fn cached_texel(i: u32) -> vec2<u32> {

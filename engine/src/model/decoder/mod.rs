@@ -52,7 +52,7 @@ impl Decoder {
             return Ok(());
         }
         self.cache.clear();
-        let words = (slots * self.cache_form.words(4 * self.spec.attention.cache4())) as u64;
+        let words = (slots * self.cache_form.stride(4 * self.spec.attention.cache4())) as u64;
         let texel = self.cache_form.texel_words();
         let cache = (0..self.spec.layers).map(|_| self.gpu.cache("KV cache", words, texel));
         self.cache = cache.collect::<Result<_, _>>()?;

@@ -62,8 +62,8 @@ impl Decoder {
         let table: Vec<u32> = (0..blocks as u32).collect();
         self.gpu.write(s.x(), 0, &x);
         self.gpu.write(&s.queries, 0, &queries);
-        self.gpu.write(&s.block_table, 0, &table);
-        self.gpu.write(&s.head_rows, 0, &(0..rows as u32).collect::<Vec<_>>());
+        self.gpu.hold(&s.block_table, &table);
+        self.gpu.hold(&s.head_rows, &(0..rows as u32).collect::<Vec<_>>());
         let mut r = self.record();
         self.route(&mut r, self.bench_layer(), rows);
         // Nobody waits: what is measured next is submitted behind it.

@@ -106,7 +106,7 @@ impl Stepper<'_> {
         let (gpu, s) = (&self.decoder.gpu, &self.decoder.scratch);
         gpu.write(&s.kv_slots, 0, &slots);
         gpu.write(&s.queries, 0, &queries);
-        gpu.write(&s.block_table, 0, &table);
+        gpu.hold(&s.block_table, &table);
         gpu.write(&s.turns, 0, &turns);
         Ok(blocks)
     }
@@ -165,13 +165,13 @@ impl Stepper<'_> {
     ) -> Result<Vec<Vec<u32>>, EngineError> {
         // Some of it may have come and not been written yet.
         let arrived = self.take_arrived(layer)?;
-        let words = self.decoder.cache_form.words(4 * self.spec().attention.cache4());
+        let (form, width) = (self.decoder.cache_form, 4 * self.spec().attention.cache4());
         let decoder = &*self.decoder;
         let mut r = decoder.record();
         decoder.append_arrived(&mut r, layer, arrived);
         for position in positions {
             let slot = u64::from(self.slot(sequence, position)?);
-            r.read::<u32>(&decoder.cache[layer], slot * 4 * words as u64, words);
+            r.read::<u32>(&decoder.cache[layer], slot * 4 * form.stride(width) as u64, form.words(width));
         }
         let rows = r.submit()?.fetch()?;
         Ok(rows.into_iter().map(|bytes| super::words(Some(bytes))).collect())

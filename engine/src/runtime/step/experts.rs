@@ -134,8 +134,8 @@ impl Stepper<'_> {
     pub(super) fn run_dense(&mut self, layer: usize, rows: usize) -> Result<(), EngineError> {
         let (gpu, s) = (&self.decoder.gpu, &self.decoder.scratch);
         let identity: Vec<u32> = (0..rows as u32).collect();
-        gpu.write(&s.source, 0, &identity);
-        gpu.write(&s.dense_slots, 0, &identity);
+        gpu.hold(&s.source, &identity);
+        gpu.hold(&s.dense_slots, &identity);
         let list = PairList::every(&identity, 0, (0, 0), self.decoder.cut());
         self.upload(&list, &mut Work::default());
         let mut r = self.decoder.record();
@@ -204,8 +204,8 @@ impl Stepper<'_> {
             slots.extend(self.spec().shared.is_some().then_some(first_shared + i as u32));
         }
         let source: Vec<u32> = here.iter().map(|(_, source, _)| *source).collect();
-        self.decoder.gpu.write(&s.source, 0, &source);
-        self.decoder.gpu.write(&s.slots, 0, &slots);
+        self.decoder.gpu.hold(&s.source, &source);
+        self.decoder.gpu.hold(&s.slots, &slots);
         let shared = match self.spec().shared {
             Some(_) => PairList::every(&source, first_shared, (work.pairs, work.tiles), self.decoder.cut()),
             None => PairList::default(),

@@ -203,9 +203,9 @@ impl Stepper<'_> {
         };
         let (gpu, s) = (&self.decoder.gpu, &self.decoder.scratch);
         let identity: Vec<u32> = (0..picked.tokens().count() as u32).collect();
-        gpu.write(&s.source, 0, &identity);
+        gpu.hold(&s.source, &identity);
         let moe = self.spec().moe_index(layer).is_some();
-        gpu.write(if moe { &s.slots } else { &s.dense_slots }, 0, &plan.slots);
+        gpu.hold(if moe { &s.slots } else { &s.dense_slots }, &plan.slots);
         let experts = PairList::new(plan.pairs.clone(), (0, 0), self.decoder.expert_cut());
         let every = match !moe || self.spec().shared.is_some() {
             true => {

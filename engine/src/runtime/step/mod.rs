@@ -204,9 +204,9 @@ impl Stepper<'_> {
             let own = (t * spec.top_k..(t + 1) * spec.top_k).map(|slot| slot as u32);
             own.chain(spec.shared.map(|_| every[t]))
         };
-        gpu.write(&s.source, 0, &rows);
-        gpu.write(&s.slots, 0, &(0..count).flat_map(of_row).collect::<Vec<_>>());
-        gpu.write(&s.dense_slots, 0, &every);
+        gpu.hold(&s.source, &rows);
+        gpu.hold(&s.slots, &(0..count).flat_map(of_row).collect::<Vec<_>>());
+        gpu.hold(&s.dense_slots, &every);
         // A gate writes the shared expert's weights into its list, so that dense layers have one of their own.
         let upload = |wanted: bool, before: usize| {
             let list = if wanted {

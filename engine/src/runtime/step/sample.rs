@@ -43,7 +43,7 @@ impl Stepper<'_> {
             }
         }
         let (gpu, s) = (&self.decoder.gpu, &self.decoder.scratch);
-        gpu.write(&s.head_rows, 0, &heads);
+        gpu.hold(&s.head_rows, &heads);
         s.has_draws.set(draws.iter().any(|draw| draw.scale > 0.0));
         if s.has_draws.get() {
             gpu.write(&s.draws, 0, &draws);
