@@ -44,8 +44,8 @@ pub use gpu::{
 pub use logits::{LayerRouting, LogitsDump};
 pub use model::{ModelSpec, spec};
 pub use options::{
-    ClusterOptions, Combine, Domain, Dtype, Feed, GroupOptions, KvDtype, KvWire, NoProgress, Observer,
-    Overlap, PlacementSource, Prefill, Progress, Quant, Schedule, TransportKind,
+    ClusterOptions, Combine, Domain, Dtype, Feed, GroupOptions, KvDtype, KvWire, Linger, NoProgress,
+    Observer, Overlap, PlacementSource, Prefill, Progress, Quant, Schedule, TransportKind,
 };
 pub use runtime::FinishReason;
 pub use sampling::{Logprobs, MAX_LOGPROBS, Sampling};

@@ -204,6 +204,33 @@ impl From<KvDtype> for Cache {
     }
 }
 
+/// How long a rank in flow holds back rows that are ready, so that others may share their launch. It moves work in time
+/// and never changes a bit; each process decides for its own ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Linger {
+    /// Not at all.
+    Off,
+    /// As long as was measured to pay while running, which may be not at all; at most 20 ms.
+    Auto,
+    /// Each row so long at every layer, where others may come and nothing else is to be done; at most [`Linger::MOST`].
+    For(Duration),
+}
+
+impl Linger {
+    /// The longest that can be asked for.
+    pub const MOST: Duration = Duration::from_millis(100);
+}
+
+impl fmt::Display for Linger {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Off => f.write_str("off"),
+            Self::Auto => f.write_str("auto"),
+            Self::For(time) => write!(f, "{}us", time.as_micros()),
+        }
+    }
+}
+
 /// What to run and how.
 #[derive(Debug, Clone)]
 pub struct ClusterOptions {
@@ -225,6 +252,8 @@ pub struct ClusterOptions {
     pub domain: Domain,
     /// What runs while rows are on their way, in rounds.
     pub overlap: Overlap,
+    /// How long rows are held back for a fuller launch, in flow.
+    pub linger: Linger,
     /// Shapes what each rank sends (QUIC only); `None`: as fast as it goes.
     pub link: Option<LinkSpec>,
     /// Where each expert goes.
@@ -346,6 +375,7 @@ impl ClusterOptions {
             prefill: Prefill::Home,
             domain: Domain::World,
             overlap: Overlap::Auto,
+            linger: Linger::Auto,
             link: None,
             placement: PlacementSource::RoundRobin,
             affinity: None,

@@ -52,13 +52,16 @@ pub struct TokenTime {
     pub ids_ms: f64,
     /// In flow: waiting for a rank that works on others.
     pub queue_ms: f64,
+    /// In flow: held back, so that others might share the launch.
+    #[serde(default)]
+    pub linger_ms: f64,
 }
 
 impl TokenTime {
     /// All of it.
     pub fn total_ms(&self) -> f64 {
-        let waits = self.dispatch_ms + self.combine_ms + self.context_ms + self.ids_ms + self.queue_ms;
-        self.compute_ms + waits
+        let away = self.dispatch_ms + self.combine_ms + self.context_ms + self.ids_ms;
+        self.compute_ms + away + self.queue_ms + self.linger_ms
     }
 
     fn of(reports: &[RankStats], flow: bool, tpot_ms: f64) -> Self {
@@ -74,6 +77,7 @@ impl TokenTime {
             context_ms: ms(sum.context),
             ids_ms: ms(sum.ids),
             queue_ms: ms(sum.queue),
+            linger_ms: ms(sum.linger),
         };
         if flow {
             // No clock is common to two ranks: what is not spent on one is spent between them.
@@ -151,6 +155,8 @@ pub struct RunStats {
     pub rows_per_hop: f64,
     /// In flow: share of the time that ranks worked, mean; 0 in rounds.
     pub busy_share: f64,
+    /// In flow: share of the time that ranks had rows and held them back, mean; 0 in rounds.
+    pub linger_share: f64,
     /// In flow: frames that were dropped because their sequence had ended.
     pub dropped_frames: u64,
     /// `[R]` kernels that a rank's driver made during the run, each when it was first launched: steps of 5 to 60 ms more on lavapipe.
@@ -259,6 +265,10 @@ pub(crate) fn summarise(
             let (busy, idle) =
                 reports.iter().fold((0.0, 0.0), |t, r| (t.0 + r.busy_seconds, t.1 + r.idle_seconds));
             ratio(busy, busy + idle)
+        },
+        linger_share: {
+            let sum = |of: fn(&RankStats) -> f64| reports.iter().map(of).sum::<f64>();
+            ratio(sum(|r| r.linger_seconds), sum(|r| r.busy_seconds) + sum(|r| r.idle_seconds))
         },
         dropped_frames: reports.iter().map(|r| r.dropped).sum(),
         kernels_made: reports.iter().map(|r| r.kernels_made).collect(),

@@ -4,8 +4,8 @@
 use super::{Candidate, Planner, StudyError, ways};
 use exflow_engine::plan::{Parts, Prediction};
 use exflow_engine::{
-    BytesByClass, Cluster, ClusterOptions, PlacementSource, Progress, Request, RoutingTrace, RunStats,
-    Schedule, Strategy, TokenTime,
+    BytesByClass, Cluster, ClusterOptions, Linger, PlacementSource, Progress, Request, RoutingTrace,
+    RunStats, Schedule, Strategy, TokenTime,
 };
 use serde::{Deserialize, Serialize};
 use std::time::Instant;
@@ -92,6 +92,10 @@ pub struct GridRow {
     pub rows_per_hop: f64,
     /// In flow: share of the time that ranks worked.
     pub busy_share: f64,
+    /// How long rows were held back: `off`, `auto`, or a time; `off` in rounds.
+    pub linger: String,
+    /// In flow: share of the time that ranks had rows and held them back.
+    pub linger_share: f64,
 }
 
 /// What a cell is about.
@@ -161,6 +165,7 @@ impl Grid {
             let mut options = options.clone();
             options.strategy = setting.strategy;
             (options.schedule, options.overlap) = (setting.schedule, setting.overlap);
+            options.linger = setting.linger;
             options.placement = PlacementSource::Table(setting.placement.clone());
             let mut cluster = Cluster::start(options, progress)?;
             cluster.generate(&requests(prompts, WARM_UP), &mut |_| {})?;
@@ -355,6 +360,11 @@ impl Runs {
             hop_ms: of(|s| s.compute_ms_per_step),
             rows_per_hop: of(|s| s.rows_per_hop),
             busy_share: of(|s| s.busy_share),
+            linger: match setting.schedule {
+                Schedule::Flow => entry.cluster.options().linger.to_string(),
+                Schedule::Rounds => Linger::Off.to_string(),
+            },
+            linger_share: of(|s| s.linger_share),
             tokens_per_s: quantile(&mut self.rates, 0.5),
             tokens_per_s_range: range,
             tpot_p50_ms: 1e3 * quantile(&mut self.gaps, 0.5),

@@ -2,7 +2,7 @@
 
 use super::{StudyError, decode_rate, grid_inputs};
 use exflow_engine::plan::{Load, Measurements, Prediction, Setting, Shape, Workload, predict};
-use exflow_engine::{Cluster, Combine, Overlap, Progress, Request, RoutingTrace, Schedule, Strategy};
+use exflow_engine::{Cluster, Combine, Linger, Overlap, Progress, Request, RoutingTrace, Schedule, Strategy};
 use exflow_placement::{PlacementTable, Rank, SolveOptions};
 use serde::Serialize;
 use std::fmt::Write;
@@ -34,6 +34,8 @@ pub struct Candidate {
     pub ablation: Option<&'static str>,
     /// What runs while rows are on their way, in rounds.
     pub overlap: Overlap,
+    /// How long rows are held back, in flow.
+    pub linger: Linger,
 }
 
 impl std::fmt::Display for Candidate {
@@ -214,6 +216,7 @@ pub fn candidates(tables: &[(String, PlacementTable)], schedules: &[Schedule]) -
                     placement: placement.clone(),
                     ablation: None,
                     overlap: Overlap::Auto,
+                    linger: Linger::Auto,
                 });
             }
         }

@@ -84,7 +84,7 @@ fn the_grid_of_strategies_holds_the_cells_that_were_asked_for() {
             assert!(row["bytes_per_token"][class].is_number(), "{class}: {row}");
         }
         let time = |cause: &str| row["token_time"][cause].as_f64().expect(cause);
-        let causes = ["dispatch_ms", "combine_ms", "context_ms", "ids_ms", "queue_ms"];
+        let causes = ["dispatch_ms", "combine_ms", "context_ms", "ids_ms", "queue_ms", "linger_ms"];
         assert!(time("compute_ms") > 0.0 && causes.iter().all(|cause| time(cause) >= 0.0), "{row}");
         let waits = row["exchanges_per_layer"].as_f64().expect("a number");
         match (row["strategy"].as_str(), row["schedule"].as_str()) {
@@ -98,12 +98,13 @@ fn the_grid_of_strategies_holds_the_cells_that_were_asked_for() {
     let rows: Value = serde_json::from_str(&out).expect("JSON");
     let names: Vec<&str> =
         rows.as_array().expect("a list").iter().filter_map(|r| r["ablation"].as_str()).collect();
-    let parts = ["+ overlap", "+ peer by peer", "+ halves", "+ flow", "+ wrap", "+ replicas"];
+    let parts = ["+ overlap", "+ peer by peer", "+ halves", "+ flow", "+ wrap", "+ linger", "+ replicas"];
     assert_eq!(names[..4], ["baseline", "coherence alone", "placement alone", "both"]);
     assert_eq!(names[4..], parts);
     for wrong in [
         &["--ranks", "0"][..],
         &["--ablations", "--tables", "chain"],
+        &["--lingers", "1s"],
         &["--links", "moon"],
         &["--sequences", "0"],
         &["--models", "nowhere"],

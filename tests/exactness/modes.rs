@@ -3,11 +3,12 @@
 use crate::common::tiny::Tiny;
 use crate::common::{Setup, generate, prepare, request, tokens};
 use exflow::engine::{
-    Cluster, ClusterOptions, Combine, Domain, Feed, KvWire, NoProgress, Overlap, PlacementSource,
+    Cluster, ClusterOptions, Combine, Domain, Feed, KvWire, Linger, NoProgress, Overlap, PlacementSource,
     PlacementTable, Prefill, Quant, Rank, RunStats, Schedule, Strategy, TransportKind,
 };
 use exflow_placement::Affinity;
 use std::path::Path;
+use std::time::Duration;
 
 fn start(model: &Path, change: impl FnOnce(&mut ClusterOptions)) -> Cluster {
     prepare();
@@ -185,6 +186,33 @@ fn steps_may_run_in_halves() {
             assert!(stats.halved_steps > 0.7, "{what}: {}", stats.halved_steps);
             let twice = strategy == Strategy::Vanilla || top_k > 1;
             assert_eq!(stats.exchanges_per_layer, if twice { 2.0 } else { 1.0 }, "{what}");
+        }
+    }
+}
+
+#[test]
+fn rows_may_be_held_back_for_a_fuller_launch() {
+    for (top_k, strategy) in [(1, Strategy::Coherent), (2, Strategy::Coherent), (1, Strategy::Vanilla)] {
+        let shape = Tiny { seed: 97, top_k, layers: 3, experts: 8, positions: 400, ..Tiny::default() };
+        let folder = shape.write();
+        let mut alone = Setup::one_rank(folder.path()).start();
+        for (linger, transport, ranks) in [
+            (Linger::Off, TransportKind::Local, 4),
+            (Linger::Auto, TransportKind::Local, 4),
+            (Linger::For(Duration::from_millis(2)), TransportKind::Local, 4),
+            (Linger::For(Duration::from_millis(2)), TransportKind::Quic, 3),
+        ] {
+            let what = format!("top-{top_k}, {strategy}, {transport}, linger {linger}");
+            let stats = stats_of_equal_run(&shape, folder.path(), &mut alone, &what, |options| {
+                (options.strategy, options.schedule) = (strategy, Schedule::Flow);
+                (options.transport, options.ranks, options.linger) = (transport, ranks, linger);
+            });
+            let held = (stats.linger_share, stats.token_time.linger_ms);
+            match linger {
+                Linger::Off => assert_eq!(held, (0.0, 0.0), "{what}"),
+                Linger::For(_) => assert!(held.0 > 0.0 && held.1 > 0.0, "{what}: {held:?}"),
+                Linger::Auto => {}
+            }
         }
     }
 }

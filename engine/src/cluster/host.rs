@@ -125,6 +125,7 @@ impl Host {
                 schedule: plan.schedule,
                 prefill: plan.prefill,
                 overlap: plan.overlap,
+                linger: self.options.linger,
                 kv_wire: plan.kv_wire,
                 groups: plan.groups.clone(),
                 cache_blocks: plan.cache_blocks,

@@ -123,7 +123,7 @@ impl Worker {
         let (dispatch, combine) = (wait(ByteClass::Dispatch), wait(ByteClass::Combine));
         let (ids, context) = (wait(ByteClass::Ids), std::mem::take(&mut self.stats.context_seconds));
         let compute = (seconds - dispatch - combine - ids - context).max(0.0);
-        self.stats.waited.add(&Waited { compute, dispatch, combine, context, ids, queue: 0.0 });
+        self.stats.waited.add(&Waited { compute, dispatch, combine, context, ids, ..Waited::default() });
         dispatch + combine
     }
 

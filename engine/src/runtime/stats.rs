@@ -12,6 +12,7 @@ pub(crate) struct Waited {
     pub(crate) context: f64,
     pub(crate) ids: f64,
     pub(crate) queue: f64,
+    pub(crate) linger: f64,
 }
 
 impl Waited {
@@ -23,6 +24,7 @@ impl Waited {
             (&mut self.context, other.context),
             (&mut self.ids, other.ids),
             (&mut self.queue, other.queue),
+            (&mut self.linger, other.linger),
         ] {
             *mine += theirs;
         }
@@ -57,6 +59,8 @@ pub(crate) struct RankStats {
     pub(crate) hop_rows: u64,
     pub(crate) busy_seconds: f64,
     pub(crate) idle_seconds: f64,
+    /// Of those in waiting: with rows that were held back.
+    pub(crate) linger_seconds: f64,
     /// In rounds: seconds that this step has waited for contexts so far.
     pub(crate) context_seconds: f64,
     /// In rounds: launches of a peer's rows that did not wait for the others'.

@@ -13,7 +13,7 @@ use super::tables::Tables;
 use crate::EngineError;
 use crate::model::decoder::Decoder;
 use crate::model::scratch::Scratch;
-use crate::options::{Combine, KvWire, Overlap, Prefill, Schedule};
+use crate::options::{Combine, KvWire, Linger, Overlap, Prefill, Schedule};
 use crate::sampling::Logprobs;
 use exflow_placement::{PlacementTable, Rank, Strategy};
 use exflow_transport::{Communicator, WireStats};
@@ -88,6 +88,8 @@ pub(crate) struct WorkerOptions {
     pub(crate) schedule: Schedule,
     pub(crate) prefill: Prefill,
     pub(crate) overlap: Overlap,
+    /// This process's own.
+    pub(crate) linger: Linger,
     pub(crate) kv_wire: KvWire,
     /// `[R]` the group that each rank's sequences are bounded to; empty: to none.
     pub(crate) groups: Vec<u16>,

@@ -7,8 +7,8 @@ use super::output;
 use super::plan::Chosen;
 use clap::ValueEnum;
 use exflow::engine::{
-    Cluster, ClusterOptions, Combine, Domain, Dtype, KvDtype, KvWire, Overlap, PlacementSource, Prefill,
-    Progress, Quant, Schedule, Strategy, TransportKind,
+    Cluster, ClusterOptions, Combine, Domain, Dtype, KvDtype, KvWire, Linger, Overlap, PlacementSource,
+    Prefill, Progress, Quant, Schedule, Strategy, TransportKind,
 };
 use exflow::transport::link::LinkSpec;
 use std::path::{Path, PathBuf};
@@ -41,6 +41,10 @@ pub(crate) struct RankFlags {
     /// own, and peers and halves where they are measured to pay
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) overlap: OverlapFlag,
+    /// How long ready rows are held back so that others may share their launch, in flow: off, auto (as long as is measured to
+    /// pay), or a time up to 100ms
+    #[arg(long, value_name = "off|auto|TIME", default_value = "auto", value_parser = linger)]
+    pub(crate) linger: Linger,
     /// Where prompts are prefilled. home: on one rank, which sends the keys and values to where tokens may go; replicated:
     /// on every rank, which sends none (with --combine exact)
     #[arg(long, value_enum, default_value = "home")]
@@ -93,6 +97,7 @@ impl RankFlags {
         }
         (options.prefill, options.domain) = (self.prefill.into(), self.domain.into());
         options.overlap = self.overlap.into();
+        options.linger = self.linger;
         options.link = self.link;
         options.placement = self.placement.clone();
         options.adapter = self.adapter.clone();
@@ -253,6 +258,19 @@ impl From<OverlapFlag> for Overlap {
             OverlapFlag::Halves => Self::Halves,
             OverlapFlag::Auto => Self::Auto,
         }
+    }
+}
+
+/// How long rows are held back: `off`, `auto` or a time.
+pub(crate) fn linger(text: &str) -> Result<Linger, String> {
+    match text {
+        "off" => Ok(Linger::Off),
+        "auto" => Ok(Linger::Auto),
+        time => match duration(time) {
+            Ok(time) if time <= Linger::MOST => Ok(Linger::For(time)),
+            Ok(_) => Err(format!("at most {} ms", Linger::MOST.as_millis())),
+            Err(error) => Err(format!("use off, auto or a time: {error}")),
+        },
     }
 }
 
@@ -444,6 +462,15 @@ mod tests {
         assert_eq!(duration("2"), Ok(Duration::from_secs(2)));
         for wrong in ["", "s", "-1s", "10 fortnights", "nan", "1e400"] {
             assert!(duration(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn lingering_as_typed() {
+        assert_eq!((linger("off"), linger("auto")), (Ok(Linger::Off), Ok(Linger::Auto)));
+        assert_eq!(linger("500us"), Ok(Linger::For(Duration::from_micros(500))));
+        for wrong in ["", "on", "1s", "101ms", "-1ms"] {
+            assert!(linger(wrong).is_err(), "{wrong}");
         }
     }
 

@@ -5,131 +5,12 @@
 //! of its experts hold a [`Serve`] each. Nothing here is ordered between peers: a partial may come before its row, and
 //! either before rank 0's word that the sequence exists, or after the word that it ended.
 
-use super::super::frames::{Choice, PartialFrame, RowFrame};
-use super::super::tables::Edition;
+pub(crate) use super::items::{Lack, Picked, Ready, Serve, Spent, Token, Unit};
+
+use super::super::frames::{PartialFrame, RowFrame};
 use exflow_placement::Rank;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
-
-/// A token between two layers.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Token {
-    pub(crate) sequence: u32,
-    pub(crate) position: u32,
-    /// Its id, which the embedding needs.
-    pub(crate) id: u32,
-    /// The placement table that it goes by.
-    pub(crate) edition: Edition,
-    /// The rank that served its main choice at the layer before.
-    pub(crate) main: Option<Rank>,
-    /// `[H]` residual stream before the FFN of the layer that it is leaving; empty before the first.
-    pub(crate) residual: Vec<f32>,
-    /// Experts of this rank that are still to run for it.
-    pub(crate) choices: Vec<Choice>,
-    /// Partials that are there: place in router order, `[H]`.
-    pub(crate) partials: Vec<(u16, Vec<f32>)>,
-    /// Partials that are still to come.
-    pub(crate) missing: u16,
-}
-
-/// Tokens that go through a layer together: one decoded token, or a chunk of a prompt.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Unit {
-    /// The layer that is entered next; the number of layers: the head.
-    pub(crate) stage: usize,
-    pub(crate) prefill: bool,
-    /// Consecutive positions of one sequence.
-    pub(crate) tokens: Vec<Token>,
-    /// When it became what it is, in picks.
-    since: u64,
-    spent: Spent,
-    /// Up to when its time is accounted for.
-    until: Duration,
-}
-
-/// What a token waited for on a rank, between two hops.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub(crate) struct Spent {
-    /// Partials of other ranks, or of this one's experts beside them.
-    pub(crate) partials: Duration,
-    /// Keys and values of its own text.
-    pub(crate) context: Duration,
-    /// Sampled ids before it, and rank 0's word of a cache block.
-    pub(crate) ids: Duration,
-    /// The rank, which worked on others.
-    pub(crate) queue: Duration,
-}
-
-/// What a unit that has all its partials still needs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Lack {
-    Nothing,
-    Context,
-    Ids,
-}
-
-impl Unit {
-    pub(crate) fn new(stage: usize, prefill: bool, tokens: Vec<Token>) -> Self {
-        let (spent, until) = (Spent::default(), Duration::ZERO);
-        Self { stage, prefill, tokens, since: 0, spent, until }
-    }
-
-    /// What it waited for, up to the moment when it was picked.
-    pub(crate) fn spent(&self) -> Spent {
-        self.spent
-    }
-
-    /// Adds the time since it was last accounted for to one of its causes.
-    fn account(&mut self, now: Duration, cause: fn(&mut Spent) -> &mut Duration) {
-        *cause(&mut self.spent) += now.saturating_sub(std::mem::replace(&mut self.until, now));
-    }
-
-    fn key(&self) -> (u32, u32) {
-        (self.tokens[0].sequence, self.tokens[0].position)
-    }
-
-    fn is_whole(&self) -> bool {
-        self.tokens.iter().all(|token| token.missing == 0)
-    }
-}
-
-/// Experts of this rank that are to run for a token that is, or will be, elsewhere (or here, where other ranks'
-/// partials are waited for at the same time).
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Serve {
-    /// The layer of the experts, plus one: what the token enters next.
-    pub(crate) stage: usize,
-    pub(crate) prefill: bool,
-    pub(crate) frame: RowFrame,
-    since: u64,
-}
-
-impl Serve {
-    pub(crate) fn new(stage: usize, prefill: bool, frame: RowFrame) -> Self {
-        Self { stage, prefill, frame, since: 0 }
-    }
-}
-
-/// What can be done in one go.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub(crate) struct Picked {
-    pub(crate) stage: usize,
-    pub(crate) prefill: bool,
-    pub(crate) units: Vec<Unit>,
-    pub(crate) serves: Vec<Serve>,
-}
-
-impl Picked {
-    /// Rows that the device will work on.
-    pub(crate) fn rows(&self) -> usize {
-        self.units.iter().map(|unit| unit.tokens.len()).sum::<usize>() + self.serves.len()
-    }
-
-    /// The tokens of all units, in order.
-    pub(crate) fn tokens(&self) -> impl Iterator<Item = &Token> {
-        self.units.iter().flat_map(|unit| &unit.tokens)
-    }
-}
 
 /// A frame of a sequence that rank 0 has not announced here yet.
 #[derive(Debug, Clone, PartialEq)]
@@ -176,6 +57,8 @@ pub(crate) struct Board<K> {
     pub(crate) dropped: u64,
     picks: u64,
     was_prefill: bool,
+    /// Whether what is ready is held back at the moment.
+    holds: bool,
     /// As the caller told it last.
     now: Duration,
     /// Whether experts of prompts run apart from their tokens.
@@ -202,6 +85,7 @@ impl<K> Board<K> {
             dropped: 0,
             picks: 0,
             was_prefill: false,
+            holds: false,
             now: Duration::ZERO,
             apart: false,
         }
@@ -291,7 +175,7 @@ impl<K> Board<K> {
         }
         let stage = usize::from(layer) + 1;
         if frame.next != self.me {
-            self.serves.push(Serve { stage, prefill, frame, since: self.picks });
+            self.serves.push(Serve::at(stage, prefill, frame, self.picks, self.now));
             return;
         }
         let mut token = Token {
@@ -329,7 +213,7 @@ impl<K> Board<K> {
             choices: std::mem::take(&mut token.choices),
             residual: token.residual.clone(),
         };
-        self.serves.push(Serve { stage, prefill, frame, since: self.picks });
+        self.serves.push(Serve::at(stage, prefill, frame, self.picks, self.now));
     }
 
     /// A partial of an expert of `layer` came.
@@ -370,41 +254,82 @@ impl<K> Board<K> {
         self.put(unit);
     }
 
-    /// Takes off the board what is to be done next: all that is ready at one layer. `lacks` says what a unit that has all
-    /// its partials still needs.
+    /// Takes off the board what is to be done next: all that is ready at one layer.
+    #[cfg(test)]
+    pub(crate) fn pick(&mut self, lacks: impl Fn(&Unit) -> Lack) -> Option<Picked> {
+        let ready = self.ready(lacks)?;
+        Some(self.take(ready))
+    }
+
+    /// What is to be done next: all that is ready at one layer. `lacks` says what a unit that has all its partials still
+    /// needs.
     ///
     /// The earliest layer goes first, so that those behind catch up and share launches; but nobody waits for more than
     /// a bounded number of picks, and prompts and decoded tokens take turns.
-    pub(crate) fn pick(&mut self, lacks: impl Fn(&Unit) -> Lack) -> Option<Picked> {
+    pub(crate) fn ready(&mut self, lacks: impl Fn(&Unit) -> Lack) -> Option<Ready> {
+        let (now, held_back) = (self.now, self.holds);
+        let cause: fn(&mut Spent) -> &mut Duration =
+            if held_back { |spent| &mut spent.linger } else { |spent| &mut spent.queue };
+        let mut held = Duration::ZERO;
+        let mut all = Vec::new();
         let mut units = Vec::new();
         for (key, unit) in self.units.iter_mut().filter(|(_, unit)| unit.is_whole()) {
             match lacks(unit) {
-                Lack::Nothing => units.push((*key, unit.stage, unit.prefill, unit.since)),
-                Lack::Context => unit.account(self.now, |spent| &mut spent.context),
-                Lack::Ids => unit.account(self.now, |spent| &mut spent.ids),
+                Lack::Nothing => {
+                    unit.account(now, cause);
+                    held = held.max(unit.spent.linger);
+                    units.push((*key, unit.stage, unit.prefill));
+                    all.push((unit.stage, unit.prefill, unit.since, unit.tokens.len()));
+                }
+                Lack::Context => unit.account(now, |spent| &mut spent.context),
+                Lack::Ids => unit.account(now, |spent| &mut spent.ids),
             }
         }
-        let all = units.iter().map(|&(_, stage, prefill, since)| (stage, prefill, since));
-        let serves = self.serves.iter().map(|serve| (serve.stage, serve.prefill, serve.since));
-        let all: Vec<_> = all.chain(serves).collect();
-        let oldest = all.iter().min_by_key(|(_, _, since)| *since)?;
+        for serve in &mut self.serves {
+            let passed = now.saturating_sub(std::mem::replace(&mut serve.until, now));
+            serve.held += if held_back { passed } else { Duration::ZERO };
+            held = held.max(serve.held);
+            all.push((serve.stage, serve.prefill, serve.since, 1));
+        }
+        let Some(oldest) = all.iter().min_by_key(|(_, _, since, _)| *since) else {
+            self.holds = false;
+            return None;
+        };
         let (stage, prefill) = match self.picks - oldest.2 >= PATIENCE {
             true => (oldest.0, oldest.1),
             false => {
                 let turn = !self.was_prefill;
-                let first = all.iter().min_by_key(|(stage, prefill, _)| (*prefill != turn, *stage))?;
+                let first = all.iter().min_by_key(|(stage, prefill, ..)| (*prefill != turn, *stage))?;
                 (first.0, first.1)
             }
         };
+        let chosen = |at: (usize, bool)| at == (stage, prefill);
+        Some(Ready {
+            stage,
+            prefill,
+            rows: all.iter().filter(|(s, p, ..)| chosen((*s, *p))).map(|(.., rows)| rows).sum(),
+            all: all.iter().map(|(.., rows)| rows).sum(),
+            held,
+            units: units.into_iter().filter(|(_, s, p)| chosen((*s, *p))).map(|(key, ..)| key).collect(),
+        })
+    }
+
+    /// What is ready is not taken yet: from now until it is, its waiting is this rank's own choice.
+    pub(crate) fn hold(&mut self) {
+        self.holds = true;
+    }
+
+    /// Takes what is ready off the board.
+    pub(crate) fn take(&mut self, ready: Ready) -> Picked {
+        let Ready { stage, prefill, units, .. } = ready;
         self.picks += 1;
-        self.was_prefill = prefill;
+        (self.was_prefill, self.holds) = (prefill, false);
         let mut picked = Picked { stage, prefill, ..Picked::default() };
-        for (key, ..) in units.into_iter().filter(|u| (u.1, u.2) == (stage, prefill)) {
+        for key in units {
             if picked.rows() > 0 && picked.rows() >= MOST_ROWS {
                 break;
             }
-            if let Some(mut unit) = self.units.remove(&key) {
-                unit.account(self.now, |spent| &mut spent.queue);
+            if let Some(unit) = self.units.remove(&key) {
                 if unit.tokens.len() > 1 {
                     for token in &unit.tokens {
                         self.chunks.remove(&(key.0, token.position));
@@ -413,8 +338,7 @@ impl<K> Board<K> {
                 picked.units.push(unit);
             }
         }
-        let room = MOST_ROWS.saturating_sub(picked.rows()).max(usize::from(picked.units.is_empty()));
-        let mut left = room;
+        let mut left = MOST_ROWS.saturating_sub(picked.rows()).max(usize::from(picked.units.is_empty()));
         let mut rest = Vec::new();
         for serve in self.serves.drain(..) {
             match (serve.stage, serve.prefill) == (stage, prefill) && left > 0 {
@@ -426,7 +350,7 @@ impl<K> Board<K> {
             }
         }
         self.serves = rest;
-        Some(picked)
+        picked
     }
 
     /// Whether tokens of a sequence are being prefilled here.
@@ -445,28 +369,6 @@ impl<K> Board<K> {
         let unit = self.units.values().min_by_key(|unit| unit.since)?;
         let token = unit.tokens.iter().find(|t| t.missing > 0).unwrap_or(&unit.tokens[0]);
         Some((token.sequence, token.position, unit.stage, token.missing))
-    }
-}
-
-impl Token {
-    /// At the beginning of a token's way.
-    pub(crate) fn new(sequence: u32, position: u32, id: u32, edition: Edition) -> Self {
-        Self {
-            sequence,
-            position,
-            id,
-            edition,
-            main: None,
-            residual: Vec::new(),
-            choices: Vec::new(),
-            partials: Vec::new(),
-            missing: 0,
-        }
-    }
-
-    fn add(&mut self, partial: PartialFrame) {
-        self.missing = self.missing.saturating_sub(1);
-        self.partials.push((partial.k, partial.values));
     }
 }
 

@@ -5,6 +5,8 @@ use super::super::depart;
 use super::*;
 use crate::options::Combine;
 use crate::runtime::coherence::Coherence;
+use crate::runtime::frames::Choice;
+use crate::runtime::tables::Edition;
 use exflow_placement::{ExpertId, LayerId, PlacementTable, Route, Strategy};
 use proptest::prelude::*;
 use std::collections::VecDeque;
@@ -71,30 +73,30 @@ pub(in super::super) fn alone(sequence: u32, tokens: usize, top_k: usize) -> Vec
     out
 }
 
-enum Wire {
+pub(in super::super) enum Wire {
     Row(u16, bool, RowFrame),
     Partial(u16, PartialFrame),
     Admit(u32),
     End(u32),
 }
 
-type Kv = (u32, u32, usize, f32);
+pub(in super::super) type Kv = (u32, u32, usize, f32);
 
-struct Place {
-    board: Board<Kv>,
+pub(in super::super) struct Place {
+    pub(in super::super) board: Board<Kv>,
     coherence: Coherence,
     kv: HashMap<(u32, usize, u32), f32>,
 }
 
-struct World {
-    places: Vec<Place>,
+pub(in super::super) struct World {
+    pub(in super::super) places: Vec<Place>,
     table: PlacementTable,
     strategy: Strategy,
     top_k: usize,
     /// Rows, partials and orders, by (from, to); keys and values beside them.
-    rows: BTreeMap<(usize, usize), VecDeque<Wire>>,
-    bulk: BTreeMap<(usize, usize), VecDeque<Kv>>,
-    said: BTreeMap<u32, Vec<u32>>,
+    pub(in super::super) rows: BTreeMap<(usize, usize), VecDeque<Wire>>,
+    pub(in super::super) bulk: BTreeMap<(usize, usize), VecDeque<Kv>>,
+    pub(in super::super) said: BTreeMap<u32, Vec<u32>>,
     want: BTreeMap<u32, usize>,
     random: u64,
     /// Keys and values go only where nothing else can.
@@ -102,7 +104,13 @@ struct World {
 }
 
 impl World {
-    fn new(ranks: usize, strategy: Strategy, top_k: usize, seed: u64, starve: bool) -> Self {
+    pub(in super::super) fn new(
+        ranks: usize,
+        strategy: Strategy,
+        top_k: usize,
+        seed: u64,
+        starve: bool,
+    ) -> Self {
         let place = |rank| Place {
             board: Board::new(Rank::from(rank)),
             coherence: Coherence::default(),
@@ -137,7 +145,7 @@ impl World {
         self.arrive(0, order());
     }
 
-    fn submit(&mut self, sequence: u32, tokens: usize) {
+    pub(in super::super) fn submit(&mut self, sequence: u32, tokens: usize) {
         self.want.insert(sequence, tokens);
         self.said.insert(sequence, Vec::new());
         self.announce(|| Wire::Admit(sequence));
@@ -147,7 +155,7 @@ impl World {
         sequence as usize % self.places.len()
     }
 
-    fn arrive(&mut self, to: usize, wire: Wire) {
+    pub(in super::super) fn arrive(&mut self, to: usize, wire: Wire) {
         let home = self.home(match &wire {
             Wire::Admit(sequence) => *sequence,
             _ => 0,
@@ -197,10 +205,7 @@ impl World {
                 }
                 Some(&(link, true)) => {
                     if let Some(kv) = self.bulk.get_mut(&link).and_then(VecDeque::pop_front) {
-                        let place = &mut self.places[link.1];
-                        if let Some(kv) = place.board.other(kv.0, kv) {
-                            place.take(kv);
-                        }
+                        self.places[link.1].hear(kv);
                         return true;
                     }
                 }
@@ -212,10 +217,7 @@ impl World {
         match bulk.first() {
             Some(&(link, _)) if self.starve => {
                 let kv = self.bulk.get_mut(&link).and_then(VecDeque::pop_front).expect("not empty");
-                let place = &mut self.places[link.1];
-                if let Some(kv) = place.board.other(kv.0, kv) {
-                    place.take(kv);
-                }
+                self.places[link.1].hear(kv);
                 true
             }
             _ => false,
@@ -223,15 +225,14 @@ impl World {
     }
 
     fn work(&mut self, rank: usize) -> bool {
-        let place = &mut self.places[rank];
-        let coherence = &place.coherence;
-        let picked = place.board.pick(|unit| {
-            let first = &unit.tokens[0];
-            let there = unit.stage == LAYERS
-                || coherence.is_complete(unit.stage as u16, first.sequence, first.position);
-            if there { Lack::Nothing } else { Lack::Context }
-        });
-        let Some(picked) = picked else { return false };
+        let Some(ready) = self.places[rank].ready() else { return false };
+        let picked = self.places[rank].board.take(ready);
+        self.carry(rank, picked);
+        true
+    }
+
+    /// Does what was picked.
+    pub(in super::super) fn carry(&mut self, rank: usize, picked: Picked) {
         let me = Rank::from(rank);
         if let Some(layer) = picked.stage.checked_sub(1) {
             let values: Vec<f32> = picked
@@ -249,7 +250,6 @@ impl World {
         for unit in picked.units {
             self.advance(rank, picked.stage, unit);
         }
-        true
     }
 
     fn advance(&mut self, rank: usize, stage: usize, mut unit: Unit) {
@@ -310,6 +310,23 @@ impl World {
 }
 
 impl Place {
+    pub(in super::super) fn ready(&mut self) -> Option<Ready> {
+        let coherence = &self.coherence;
+        self.board.ready(|unit| {
+            let first = &unit.tokens[0];
+            let there = unit.stage == LAYERS
+                || coherence.is_complete(unit.stage as u16, first.sequence, first.position);
+            if there { Lack::Nothing } else { Lack::Context }
+        })
+    }
+
+    /// Keys and values come.
+    pub(in super::super) fn hear(&mut self, kv: Kv) {
+        if let Some(kv) = self.board.other(kv.0, kv) {
+            self.take(kv);
+        }
+    }
+
     fn take(&mut self, (sequence, position, layer, value): Kv) {
         self.kv.insert((sequence, layer, position), value);
         self.coherence.note(layer as u16, sequence, position);
@@ -355,6 +372,11 @@ proptest! {
             prop_assert!(place.board.orphans.is_empty() && place.board.early.values().all(Vec::is_empty));
         }
     }
+}
+
+/// A row of which an expert runs here, that came at `now`.
+pub(in super::super) fn served(stage: usize, now: Duration) -> Serve {
+    Serve::at(stage, false, row(0, 0, 0), 0, now)
 }
 
 fn row(sequence: u32, next: u16, expects: u16) -> RowFrame {

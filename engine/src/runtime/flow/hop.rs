@@ -26,7 +26,8 @@ impl Worker {
             self.stats.decode_tokens += picked.units.len() as u64;
         }
         self.stats.hops += 1;
-        self.stats.hop_rows += picked.rows() as u64;
+        let hop_rows = picked.rows();
+        self.stats.hop_rows += hop_rows as u64;
         let (decoded, waited) = decoded(&picked);
         let hopped = self.stepper().hop(&picked)?;
         flow.tick();
@@ -45,7 +46,11 @@ impl Worker {
         let wire = self.comm.stats().since(&before);
         self.stats.add_step(decode, &wire);
         self.stats.waited.add(&waited);
-        self.stats.waited.compute += decoded * began.elapsed().as_secs_f64();
+        let seconds = began.elapsed().as_secs_f64();
+        self.stats.waited.compute += decoded * seconds;
+        if decode {
+            flow.linger.hopped(hop_rows, seconds);
+        }
         self.stats.dropped += std::mem::take(&mut flow.board.dropped);
         Ok(())
     }
@@ -220,7 +225,7 @@ impl Worker {
             let note = Note::Sampled(sampled.clone(), running.output.len() as u32);
             self.note_to_all(&note)?;
             self.count(sampled);
-            flow.changed = true;
+            flow.heard(&self.sequences);
             let next = self.sequences.running.get(&id).and_then(|s| Some((s.next_token()?, s.edition)));
             if let Some(((token, position), edition)) = next {
                 // Who sampled its predecessor may not have rank 0's word yet.
@@ -253,6 +258,7 @@ fn decoded(picked: &Picked) -> (f64, Waited) {
         waited.context += spent.context.as_secs_f64();
         waited.ids += spent.ids.as_secs_f64();
         waited.queue += spent.queue.as_secs_f64();
+        waited.linger += spent.linger.as_secs_f64();
     }
     (count, waited)
 }

@@ -8,6 +8,8 @@
 pub(crate) mod board;
 mod depart;
 mod hop;
+mod items;
+mod linger;
 mod notes;
 mod orders;
 
@@ -24,6 +26,7 @@ use crate::options::Prefill;
 use board::{Board, Lack, Picked, Standing, Unit};
 use exflow_placement::{LayerId, Rank};
 use exflow_transport::{ByteClass, Message};
+use linger::Lingering;
 use notes::{Note, Notes};
 use std::time::{Duration, Instant};
 
@@ -48,6 +51,9 @@ pub(super) struct Flow {
     unplaced: Vec<(u16, Arrived)>,
     /// Keys and values of decoded tokens on their way out, and the hops that they have waited for.
     bulk: (Bulk, u32),
+    linger: Lingering,
+    /// How long what is ready is held back yet, where it is.
+    held: Option<Duration>,
     /// Rank 0: whether something happened that its policy should look at.
     changed: bool,
     /// When the loop last did or heard anything.
@@ -57,8 +63,18 @@ pub(super) struct Flow {
 
 impl Flow {
     /// Tells the board the time.
-    fn tick(&mut self) {
-        self.board.tick(self.born.elapsed());
+    fn tick(&mut self) -> Duration {
+        let now = self.born.elapsed();
+        self.board.tick(now);
+        now
+    }
+}
+
+impl Flow {
+    /// A sampled id was counted.
+    fn heard(&mut self, sequences: &Sequences) {
+        self.changed = true;
+        self.linger.heard(self.born.elapsed(), sequences.running.len());
     }
 }
 
@@ -77,6 +93,8 @@ impl Worker {
             notes: Notes::new(me),
             unplaced: Vec::new(),
             bulk: (Bulk::new(self.comm.world_size()), 0),
+            linger: Lingering::new(self.options.linger),
+            held: None,
             changed: false,
             lively: Instant::now(),
             born: Instant::now(),
@@ -87,8 +105,8 @@ impl Worker {
             self.order(&mut flow)?;
             self.send_news()?;
             let began = Instant::now();
-            flow.tick();
-            match self.pick(&mut flow) {
+            let now = flow.tick();
+            match self.pick(&mut flow, now) {
                 Some(picked) => {
                     self.hop(&mut flow, picked, began)?;
                     self.stats.busy_seconds += began.elapsed().as_secs_f64();
@@ -97,6 +115,9 @@ impl Worker {
                 None => {
                     self.rest(&mut flow)?;
                     self.stats.idle_seconds += began.elapsed().as_secs_f64();
+                    if flow.held.is_some() {
+                        self.stats.linger_seconds += began.elapsed().as_secs_f64();
+                    }
                 }
             }
         }
@@ -107,6 +128,10 @@ impl Worker {
     fn rest(&mut self, flow: &mut Flow) -> Result<(), EngineError> {
         if self.stopping {
             return Ok(());
+        }
+        if let Some(held) = flow.held {
+            flow.lively = Instant::now();
+            return self.receive(flow, if self.commands.is_some() { held.min(GLANCE) } else { held });
         }
         self.send_waiting_bulk(flow)?;
         if flow.board.is_empty() {
@@ -279,15 +304,28 @@ impl Worker {
                 return;
             };
             self.count(sampled);
-            flow.changed = true;
+            flow.heard(&self.sequences);
         }
     }
 
-    /// What can be done now.
-    fn pick(&self, flow: &mut Flow) -> Option<Picked> {
+    /// What is to be done now; nothing also where what is ready is held back.
+    fn pick(&self, flow: &mut Flow, now: Duration) -> Option<Picked> {
         let layers = self.decoder.spec.layers;
         let (sequences, coherence) = (&self.sequences, &self.coherence);
-        flow.board.pick(|unit| lack(sequences, coherence, layers, unit))
+        flow.held = None;
+        let running = sequences.running.len();
+        if running == 0 {
+            flow.linger.rested();
+        }
+        let ready = flow.board.ready(|unit| lack(sequences, coherence, layers, unit))?;
+        flow.held = flow.linger.left(&ready, running);
+        if flow.held.is_some() {
+            flow.board.hold();
+            return None;
+        }
+        let picked = flow.board.take(ready);
+        flow.linger.launched(now, &picked);
+        Some(picked)
     }
 }
 

@@ -4,7 +4,7 @@ use super::super::super::failure::Failure;
 use super::super::super::output;
 use super::super::models::model_folder;
 use super::{Args, LinkName, TableName, routes_path, table_path};
-use exflow::engine::{ClusterOptions, NoProgress, RoutingTrace, Schedule, Strategy, TransportKind};
+use exflow::engine::{ClusterOptions, Linger, NoProgress, RoutingTrace, Schedule, Strategy, TransportKind};
 use exflow::placement::PlacementTable;
 use exflow::study::{self, Candidate, Cell, Grid, GridRow};
 use std::path::Path;
@@ -34,6 +34,7 @@ pub(super) fn child(
     } else {
         command.args(["--strategies", &list(args.strategies.iter().map(Strategy::to_string).collect())]);
         command.args(["--schedules", &list(args.schedules.iter().map(Schedule::to_string).collect())]);
+        command.args(["--lingers", &list(args.lingers.iter().map(Linger::to_string).collect())]);
         command.args(["--tables", &list(args.tables.iter().map(TableName::to_string).collect())]);
     }
     if args.no_auto {
@@ -67,10 +68,10 @@ pub(super) fn run(args: &Args, folder: &Path) -> Result<(), Failure> {
     options.link = link.spec();
     options.transport = if options.link.is_some() { TransportKind::Quic } else { TransportKind::Local };
     let mut settings = Vec::new();
-    for (ablation, overlap, strategy, schedule, table) in args.settings() {
+    for (ablation, overlap, linger, strategy, schedule, table) in args.settings() {
         let placement = PlacementTable::read(&table_path(folder, model, ranks, table), None)?;
         let table = table.name().into();
-        settings.push(Candidate { strategy, schedule, table, placement, ablation, overlap });
+        settings.push(Candidate { strategy, schedule, table, placement, ablation, overlap, linger });
     }
     let prompts = study::grid_prompts(&path, 8, args.seed)?;
     let routes = match args.no_auto {

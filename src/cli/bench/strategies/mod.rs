@@ -7,7 +7,7 @@ use super::super::failure::Failure;
 use super::super::{flags, output};
 use super::models::{Scratch, model_folder};
 use clap::ValueEnum;
-use exflow::engine::{Cluster, ClusterOptions, Overlap, Schedule, Strategy};
+use exflow::engine::{Cluster, ClusterOptions, Linger, Overlap, Schedule, Strategy};
 use exflow::placement::{PlacementTable, SolveOptions};
 use exflow::progress::Bars;
 use exflow::study::{self, GridRow};
@@ -47,6 +47,9 @@ pub(crate) struct Args {
     /// from a token's last layer to its successor's first)
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = TableName::ALL)]
     tables: Vec<TableName>,
+    /// How long ready rows are held back for a fuller launch, in flow: off, auto, times up to 100ms
+    #[arg(long, value_name = "L", value_delimiter = ',', default_value = "auto", value_parser = flags::linger)]
+    lingers: Vec<Linger>,
     /// Tokens to make of each prompt
     #[arg(short = 'n', long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(2..))]
     max_tokens: u32,
@@ -66,8 +69,9 @@ pub(crate) struct Args {
     #[arg(long)]
     no_auto: bool,
     /// In place of every strategy, schedule and table: what each part is worth, from the baseline of two exchanges a layer
-    /// to coherence, placement, both, and then with overlap, rows peer by peer, steps in halves, flow, the wrap and replicas one by one
-    #[arg(long, conflicts_with_all = ["strategies", "schedules", "tables"])]
+    /// to coherence, placement, both, and then with overlap, rows peer by peer, steps in halves, flow, the wrap, rows held back and replicas
+    /// one by one
+    #[arg(long, conflicts_with_all = ["strategies", "schedules", "tables", "lingers"])]
     ablations: bool,
     /// A grid of a minute: the bundled model, 4 ranks, 8 sequences, wan and local, two runs
     #[arg(long)]
@@ -152,24 +156,26 @@ impl std::fmt::Display for TableName {
 }
 
 /// A row of the grid: its name among ablations, what runs while rows travel, and how it runs.
-type SettingArgs = (Option<&'static str>, Overlap, Strategy, Schedule, TableName);
+type SettingArgs = (Option<&'static str>, Overlap, Linger, Strategy, Schedule, TableName);
 
 /// Each differs from one before it by what its name says.
-const ABLATIONS: [SettingArgs; 10] = {
+const ABLATIONS: [SettingArgs; 11] = {
+    use Linger::Off as AtOnce;
     use Overlap::{Auto, Halves, Off, Own, Peers};
     use Schedule::{Flow, Rounds};
     use Strategy::{Coherent, Vanilla};
     [
-        (Some("baseline"), Off, Vanilla, Rounds, TableName::RoundRobin),
-        (Some("coherence alone"), Off, Coherent, Rounds, TableName::RoundRobin),
-        (Some("placement alone"), Off, Vanilla, Rounds, TableName::Chain),
-        (Some("both"), Off, Coherent, Rounds, TableName::Chain),
-        (Some("+ overlap"), Own, Coherent, Rounds, TableName::Chain),
-        (Some("+ peer by peer"), Peers, Coherent, Rounds, TableName::Chain),
-        (Some("+ halves"), Halves, Coherent, Rounds, TableName::Chain),
-        (Some("+ flow"), Auto, Coherent, Flow, TableName::Chain),
-        (Some("+ wrap"), Auto, Coherent, Flow, TableName::Affinity),
-        (Some("+ replicas"), Auto, Coherent, Flow, TableName::Replicas),
+        (Some("baseline"), Off, AtOnce, Vanilla, Rounds, TableName::RoundRobin),
+        (Some("coherence alone"), Off, AtOnce, Coherent, Rounds, TableName::RoundRobin),
+        (Some("placement alone"), Off, AtOnce, Vanilla, Rounds, TableName::Chain),
+        (Some("both"), Off, AtOnce, Coherent, Rounds, TableName::Chain),
+        (Some("+ overlap"), Own, AtOnce, Coherent, Rounds, TableName::Chain),
+        (Some("+ peer by peer"), Peers, AtOnce, Coherent, Rounds, TableName::Chain),
+        (Some("+ halves"), Halves, AtOnce, Coherent, Rounds, TableName::Chain),
+        (Some("+ flow"), Auto, AtOnce, Coherent, Flow, TableName::Chain),
+        (Some("+ wrap"), Auto, AtOnce, Coherent, Flow, TableName::Affinity),
+        (Some("+ linger"), Auto, Linger::Auto, Coherent, Flow, TableName::Affinity),
+        (Some("+ replicas"), Auto, Linger::Auto, Coherent, Flow, TableName::Replicas),
     ]
 };
 
@@ -182,7 +188,13 @@ impl Args {
         let mut all = Vec::new();
         for &strategy in &self.strategies {
             for &schedule in &self.schedules {
-                all.extend(self.tables.iter().map(|&table| (None, Overlap::Auto, strategy, schedule, table)));
+                // In rounds nobody lingers.
+                let lingers =
+                    &self.lingers[..if schedule == Schedule::Flow { self.lingers.len() } else { 1 }];
+                for &linger in lingers {
+                    let of = |&table| (None, Overlap::Auto, linger, strategy, schedule, table);
+                    all.extend(self.tables.iter().map(of));
+                }
             }
         }
         all

@@ -39,7 +39,10 @@ const COLUMNS: [&str; 18] = [
 
 /// What a row's setting is called.
 fn name(row: &GridRow) -> String {
-    let setting = format!("{}, {}, {}", row.strategy, row.schedule, row.table);
+    let mut setting = format!("{}, {}, {}", row.strategy, row.schedule, row.table);
+    if row.schedule == "flow" && row.linger != "auto" && row.ablation.is_none() {
+        let _ = write!(setting, ", linger {}", row.linger);
+    }
     row.ablation.as_ref().map_or_else(|| setting.clone(), |ablation| format!("{ablation} ({setting})"))
 }
 
@@ -70,7 +73,7 @@ fn cells(rows: &[GridRow], row: &GridRow) -> [String; 18] {
     ]
 }
 
-const TIMES: [&str; 11] = [
+const TIMES: [&str; 12] = [
     "ms of a token",
     "all",
     "computed",
@@ -79,13 +82,14 @@ const TIMES: [&str; 11] = [
     "keys and values",
     "ids",
     "busy rank",
+    "held back",
     "predicted: computed",
     "travel",
     "busy rank, context",
 ];
 
 /// Where a token's time went, and where it was predicted to go.
-fn times(row: &GridRow) -> [String; 11] {
+fn times(row: &GridRow) -> [String; 12] {
     let t = &row.token_time;
     let ms = |figure: f64| format!("{figure:.2}");
     let predicted = |of: fn(&Parts) -> f64| row.predicted_parts.as_ref().map_or("–".into(), |p| ms(of(p)));
@@ -98,6 +102,7 @@ fn times(row: &GridRow) -> [String; 11] {
         ms(t.context_ms),
         ms(t.ids_ms),
         ms(t.queue_ms),
+        ms(t.linger_ms),
         predicted(|p| p.compute_ms),
         predicted(|p| p.travel_ms),
         predicted(|p| p.queue_ms + p.context_ms),
