@@ -5,7 +5,8 @@ mod common;
 
 use common::{Setup, generate, request, root};
 use exflow::engine::{
-    Cluster, ClusterOptions, Dtype, Feed, KvDtype, KvWire, LogitsDump, NoProgress, Quant, Schedule, Strategy,
+    Cluster, ClusterOptions, Dtype, Feed, KvDtype, KvWire, LogitsDump, NoProgress, Numerics, Quant, Schedule,
+    Strategy,
 };
 use exflow_placement::npy::{self, Array};
 use safetensors::SafeTensors;
@@ -209,6 +210,46 @@ fn narrower_weights_and_caches_give_the_same_bits_on_any_number_of_ranks() {
             assert!(bits(together) == bits(alone), "{name} {quant:?} {kv_dtype:?}: 3 ranks");
         }
     }
+}
+
+/// Rows in bytes: a little off the exact product of the same weights, by the same bits wherever a token is and however
+/// many are fed at once; told where there is nothing to round.
+#[test]
+fn fast_numerics_stay_near_the_exact_ones_and_give_the_same_bits_on_any_number_of_ranks() {
+    common::prepare();
+    let fixtures = root().join("tests/parity/fixtures");
+    let start = |name: &str, quant: Option<Quant>, numerics: Numerics, (ranks, schedule)| {
+        let mut options = ClusterOptions::new(fixtures.join(name));
+        (options.quant, options.numerics) = (quant, numerics);
+        (options.ranks, options.schedule) = (ranks, schedule);
+        Cluster::start(options, &NoProgress)
+    };
+    let one = (1, Schedule::Rounds);
+    for (name, quant, limit) in [
+        ("qwen3_moe", Some(Quant::Q8_0), 0.25),
+        ("deepseek_v2", Some(Quant::Q8_0), 0.25),
+        ("olmoe", Some(Quant::Q4_0), 0.25),
+        ("gpt_oss_mxfp4", None, 0.25),
+    ] {
+        let prompt = Expected::read(&fixtures.join(name)).ids("prompt");
+        let dump = |numerics: Numerics, world, feed: Feed| {
+            let mut cluster = start(name, quant, numerics, world).unwrap_or_else(|e| panic!("{name}: {e}"));
+            cluster.logits(&prompt, feed).expect("logits").logits
+        };
+        let bits = |logits: &[f32]| logits.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        let exact = dump(Numerics::Exact, one, Feed::Decode);
+        let fast = dump(Numerics::Fast, one, Feed::Decode);
+        let worst = exact.iter().zip(&fast).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        eprintln!("{name} {quant:?}: off by {worst}");
+        assert!(worst > 0.0 && worst < limit, "{name} {quant:?}: off by {worst}");
+        for (schedule, feed) in [(Schedule::Rounds, Feed::Decode), (Schedule::Flow, Feed::Prefill)] {
+            let together = dump(Numerics::Fast, (3, schedule), feed);
+            let alone = dump(Numerics::Fast, one, feed);
+            assert!(bits(&together) == bits(&alone), "{name} {quant:?}: 3 ranks, {schedule}, {feed}");
+        }
+    }
+    let error = start("olmoe", None, Numerics::Fast, one).err().expect("it is refused");
+    assert!(error.is_input() && error.to_string().contains("--numerics fast"), "{error}");
 }
 
 /// `folder` with the numbers that its MXFP4 blocks stand for in their place.

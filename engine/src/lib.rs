@@ -45,7 +45,7 @@ pub use logits::{LayerRouting, LogitsDump};
 pub use model::{ModelSpec, spec};
 pub use options::{
     ClusterOptions, Combine, Domain, Dtype, Feed, GroupOptions, KvDtype, KvWire, Linger, NoProgress,
-    Observer, Overlap, PlacementSource, Prefill, Progress, Quant, Schedule, TransportKind,
+    Numerics, Observer, Overlap, PlacementSource, Prefill, Progress, Quant, Schedule, TransportKind,
 };
 pub use runtime::FinishReason;
 pub use sampling::{Logprobs, MAX_LOGPROBS, Sampling};

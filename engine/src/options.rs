@@ -171,6 +171,17 @@ words! {
 }
 
 words! {
+    /// In which order, and on which numbers, matrix products are formed. Either way a row has the same bits in any batch.
+    Numerics, "kind of numerics" {
+        /// f32 throughout, in one stated order.
+        Exact = "exact",
+        /// Where matrices share scales (`--quant`, MXFP4) rows are rounded to bytes, 32 columns to a scale, and bytes are
+        /// multiplied as such.
+        Fast = "fast"
+    }
+}
+
+words! {
     /// How the cache holds keys and values; whoever makes them rounds them first, so that every rank holds the same.
     KvDtype, "type of the cache" {
         /// 4 bytes a value.
@@ -267,6 +278,8 @@ pub struct ClusterOptions {
     pub dtype: Dtype,
     /// What matrices are rounded to in its place.
     pub quant: Option<Quant>,
+    /// How matrix products are formed.
+    pub numerics: Numerics,
     /// How the cache holds keys and values.
     pub kv_dtype: KvDtype,
     /// How keys and values travel.
@@ -382,6 +395,7 @@ impl ClusterOptions {
             adapter: None,
             dtype: Dtype::F32,
             quant: None,
+            numerics: Numerics::Exact,
             kv_dtype: KvDtype::F32,
             kv_wire: KvWire::Cache,
             cache_positions: None,

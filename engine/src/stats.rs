@@ -100,6 +100,8 @@ pub struct RunStats {
     pub transport: String,
     /// `exact` or `sum`.
     pub combine: String,
+    /// `exact` or `fast`.
+    pub numerics: String,
     /// World size.
     pub ranks: usize,
     /// `home` or `replicated`.
@@ -210,6 +212,7 @@ pub(crate) fn summarise(
         },
         transport: options.transport.to_string(),
         combine: options.combine.to_string(),
+        numerics: options.numerics.to_string(),
         ranks: options.ranks,
         prefill: options.prefill.to_string(),
         domain: options.domain.to_string(),

@@ -2,7 +2,7 @@
 //! how kernel text is put together.
 
 use crate::Cache;
-use crate::kernel::{Activation, Kernel, RowTile, SHARED, Values, Variant, Weights};
+use crate::kernel::{Activation, Kernel, RowTile, Rows, SHARED, Values, Variant, Weights};
 use crate::reflect::{self, Binding};
 use std::borrow::Cow;
 use wesl::syntax::{ModulePath, PathOrigin};
@@ -77,7 +77,7 @@ fn compose(kernel: Kernel, variant: Variant) -> Result<String, ComposeError> {
     Ok(compiled.syntax.to_string())
 }
 
-fn flags(variant: Variant) -> [(&'static str, bool); 24] {
+fn flags(variant: Variant) -> [(&'static str, bool); 26] {
     [
         ("one", variant.tile == RowTile::One),
         ("tile2", variant.tile == RowTile::Two),
@@ -89,6 +89,8 @@ fn flags(variant: Variant) -> [(&'static str, bool); 24] {
         ("turn8", variant.turn4() == 8),
         ("image", variant.image),
         ("subgroup", variant.subgroup),
+        ("dot", variant.rows != Rows::F32),
+        ("floats", variant.rows == Rows::BytesAsF32),
         ("half", variant.weights == Weights::F16),
         ("q8", variant.weights == Weights::Q8),
         ("q4", variant.weights == Weights::Q4),

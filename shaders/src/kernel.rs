@@ -40,7 +40,7 @@ pub enum Kernel {
 }
 
 /// What a kernel is specialised by besides `override` numbers. Variants that differ in
-/// `tile`, `subgroup`, `image` or `values` alone give equal bits.
+/// `tile`, `subgroup`, `image` or `values` alone give equal bits, and so do both kinds of rows in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct Variant {
     /// Rows that a lane works on at once (matrix kernels only; others ignore it).
@@ -61,6 +61,8 @@ pub struct Variant {
     /// Lanes hand each other what they loaded or summed, in subgroups of eight or more (`norm`, `router`, `place`, `attention`
     /// and matrix kernels; others ignore it).
     pub subgroup: bool,
+    /// What products are of (matrix kernels whose weights share scales; others ignore it).
+    pub rows: Rows,
     /// The matrix, or the cache, is a texture (matrix kernels, `embed`, `place`, `attention`; others ignore it).
     pub image: bool,
 }
@@ -170,6 +172,18 @@ impl Weights {
     }
 }
 
+/// What the rows of a product are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub enum Rows {
+    /// As they come.
+    #[default]
+    F32,
+    /// Rounded to bytes, 32 columns to a scale, which are multiplied four at a time.
+    Bytes,
+    /// Rounded in the same way and multiplied as f32: the same bits.
+    BytesAsF32,
+}
+
 /// Weights that share a scale, and up to which rows are padded.
 pub const WEIGHT_BLOCK: usize = 32;
 
@@ -207,8 +221,10 @@ impl Variant {
     /// What is left of it where `kernel` differs.
     pub fn of(self, kernel: Kernel) -> Self {
         let tile = if kernel.is_tiled() { self.tile } else { RowTile::One };
+        let rounds = kernel.has_weights() && self.weights.has_scales();
         Self {
             tile,
+            rows: if rounds { self.rows } else { Rows::F32 },
             activation: if kernel == Kernel::ExpertUp { self.activation } else { Activation::default() },
             weights: match kernel {
                 Kernel::Probe if self.weights == Weights::Q8 => Weights::Q8,
@@ -342,10 +358,16 @@ impl Kernel {
         }
         if self.has_weights() {
             bases.extend(Weights::ALL[1..].iter().map(|&weights| Variant { weights, ..plain }));
+            let scaled = Weights::ALL.into_iter().filter(|weights| weights.has_scales());
+            bases.extend(scaled.map(|weights| Variant { weights, rows: Rows::Bytes, ..plain }));
         }
         if self == Kernel::Linear {
             let keeps = Variant { keeps: true, ..plain };
-            bases.extend([keeps, Variant { cache: Cache::F16, weights: Weights::F16, ..keeps }]);
+            bases.extend([
+                keeps,
+                Variant { cache: Cache::F16, weights: Weights::F16, ..keeps },
+                Variant { weights: Weights::Q8, rows: Rows::Bytes, ..keeps },
+            ]);
         }
         // What CPUs run comes whole; of what others run, one type of weights stands for the rest where tiles are
         // concerned, and one tile where types are.
@@ -357,7 +379,12 @@ impl Kernel {
                 .filter(move |&&tile| base == plain || tile == RowTile::Eight)
                 .map(move |&tile| with(tile, true, false));
             let without = (base == plain).then_some(with(RowTile::Eight, false, false));
-            std::iter::once(base).chain(all).chain(buffers).chain(without)
+            // What bytes make as f32 besides.
+            let floats = RowTile::ALL.iter().map(move |&tile| with(tile, true, true));
+            let floats =
+                floats.chain([with(RowTile::Eight, false, false)]).filter(move |_| base.rows == Rows::Bytes);
+            let floats = floats.map(|v| Variant { rows: Rows::BytesAsF32, ..v });
+            std::iter::once(base).chain(all).chain(buffers).chain(without).chain(floats)
         };
         let tiles = |base: Variant| RowTile::ALL.iter().map(move |&tile| Variant { tile, ..base });
         match self {
@@ -412,11 +439,12 @@ pub fn texts() -> impl Iterator<Item = &'static str> {
 }
 
 /// Texts that kernels import, by name under `shared/`.
-pub(crate) const SHARED: [(&str, &str); 9] = [
+pub(crate) const SHARED: [(&str, &str); 10] = [
     ("weight", include_str!("../wgsl/shared/weight.wgsl")),
     ("matrix", include_str!("../wgsl/shared/matrix.wgsl")),
     ("cached", include_str!("../wgsl/shared/cached.wgsl")),
     ("product", include_str!("../wgsl/shared/product.wgsl")),
+    ("dot", include_str!("../wgsl/shared/dot.wgsl")),
     ("tile", include_str!("../wgsl/shared/tile.wgsl")),
     ("activation", include_str!("../wgsl/shared/activation.wgsl")),
     ("split", include_str!("../wgsl/shared/split.wgsl")),

@@ -14,7 +14,8 @@ mod reflect;
 pub use cached::Cache;
 pub use compose::{ComposeError, Module, module};
 pub use kernel::{
-    Activation, IMAGE_WIDTH, Kernel, LANE_COLUMNS4, RowTile, Values, Variant, WEIGHT_BLOCK, Weights, texts,
+    Activation, IMAGE_WIDTH, Kernel, LANE_COLUMNS4, RowTile, Rows, Values, Variant, WEIGHT_BLOCK, Weights,
+    texts,
 };
 pub use reflect::{Access, Binding};
 

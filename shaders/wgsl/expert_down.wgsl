@@ -1,7 +1,8 @@
 // partial[slot] = weight * scale * (w2[expert] a[pair] (+ b2[expert])), a workgroup per (tile of pairs, group of columns).
 import package::shared::tile::{COLUMNS, LOADS, PerColumn, Starts, Sums, TILE_ROWS, row_of};
 import package::shared::weight::{column_start, column_step};
-import package::shared::product::product; // binding 1: a [pairs, I/4], binding 2: w2 [experts, H, ..]
+@if(dot) import package::shared::dot::product;
+@else import package::shared::product::product; // binding 1: a [pairs, I/4], binding 2: w2 [experts, H, ..]
 import package::shared::pair::{Pair, Tile};
 
 struct Params {

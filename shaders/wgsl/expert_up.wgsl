@@ -2,7 +2,8 @@
 // activation takes two products: w1 holds an expert's gate rows, then its up rows.
 import package::shared::tile::{COLUMNS, LOADS, PerColumn, Starts, Sums, TILE_ROWS, row_of};
 import package::shared::weight::{column_start, column_step};
-import package::shared::product::product; // binding 1: x [.., H/4] normed rows, binding 2: w1 [experts, MATRICES, I, ..]
+@if(dot) import package::shared::dot::product;
+@else import package::shared::product::product; // binding 1: x [.., H/4] normed rows, binding 2: w1 [experts, MATRICES, I, ..]
 import package::shared::pair::{Pair, Tile};
 import package::shared::activation::{clamped_glu, gelu, swiglu};
 

@@ -4,7 +4,8 @@
 // keys by their positions and puts keys and values into the cache, rounded to its type, as `place.wgsl` does it.
 import package::shared::tile::{COLUMNS, LOADS, PerColumn, Starts, Sums, TILE_ROWS, row_of};
 import package::shared::weight::{column_start, column_step};
-import package::shared::product::product; // binding 1: x [T, x_stride/4], binding 2: w [heads, N, ..]
+@if(dot) import package::shared::dot::product;
+@else import package::shared::product::product; // binding 1: x [T, x_stride/4], binding 2: w [heads, N, ..]
 import package::shared::cached::{Cached, cached_stride, cached_texel, narrowed};
 
 struct Params {

@@ -3,7 +3,9 @@
 use super::failure::Failure;
 use super::flags::{self, RankFlags};
 use super::output::{self, Format};
-use exflow::engine::{Cluster, ClusterOptions, Combine, Dtype, EngineError, Feed, KvDtype, Progress, Quant};
+use exflow::engine::{
+    Cluster, ClusterOptions, Combine, Dtype, EngineError, Feed, KvDtype, Numerics, Progress, Quant,
+};
 use exflow::fidelity::{DivergenceSum, Prediction, PredictionSum};
 use exflow::progress::Bars;
 use exflow::study::passages;
@@ -24,7 +26,8 @@ pub(crate) struct Args {
     /// Tokens of one context
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(2..))]
     window: u32,
-    /// The setting that the divergence is measured from: what differs in it, of dtype, quant, kv-dtype, combine and ep-size
+    /// The setting that the divergence is measured from: what differs in it, of dtype, quant, numerics, kv-dtype, combine and
+    /// ep-size
     #[arg(long, value_name = "dtype=f32,...", value_parser = other_setting)]
     against: Option<Other>,
     /// How the result is written
@@ -39,6 +42,7 @@ type Other = Vec<Change>;
 enum Change {
     Dtype(Dtype),
     Quant(Option<Quant>),
+    Numerics(Numerics),
     KvDtype(KvDtype),
     Combine(Combine),
     Ranks(usize),
@@ -55,11 +59,12 @@ fn change(pair: &str) -> Result<Change, String> {
         "dtype" => value.parse().map(Change::Dtype).map_err(engine),
         "quant" if value == "none" => Ok(Change::Quant(None)),
         "quant" => value.parse().map(|quant| Change::Quant(Some(quant))).map_err(engine),
+        "numerics" => value.parse().map(Change::Numerics).map_err(engine),
         "kv-dtype" => value.parse().map(Change::KvDtype).map_err(engine),
         "combine" => value.parse().map(Change::Combine).map_err(engine),
         "ep-size" => flags::ranks(value).map(Change::Ranks),
         _ => Err(format!(
-            "{key:?} is no setting; use dtype, quant, kv-dtype, combine or ep-size, as in dtype=f32"
+            "{key:?} is no setting; use dtype, quant, numerics, kv-dtype, combine or ep-size, as in dtype=f32"
         )),
     }
 }
@@ -69,6 +74,7 @@ impl Change {
         match self {
             Self::Dtype(dtype) => options.dtype = dtype,
             Self::Quant(quant) => options.quant = quant,
+            Self::Numerics(numerics) => options.numerics = numerics,
             Self::KvDtype(dtype) => options.kv_dtype = dtype,
             Self::Combine(combine) => options.combine = combine,
             Self::Ranks(ranks) => options.ranks = ranks,

@@ -37,6 +37,7 @@ pub(super) async fn model(State(app): State<Arc<App>>) -> Json<Value> {
         "schedule": options.schedule.to_string(),
         "transport": options.transport.to_string(),
         "combine": options.combine.to_string(),
+        "numerics": options.numerics.to_string(),
         "placement": options.placement.to_string(),
         "adapters": app.engine.adapters(),
         "cache_positions": app.engine.cache_positions(),

@@ -6,7 +6,7 @@ use crate::gpu::{Gpu, Recording};
 use crate::model::ModelSpec;
 use crate::model::decoder::{Decoder, Piece};
 use crate::weights::{ModelWeights, Store};
-use crate::{ClusterOptions, EngineError};
+use crate::{ClusterOptions, EngineError, Numerics};
 use exflow_placement::ExpertId;
 use serde::Serialize;
 
@@ -41,6 +41,7 @@ pub fn bench_kernels(
     let store = Store::open(&options.model)?;
     let mut gpu = Gpu::open(options.adapter.as_deref(), 0)?;
     gpu.limit_chunks(options.expert_chunk_bytes);
+    gpu.set_fast(options.numerics == Numerics::Fast);
     let limits = rates(&gpu)?;
     let all: Vec<Vec<ExpertId>> =
         (0..spec.moe_layers()).map(|_| (0..spec.experts).map(ExpertId::from).collect()).collect();

@@ -70,6 +70,7 @@ impl Group {
         placing::check_affinity(options, spec)?;
         placing::check_options(options)?;
         placing::check_kv_wire(options, spec)?;
+        placing::check_numerics(options, spec)?;
         let Some(group) = &options.group else {
             placing::check_ranks(options.ranks, spec)?;
             return Ok(Self::Alone(options.transport, Offer::of(options)?));

@@ -6,7 +6,7 @@ use crate::EngineError;
 use crate::gpu::Gpu;
 use crate::model::ModelSpec;
 use crate::model::decoder::Decoder;
-use crate::options::{ClusterOptions, Progress};
+use crate::options::{ClusterOptions, Numerics, Progress};
 use crate::runtime::{BLOCK, Command, Event, Outlet, Stock, Worker, WorkerOptions};
 use crate::weights::{self, ModelWeights, Shelf, Store};
 use exflow_placement::{ExpertId, LayerId, PlacementTable, Rank};
@@ -54,6 +54,7 @@ impl Host {
         let mut spec = ModelSpec::read(&options.model)?;
         let store = Store::open(&options.model)?;
         weights::check(&spec, &store)?;
+        spec.packed_experts |= store.names().any(|(name, _)| name.ends_with(".experts.gate_up_proj_blocks"));
         spec.digest = store.digest(&options.model);
         let hosted = (0..options.ranks).map(|_| None).collect();
         Ok(Self { options, spec, store: Arc::new(store), hosted })
@@ -234,6 +235,7 @@ impl Loader<'_> {
         let mut gpu = Gpu::open(self.options.adapter_of(local), local)?;
         gpu.limit_chunks(self.options.expert_chunk_bytes);
         gpu.set_draws(self.options.draws_on_device);
+        gpu.set_fast(self.options.numerics == Numerics::Fast);
         let total = self.spec.elements(held.iter().map(Vec::len).sum());
         let mut read = self.counter(format!("load rank {rank}"), total);
         let held_as = (self.options.dtype, self.options.quant);

@@ -4,7 +4,7 @@ use super::plan::Plan;
 use super::sizing::{Offer, Sizes};
 use crate::EngineError;
 use crate::model::ModelSpec;
-use crate::options::{ClusterOptions, Combine, Domain, KvWire, PlacementSource, Prefill};
+use crate::options::{ClusterOptions, Combine, Domain, KvWire, Numerics, PlacementSource, Prefill};
 use crate::stats::gib;
 use exflow_placement::{PlacementTable, Rank};
 use exflow_shaders::Cache;
@@ -86,7 +86,17 @@ pub(crate) fn decide(
         }
     }
     let ClusterOptions {
-        strategy, combine, dtype, quant, kv_dtype, kv_wire, schedule, prefill, overlap, ..
+        strategy,
+        combine,
+        dtype,
+        quant,
+        numerics,
+        kv_dtype,
+        kv_wire,
+        schedule,
+        prefill,
+        overlap,
+        ..
     } = *options;
     let to_hold = if options.room_for_moves { with_moves(&table) } else { held };
     let cache_blocks = sizes.cache_blocks(roster, offers, &to_hold);
@@ -97,6 +107,7 @@ pub(crate) fn decide(
         combine,
         dtype,
         quant,
+        numerics,
         kv_dtype,
         kv_wire,
         schedule,
@@ -138,6 +149,18 @@ pub(crate) fn check_options(options: &ClusterOptions) -> Result<(), EngineError>
         (Prefill::Replicated, Combine::Sum) => Err(EngineError::usage(
             "prompts prefilled on every rank with partials summed at the source",
             "use --combine exact, or --prefill home",
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Whether there are products that another kind of numerics would form in another way.
+pub(crate) fn check_numerics(options: &ClusterOptions, spec: &ModelSpec) -> Result<(), EngineError> {
+    let has_scales = options.quant.is_some() || spec.packed_experts;
+    match options.numerics {
+        Numerics::Fast if !has_scales => Err(EngineError::usage(
+            format!("--numerics fast changes nothing about matrices in {}", options.dtype),
+            "add --quant q8_0 or q4_0, whose blocks it multiplies as bytes, or leave it out",
         )),
         _ => Ok(()),
     }

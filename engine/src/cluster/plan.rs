@@ -1,7 +1,9 @@
 //! What every rank of a world must know and share before it loads: rank 0 decides it and sends it in its welcome.
 
 use crate::EngineError;
-use crate::options::{ClusterOptions, Combine, Dtype, KvDtype, KvWire, Overlap, Prefill, Quant, Schedule};
+use crate::options::{
+    ClusterOptions, Combine, Dtype, KvDtype, KvWire, Numerics, Overlap, Prefill, Quant, Schedule,
+};
 use exflow_placement::{PlacementTable, Strategy};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -13,6 +15,7 @@ pub(crate) struct Plan {
     pub(crate) combine: Combine,
     pub(crate) dtype: Dtype,
     pub(crate) quant: Option<Quant>,
+    pub(crate) numerics: Numerics,
     pub(crate) kv_dtype: KvDtype,
     pub(crate) kv_wire: KvWire,
     pub(crate) schedule: Schedule,
@@ -47,6 +50,7 @@ impl Plan {
         options.combine = self.combine;
         options.dtype = self.dtype;
         options.quant = self.quant;
+        options.numerics = self.numerics;
         options.kv_dtype = self.kv_dtype;
         options.kv_wire = self.kv_wire;
         options.schedule = self.schedule;

@@ -7,7 +7,7 @@ use super::recording::Ahead;
 use super::report::Candidate;
 use super::tuning::{Cut, Tuning, form_name};
 use crate::EngineError;
-use exflow_shaders::Weights;
+use exflow_shaders::{RowTile, Rows, Weights};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -41,6 +41,7 @@ pub(crate) struct Gpu {
     tuning: Tuning,
     most_in_chunk: Option<u64>,
     draws: bool,
+    fast: bool,
 }
 
 /// Bytes that may wait for their way to the device; fewer where that is the host's own memory, as what was once waiting there
@@ -77,6 +78,7 @@ impl Gpu {
             held: RefCell::default(),
             most_in_chunk: None,
             draws: report.kind != "cpu",
+            fast: false,
             failure,
             next_buffer_id: AtomicU64::new(0),
             uploading: AtomicU64::new(0),
@@ -160,9 +162,24 @@ impl Gpu {
         self.most_in_chunk
     }
 
+    /// Has products be formed by whatever is quickest, or in the one order of f32.
+    pub(crate) fn set_fast(&mut self, fast: bool) {
+        self.fast = fast;
+    }
+
+    /// What rows are where they may be rounded: a CPU is quicker with f32 where it has enough rows to widen weights once
+    /// for, and takes bytes for fewer.
+    fn rows(&self) -> fn(RowTile) -> Rows {
+        match (self.fast, self.is_cpu) {
+            (false, _) => |_| Rows::F32,
+            (true, false) => |_| Rows::Bytes,
+            (true, true) => |tile| if tile > RowTile::Two { Rows::BytesAsF32 } else { Rows::Bytes },
+        }
+    }
+
     /// How matrices in this form are worked on.
     pub(crate) fn cut(&self, form: Weights) -> Cut<'_> {
-        Cut { form, tuned: self.tuning.get(&form_name(form)) }
+        Cut { form, rows: self.rows(), tuned: self.tuning.get(&form_name(form)) }
     }
 
     /// Whether matrices in this form are textures, where they fit into one.

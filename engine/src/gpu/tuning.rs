@@ -3,7 +3,7 @@
 
 use super::kept;
 use crate::EngineError;
-use exflow_shaders::{RowTile, Variant, Weights};
+use exflow_shaders::{RowTile, Rows, Variant, Weights};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -149,7 +149,7 @@ impl FormTuning {
 
     /// What the rules give an adapter.
     pub(super) fn by_rule(form: Weights, textures: bool, subgroups: bool) -> Self {
-        let cut = Cut { form, tuned: None };
+        let cut = Cut::rules(form);
         let of = |points: &[usize], variant: &dyn Fn(usize) -> Variant| -> Vec<TileUpTo> {
             points.iter().map(|&rows| TileUpTo { rows, tile: variant(rows).tile_rows() }).collect()
         };
@@ -175,6 +175,8 @@ fn row_tile(rows: usize) -> Option<RowTile> {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Cut<'a> {
     pub(super) form: Weights,
+    /// What rows are in tiles.
+    pub(super) rows: fn(RowTile) -> Rows,
     /// As measured; `None`: the rules below.
     pub(super) tuned: Option<&'a FormTuning>,
 }
@@ -211,14 +213,14 @@ impl Cut<'_> {
         let found = measured.and_then(|tiles| tiles.iter().find(|of| rows <= of.rows).or(tiles.last()));
         let tile = found.and_then(|of| row_tile(of.tile)).unwrap_or(by_rule);
         let subgroup = self.tuned.is_none_or(|of| of.subgroups);
-        Variant { tile, weights: self.form, subgroup, ..Variant::default() }
+        Variant { tile, weights: self.form, subgroup, rows: (self.rows)(tile), ..Variant::default() }
     }
 }
 
 impl Cut<'static> {
     /// The rules for matrices in this form.
     pub(crate) fn rules(form: Weights) -> Self {
-        Self { form, tuned: None }
+        Self { form, rows: |_| Rows::F32, tuned: None }
     }
 }
 
@@ -244,7 +246,7 @@ mod tests {
     #[test]
     fn what_was_measured_decides_where_it_says_something() {
         let tuned = tuning();
-        let cut = Cut { form: Weights::Q8, tuned: tuned.get("q8") };
+        let cut = Cut { tuned: tuned.get("q8"), ..Cut::rules(Weights::Q8) };
         let tiles = [1, 2, 8, 9, 64, 1000].map(|rows| cut.linear(rows).tile_rows());
         assert_eq!(tiles, [1, 4, 4, 16, 16, 16]);
         assert_eq!([1, 4, 5].map(|rows| cut.each(rows).tile_rows()), [2, 2, 2]);

@@ -3,7 +3,7 @@
 use super::{Bench, H, H4, N, N4, Values, WIDTH, error};
 use crate::EngineError;
 use exflow_shaders::params::{self, Draw};
-use exflow_shaders::{Kernel, NO_SLOT, Variant, reference};
+use exflow_shaders::{Kernel, NO_SLOT, Rows, Variant, reference};
 
 impl Bench {
     pub(super) fn embed(&self, variant: Variant, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
@@ -129,7 +129,15 @@ impl Bench {
                 ..Default::default()
             };
             let mut expected = vec![0.0; rows * 4 * y_stride4];
-            reference::linear(&p, heads, &x, &w, &bias, &residual, &mut expected);
+            reference::linear(
+                &p,
+                (heads, variant.rows != Rows::F32),
+                &x,
+                &w,
+                &bias,
+                &residual,
+                &mut expected,
+            );
             let out = self.up(&vec![0f32; expected.len()])?;
             let buffers = [&self.up(&x)?, &weights, &self.up(&bias)?, &self.up(&residual)?, &out];
             let groups = [rows.div_ceil(variant.tile_rows()) as u32, self.matrix_columns(N4), heads as u32];
@@ -165,7 +173,7 @@ impl Bench {
                 ..Default::default()
             };
             let mut expected = vec![0.0; rows * 4 * n4];
-            reference::linear(&p, 1, &x, &w, &bias, &[], &mut expected);
+            reference::linear(&p, (1, variant.rows != Rows::F32), &x, &w, &bias, &[], &mut expected);
             let place = params::Place {
                 stride4: n4 as u32,
                 d4: d4 as u32,

@@ -9,7 +9,7 @@ use crate::gpu::{Buffer, Gpu, Recording, devices};
 use crate::weights::pack;
 use bytemuck::Pod;
 use exflow_shaders::params::Tile;
-use exflow_shaders::{Cache, Kernel, LANE_COLUMNS4, RowTile, Variant, Weights};
+use exflow_shaders::{Cache, Kernel, LANE_COLUMNS4, RowTile, Rows, Variant, Weights};
 use serde::Serialize;
 use std::cell::RefCell;
 
@@ -50,7 +50,8 @@ pub fn selftest(adapter: Option<&str>, sink: &mut dyn FnMut(&KernelCheck)) -> Re
                 for variant in kernel.variants() {
                     let mut check = bench.check(kernel, variant, rows)?;
                     let got = bench.last.take();
-                    if variant.tile == RowTile::One && !variant.subgroup && !variant.image && !variant.split {
+                    let plain = variant.tile == RowTile::One && variant.rows != Rows::BytesAsF32;
+                    if plain && !variant.subgroup && !variant.image && !variant.split {
                         bits = Some(got);
                     } else if kernel.sums_alike() && bits.as_ref() != Some(&got) {
                         (check.max_error, check.passed) = (f64::INFINITY, false);
@@ -128,6 +129,9 @@ impl Bench {
         }
         if variant.weights != Weights::F32 {
             variant_text += &format!(", {:?} weights", variant.weights);
+        }
+        if variant.rows != Rows::F32 {
+            variant_text += &format!(", rows in {:?}", variant.rows);
         }
         if variant.split {
             variant_text += ", split";

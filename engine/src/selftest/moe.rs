@@ -5,7 +5,7 @@ use crate::EngineError;
 use crate::gpu::{Buffer, Recording};
 use bytemuck::Pod;
 use exflow_shaders::params::{self, Pair, Tile, score};
-use exflow_shaders::{Kernel, Variant, reference};
+use exflow_shaders::{Kernel, Rows, Variant, reference};
 
 impl Bench {
     pub(super) fn router(&self, variant: Variant, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
@@ -142,7 +142,8 @@ impl Bench {
                 };
                 let (weights, w1) = self.matrix(variant, &w1[of(matrices * N * H)], (N, H))?;
                 let b1 = &b1[of(matrices * N)];
-                reference::expert_up(&p, variant.activation, &pairs, &tiles, &x, &w1, b1, &mut expected);
+                let kind = (variant.activation, variant.rows != Rows::F32);
+                reference::expert_up(&p, kind, &pairs, &tiles, &x, &w1, b1, &mut expected);
                 let buffers = [&self.up(&x)?, &weights, &lists.0, &lists.1, &self.up(b1)?, &out];
                 let groups = [tiles.len() as u32, self.matrix_columns(N4), 1];
                 got = self.run(Kernel::ExpertUp, variant, &p, &buffers, groups, rows * N)?;
@@ -184,7 +185,15 @@ impl Bench {
                 };
                 let (weights, w2) = self.matrix(variant, &w2[of(H * N)], (H, N))?;
                 let b2 = &b2[of(H)];
-                reference::expert_down(&p, &pairs, &tiles, &a, &w2, b2, &mut expected);
+                reference::expert_down(
+                    (&p, variant.rows != Rows::F32),
+                    &pairs,
+                    &tiles,
+                    &a,
+                    &w2,
+                    b2,
+                    &mut expected,
+                );
                 let buffers = [&self.up(&a)?, &weights, &lists.0, &lists.1, &self.up(b2)?, &out];
                 let groups = [tiles.len() as u32, self.matrix_columns(H4), 1];
                 got = self.run(Kernel::ExpertDown, variant, &p, &buffers, groups, rows * H)?;

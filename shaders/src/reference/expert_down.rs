@@ -1,9 +1,10 @@
-use super::dot;
+use super::{dot, seen};
 use crate::params::{ExpertDown, Pair, Tile};
 
 /// `partial[slot] = weight * scale * (w2[expert] a[pair] (+ b2[expert]))` for the pairs of `tiles`; `w2` `[experts, H, I]`.
+/// Rows of `a` are rounded to bytes where `rounds`.
 pub fn expert_down(
-    p: &ExpertDown,
+    (p, rounds): (&ExpertDown, bool),
     pairs: &[Pair],
     tiles: &[Tile],
     a: &[f32],
@@ -18,10 +19,10 @@ pub fn expert_down(
             continue;
         }
         for index in tile.first as usize..(tile.first + tile.count) as usize {
-            let pair = &pairs[index];
+            let (pair, input) = (&pairs[index], seen(&a[index * i..][..i], rounds));
             for column in 0..h {
                 let bias = if p.has_bias != 0 { b2[expert * h + column] } else { 0.0 };
-                let sum = dot(&a[index * i..][..i], &w2[(expert * h + column) * i..][..i]);
+                let sum = dot(&input, &w2[(expert * h + column) * i..][..i]);
                 partials[pair.slot as usize * h + column] = pair.weight * p.scale * (sum + bias);
             }
         }

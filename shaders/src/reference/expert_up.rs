@@ -1,12 +1,13 @@
-use super::{activate, dot};
+use super::{activate, dot, seen};
 use crate::Activation;
 use crate::params::{ExpertUp, Pair, Tile};
 
 /// `a[pair] = activation(w1[expert] x[row] (+ b1[expert]))` for the pairs of `tiles`; `w1` `[experts, matrices, I, H]`.
+/// Rows of `x` are rounded to bytes where `rounds`.
 #[allow(clippy::too_many_arguments, reason = "one per binding")]
 pub fn expert_up(
     p: &ExpertUp,
-    activation: Activation,
+    (activation, rounds): (Activation, bool),
     pairs: &[Pair],
     tiles: &[Tile],
     x: &[f32],
@@ -21,11 +22,11 @@ pub fn expert_up(
             continue;
         }
         for index in tile.first as usize..(tile.first + tile.count) as usize {
-            let input = &x[pairs[index].row as usize * h..][..h];
+            let input = seen(&x[pairs[index].row as usize * h..][..h], rounds);
             for column in 0..i {
                 let product = |matrix: usize| {
                     let row = (expert as usize * matrices + matrix) * i + column;
-                    dot(input, &w1[row * h..][..h]) + if p.has_bias != 0 { b1[row] } else { 0.0 }
+                    dot(&input, &w1[row * h..][..h]) + if p.has_bias != 0 { b1[row] } else { 0.0 }
                 };
                 a[index * i + column] = activate(activation, p.limit, product(0), product(matrices - 1));
             }

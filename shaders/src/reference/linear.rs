@@ -1,16 +1,25 @@
-use super::dot;
+use super::{dot, seen};
 use crate::params::Linear;
 
 /// `y[t, n] = (x[t] . w[n] (+ bias[n])) * scale (+ residual[t, n])` for each of `heads` heads with its own `w`
-/// `[N, K]` and its own stretches of `x` and `y`.
-pub fn linear(p: &Linear, heads: usize, x: &[f32], w: &[f32], bias: &[f32], residual: &[f32], y: &mut [f32]) {
+/// `[N, K]` and its own stretches of `x` and `y`, which are rounded to bytes where `rounds`.
+pub fn linear(
+    p: &Linear,
+    (heads, rounds): (usize, bool),
+    x: &[f32],
+    w: &[f32],
+    bias: &[f32],
+    residual: &[f32],
+    y: &mut [f32],
+) {
     let (k, n) = (p.k4 as usize * 4, p.n4 as usize * 4);
     for row in 0..p.rows as usize {
         for head in 0..heads {
-            let input = &x[4 * (row * p.x_stride4 as usize + head * p.x_head4 as usize)..][..k];
+            let start = 4 * (row * p.x_stride4 as usize + head * p.x_head4 as usize);
+            let input = seen(&x[start..][..k], rounds);
             let out = 4 * (row * p.y_stride4 as usize + (p.y_offset4 as usize + head * p.y_head4 as usize));
             for column in 0..n {
-                let mut value = dot(input, &w[(head * n + column) * k..][..k]);
+                let mut value = dot(&input, &w[(head * n + column) * k..][..k]);
                 if p.has_bias != 0 {
                     value += bias[head * n + column];
                 }

@@ -14,6 +14,7 @@ mod norm;
 mod part_norm;
 mod place;
 mod probe;
+mod rounded;
 mod router;
 mod sample;
 mod shared_gate;
@@ -31,15 +32,22 @@ pub use norm::norm;
 pub use part_norm::part_norm;
 pub use place::place;
 pub use probe::probe;
+pub use rounded::rounded;
 pub use router::router;
 pub use sample::{drawn, sample};
 pub use shared_gate::shared_gate;
 
 use crate::Activation;
+use std::borrow::Cow;
 
 /// `x . w` with k ascending, one fused multiply-add each: the stated order of every matrix product.
 fn dot(x: &[f32], w: &[f32]) -> f32 {
     x.iter().zip(w).fold(0.0, |sum, (&x, &w)| x.mul_add(w, sum))
+}
+
+/// A row as a product sees it.
+fn seen(row: &[f32], rounds: bool) -> Cow<'_, [f32]> {
+    if rounds { Cow::Owned(rounded(row)) } else { Cow::Borrowed(row) }
 }
 
 /// GELU in GPT-2's tanh form.

@@ -40,19 +40,38 @@ fn column_step(column: u32, n4: u32) -> u32 {
 fn widen(unit: Unit, i: u32) -> vec4<f32> {
     @if(half) return vec4<f32>(unpack2x16float(unit[2u * i]), unpack2x16float(unit[2u * i + 1u]));
     @elif(q8) return vec4<f32>(unpack4xI8(unit[i]));
-    @elif(q4) return vec4<f32>(unpack4xU8((unit[i / 2u] >> (4u * (i % 2u))) & 0x0f0f0f0fu)) - vec4<f32>(8.0);
-    @elif(mx4) {
-        // The low three bits say 0, 1, 2, 3, 4, 6, 8 or 12 halves: themselves and, from 4 on, 0, 1, 2 or 5 more. Four
-        // at once as bytes, around 16 for the sign.
-        let nibbles = unit[i / 2u] >> (4u * (i % 2u));
-        let ones = 0x01010101u;
-        let low = nibbles & ones;
-        let high = (nibbles >> 2u) & ones;
-        let both = (nibbles >> 1u) & high;
-        let sizes = (nibbles & 0x07070707u) + (high & low) + 2u * (both + (both & low));
-        let minus = ((nibbles >> 3u) & ones) * 255u;
-        let bytes = 0x10101010u + sizes - 2u * (sizes & minus);
-        return (vec4<f32>(unpack4xU8(bytes)) - vec4<f32>(16.0)) * 0.5;
-    }
+    @elif(q4) return vec4<f32>(unpack4xU8(nibbles_of(unit, i))) - vec4<f32>(8.0);
+    @elif(mx4) return (vec4<f32>(unpack4xU8(halves_of(unit, i))) - vec4<f32>(16.0)) * 0.5;
     @else return unit;
 }
+
+@if(q4) fn nibbles_of(unit: Unit, i: u32) -> u32 {
+    return (unit[i / 2u] >> (4u * (i % 2u))) & 0x0f0f0f0fu;
+}
+
+// Four numbers of MXFP4 in halves, each 16 more in a byte: the low three bits say 0, 1, 2, 3, 4, 6, 8 or 12 halves, which
+// is themselves and, from 4 on, 0, 1, 2 or 5 more.
+@if(mx4) fn halves_of(unit: Unit, i: u32) -> u32 {
+    let nibbles = unit[i / 2u] >> (4u * (i % 2u));
+    let ones = 0x01010101u;
+    let low = nibbles & ones;
+    let high = (nibbles >> 2u) & ones;
+    let both = (nibbles >> 1u) & high;
+    let sizes = (nibbles & 0x07070707u) + (high & low) + 2u * (both + (both & low));
+    let minus = ((nibbles >> 3u) & ones) * 255u;
+    return 0x10101010u + sizes - 2u * (sizes & minus);
+}
+
+// The same weights as four signed bytes, and what 1 of them stands for before it is scaled.
+@if(q8) fn bytes_of(unit: Unit, i: u32) -> u32 {
+    return unit[i];
+}
+// No byte borrows from the next with its highest bit set, which is then what the sign is not.
+@if(q4) fn bytes_of(unit: Unit, i: u32) -> u32 {
+    return ((nibbles_of(unit, i) | 0x80808080u) - 0x08080808u) ^ 0x80808080u;
+}
+@if(mx4) fn bytes_of(unit: Unit, i: u32) -> u32 {
+    return ((halves_of(unit, i) | 0x80808080u) - 0x10101010u) ^ 0x80808080u;
+}
+@if(mx4) const BYTE_SCALE: f32 = 0.5;
+@else const BYTE_SCALE: f32 = 1.0;

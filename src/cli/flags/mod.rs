@@ -7,8 +7,8 @@ use super::output;
 use super::plan::Chosen;
 use clap::ValueEnum;
 use exflow::engine::{
-    Cluster, ClusterOptions, Combine, Domain, Dtype, KvDtype, KvWire, Linger, Overlap, PlacementSource,
-    Prefill, Progress, Quant, Schedule, Strategy, TransportKind,
+    Cluster, ClusterOptions, Combine, Domain, Dtype, KvDtype, KvWire, Linger, Numerics, Overlap,
+    PlacementSource, Prefill, Progress, Quant, Schedule, Strategy, TransportKind,
 };
 use exflow::transport::link::LinkSpec;
 use std::path::{Path, PathBuf};
@@ -68,6 +68,10 @@ pub(crate) struct RankFlags {
     /// Matrices rounded on load to blocks of 32 weights that share a scale, in place of --dtype
     #[arg(long, value_enum)]
     pub(crate) quant: Option<QuantFlag>,
+    /// exact: products of f32 in one order; fast: with --quant (or MXFP4 experts) rows are rounded to bytes too, which are
+    /// multiplied as such. Both give a row the same bits in any batch, on any number of ranks with equal adapters
+    #[arg(long, value_name = "exact|fast", default_value_t = Numerics::Exact)]
+    pub(crate) numerics: Numerics,
     /// How the cache, and frames that carry keys and values, hold them
     #[arg(long, value_enum, default_value = "f32")]
     pub(crate) kv_dtype: KvFlag,
@@ -103,6 +107,7 @@ impl RankFlags {
         options.adapter = self.adapter.clone();
         options.dtype = self.dtype.into();
         options.quant = self.quant.map(Into::into);
+        options.numerics = self.numerics;
         options.kv_dtype = self.kv_dtype.into();
         options.kv_wire = self.kv_wire.into();
         options.cache_positions = self.ctx_size.map(|n| n as usize);
