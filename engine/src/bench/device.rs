@@ -59,7 +59,7 @@ pub(super) fn rates(gpu: &Gpu) -> Result<DeviceRates, EngineError> {
     let work = LANES as f64 * f64::from(ROUNDS) * PER_ROUND;
     let (f32_seconds, dot4_seconds) = (arithmetic(Weights::F32)?, arithmetic(Weights::Q8)?);
 
-    let matvec = matvec(gpu)?;
+    let matvec = read_rate(gpu, Weights::F32, SIDE4)?;
     let small = params::Probe { rounds: 1, ..p };
     let launches = 64;
     let many = seconds(gpu, &out, &|r| {
@@ -81,17 +81,56 @@ pub(super) fn rates(gpu: &Gpu) -> Result<DeviceRates, EngineError> {
 /// vec4s of a side of the matrix: 16 MiB.
 const SIDE4: usize = 512;
 
-/// Bytes that a product of a matrix with one row reads per second.
-fn matvec(gpu: &Gpu) -> Result<f64, EngineError> {
-    let units = 4 * SIDE4 * SIDE4;
-    let matrix = gpu.matrix("a matrix", Weights::F32, vec![[0; 4]; units])?;
-    let row = gpu.buffer("a row", 16 * SIDE4 as u64, Usage::Storage)?;
-    let out = gpu.buffer("its product", 16 * SIDE4 as u64, Usage::Storage)?;
-    let side4 = SIDE4 as u32;
-    let p = super::square_product(Weights::F32, SIDE4, 1);
-    let variant = gpu.cut(Weights::F32).linear(1);
-    let groups = [1, side4.div_ceil(LANE_COLUMNS4 as u32).div_ceil(gpu.workgroup()), 1];
+/// Bytes per second that a product of one row with a square matrix reads, of `side4` vec4s a side, bound as this adapter
+/// binds matrices in that form.
+fn read_rate(gpu: &Gpu, form: Weights, side4: usize) -> Result<f64, EngineError> {
+    let units = 4 * side4 * form.units(4 * side4).1;
+    let matrix = gpu.matrix("a matrix", form, vec![[0; 4]; units])?;
+    let row = gpu.buffer("a row", 16 * side4 as u64, Usage::Storage)?;
+    let out = gpu.buffer("its product", 16 * side4 as u64, Usage::Storage)?;
+    let p = super::square_product(form, side4, 1);
+    let variant = gpu.cut(form).linear(1);
+    let groups = [1, (side4 as u32).div_ceil(LANE_COLUMNS4 as u32).div_ceil(gpu.workgroup()), 1];
     let buffers = [&row, &matrix, &row, &row, &out];
     let time = seconds(gpu, &out, &|r| r.launch(Kernel::Linear, variant, &p, &buffers, groups))?;
     Ok(16.0 * units as f64 / time)
+}
+
+/// How fast an adapter reads matrices in one form, by their size: caches hold small ones, and launches are the less of large
+/// ones' time.
+pub(super) struct Reads {
+    pub(super) form: Weights,
+    /// (bytes, bytes per second), ascending.
+    rates: Vec<(f64, f64)>,
+}
+
+/// vec4s of a side: 64 KiB to 64 MiB in f32.
+const SIDES4: [usize; 6] = [32, 64, 128, 256, 512, 1024];
+
+impl Reads {
+    pub(super) fn measure(gpu: &Gpu, form: Weights) -> Result<Self, EngineError> {
+        let of = |side4: usize| {
+            let bytes = (16 * 4 * side4 * form.units(4 * side4).1) as f64;
+            Ok((bytes, read_rate(gpu, form, side4)?))
+        };
+        Ok(Self { form, rates: SIDES4.into_iter().map(of).collect::<Result<_, EngineError>>()? })
+    }
+
+    /// The best rate for so many bytes: what more of them were read at, fewer can be.
+    pub(super) fn best(&self, bytes: f64) -> f64 {
+        let last = self.rates.last().map_or(f64::INFINITY, |of| of.1);
+        let as_large = self.rates.iter().filter(|of| of.0 >= bytes).map(|of| of.1);
+        as_large.fold(last, f64::max)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_more_bytes_were_read_at_bounds_fewer() {
+        let reads = Reads { form: Weights::F32, rates: vec![(1e5, 9.0), (1e6, 20.0), (1e7, 12.0)] };
+        assert_eq!([1e4, 1e5, 5e5, 2e6, 1e9].map(|bytes| reads.best(bytes)), [20.0, 20.0, 20.0, 12.0, 12.0]);
+    }
 }

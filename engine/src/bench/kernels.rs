@@ -1,6 +1,6 @@
 //! A model's heaviest launches at its own shapes, each beside the limit that binds it.
 
-use super::device::{DeviceRates, rates};
+use super::device::{DeviceRates, Reads, rates};
 use super::seconds;
 use crate::gpu::{Gpu, Recording};
 use crate::model::ModelSpec;
@@ -23,7 +23,7 @@ pub struct KernelRate {
     pub flops: f64,
     /// Bytes of weights and cache that it has to read, per second.
     pub bytes_per_s: f64,
-    /// `bytes` or `operations`: which of the adapter's limits would take longer.
+    /// `bytes`, `operations` or `launches`: which of the adapter's limits would take longest.
     pub bound: &'static str,
     /// That limit's time over the measured one.
     pub share: f64,
@@ -50,6 +50,12 @@ pub fn bench_kernels(
     let slots = largest.max(CONTEXT).next_multiple_of(exflow_shaders::KV_BLOCK);
     let mut decoder = Decoder::new(gpu, spec, weights, (slots, options.kv_dtype.into()))?;
     decoder.reserve(largest, largest)?;
+    let mut reads: Vec<Reads> = Vec::new();
+    for form in Piece::ALL.map(|piece| decoder.piece_form(piece)) {
+        if reads.iter().all(|of| of.form != form) {
+            reads.push(Reads::measure(&decoder.gpu, form)?);
+        }
+    }
     let mut measured = Vec::new();
     for &rows in rows {
         let blocks = decoder.prepare_bench(rows, CONTEXT);
@@ -58,15 +64,24 @@ pub fn bench_kernels(
             let record = |r: &mut Recording<'_>| decoder.piece(r, piece, rows, blocks);
             let time = seconds(&decoder.gpu, seen, &record)?;
             let (flops, bytes) = decoder.piece_work(piece, rows, CONTEXT);
-            let (by_bytes, by_flops) = (bytes / limits.copy_bytes_per_s, flops / limits.f32_flops);
+            let form = decoder.piece_form(piece);
+            let rate = reads.iter().find(|of| of.form == form).map_or(f64::INFINITY, |of| of.best(bytes));
+            let mut once = decoder.record();
+            record(&mut once);
+            let limits = [
+                ("bytes", bytes / rate),
+                ("operations", flops / limits.f32_flops),
+                ("launches", once.launches() as f64 * limits.launch_us / 1e6),
+            ];
+            let (bound, least) = limits.into_iter().max_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or_default();
             measured.push(KernelRate {
                 piece: piece.name(),
                 rows,
                 us: 1e6 * time,
                 flops: flops / time,
                 bytes_per_s: bytes / time,
-                bound: if by_bytes > by_flops { "bytes" } else { "operations" },
-                share: by_bytes.max(by_flops) / time,
+                bound,
+                share: least / time,
             });
         }
     }

@@ -190,6 +190,11 @@ impl<'g> Recording<'g> {
         self.reads.push((buffer.clone(), offset, (count * std::mem::size_of::<T>()) as u64));
     }
 
+    /// How many launches it has.
+    pub(crate) fn launches(&self) -> usize {
+        if self.differs { self.ahead.last.launches.len() } else { self.same }
+    }
+
     /// Executes the recording.
     pub(crate) fn submit(self) -> Result<Submission<'g>, EngineError> {
         if let Some(failure) = self.failure {

@@ -3,8 +3,8 @@
 use super::{Decoder, Product};
 use crate::gpu::Recording;
 use crate::weights::{Ffn, LayerFfn, Matrix};
-use exflow_shaders::KV_BLOCK;
 use exflow_shaders::params::Query;
+use exflow_shaders::{KV_BLOCK, Weights};
 
 /// A launch, or a few that belong together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,6 +97,18 @@ impl Decoder {
                 let to = (&s.logits, spec.v4());
                 self.linear(r, Product::of(&self.weights.head), (&s.normed, spec.h4()), to, rows);
             }
+        }
+    }
+
+    /// How the weights of a piece lie; the cache and the router's matrix are read as f32 is.
+    pub(crate) fn piece_form(&self, piece: Piece) -> Weights {
+        let attention = &self.layer(self.bench_layer()).attention;
+        match piece {
+            Piece::Projection => attention.qkv.weight.form,
+            Piece::Output => attention.out.weight.form,
+            Piece::Head => self.weights.head.weight.form,
+            Piece::Experts => self.weights.expert_form(),
+            Piece::Norm | Piece::Attention | Piece::Router => Weights::F32,
         }
     }
 
