@@ -23,6 +23,8 @@ use serde::{Deserialize, Serialize};
 /// Tokens of each sequence that are played; the first few are not counted.
 const TOKENS: usize = 24;
 const UNCOUNTED: usize = 4;
+/// Plays of other parts of the trace whose mean is taken, at most: a few tokens of a few sequences may be unlike the rest.
+const DRAWS: usize = 8;
 
 /// What time and bytes depend on of a model.
 #[derive(Debug, Clone, PartialEq)]
@@ -146,25 +148,64 @@ pub fn predict(
 
 /// The same by the ranks' times as they are.
 fn unloaded(measured: &Measurements, shape: &Shape, work: Workload<'_>, setting: Setting<'_>) -> Prediction {
-    let streams = Streams { routes: work.routes, sequences: work.sequences.max(1) };
     if work.routes.tokens() == 0 || measured.world_size() < 2 {
         return Prediction::default();
     }
-    match setting.schedule {
+    let play = |streams: Streams<'_>| match setting.schedule {
         Schedule::Rounds => rounds::play(measured, shape, &streams, &setting),
         Schedule::Flow => flow::play(measured, shape, &streams, &setting),
+    };
+    mean(Streams::draws(work.routes, work.sequences.max(1)).map(play), work.sequences.max(1))
+}
+
+/// What several plays come to: times and bytes are means, and tokens per second those of the mean time.
+fn mean(plays: impl ExactSizeIterator<Item = Prediction>, sequences: usize) -> Prediction {
+    let (share, mut mean) = (1.0 / plays.len() as f64, Prediction::default());
+    for play in plays {
+        let (parts, of) = (&mut mean.parts, &play.parts);
+        for (mean, of) in [
+            (&mut mean.ms_per_token, play.ms_per_token),
+            (&mut mean.waits_per_layer, play.waits_per_layer),
+            (&mut mean.crossings_per_token, play.crossings_per_token),
+            (&mut mean.stay_rate, play.stay_rate),
+            (&mut mean.dispatch_bytes, play.dispatch_bytes),
+            (&mut mean.combine_bytes, play.combine_bytes),
+            (&mut mean.kv_bytes, play.kv_bytes),
+            (&mut parts.compute_ms, of.compute_ms),
+            (&mut parts.travel_ms, of.travel_ms),
+            (&mut parts.queue_ms, of.queue_ms),
+            (&mut parts.context_ms, of.context_ms),
+        ] {
+            *mean += share * of;
+        }
     }
+    mean.tokens_per_s = 1e3 * sequences as f64 / mean.ms_per_token.max(1e-6);
+    mean
 }
 
 /// A trace cut into as many streams as sequences run.
 struct Streams<'a> {
     routes: &'a RoutingTrace,
     sequences: usize,
+    /// Tokens of each stream that come before those that are played.
+    skipped: usize,
 }
 
-impl Streams<'_> {
+impl<'a> Streams<'a> {
+    /// As many plays as the trace has tokens for, each of other ones.
+    fn draws(routes: &'a RoutingTrace, sequences: usize) -> impl ExactSizeIterator<Item = Self> {
+        let length = routes.tokens() / sequences;
+        let draws = (length / TOKENS).clamp(1, DRAWS);
+        (0..draws).map(move |draw| Self { routes, sequences, skipped: draw * length / draws })
+    }
+
+    /// The token of the trace that a sequence's token `token` is.
+    fn token(&self, sequence: usize, token: usize) -> usize {
+        (sequence * self.routes.tokens() / self.sequences + self.skipped + token) % self.routes.tokens()
+    }
+
     fn route(&self, setting: &Setting<'_>, at: Place, residence: Rank) -> Route {
-        let token = (at.sequence * self.routes.tokens() / self.sequences + at.token) % self.routes.tokens();
+        let token = self.token(at.sequence, at.token);
         let chosen = self.routes.chosen(token, at.moe.min(self.routes.layers() - 1));
         let experts: Vec<ExpertId> = chosen.iter().map(|&id| ExpertId(id.max(0) as u16)).collect();
         let home = Rank::from(at.sequence % setting.table.ranks.max(1));

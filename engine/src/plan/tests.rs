@@ -102,8 +102,11 @@ fn crossings_are_those_that_a_replay_of_the_trace_counts() {
     let (trace, table) = (drawn(1), PlacementTable::linear(LAYERS, 4, 2));
     let played = run(&trace, Strategy::Coherent, Schedule::Flow, 1).crossings_per_token;
     // The tokens that are played and counted, and the way to the first of them.
-    let counted = trace.slice(UNCOUNTED..TOKENS);
-    let replayed = exflow_placement::score_trace(&table, &counted).crossings_per_token;
+    let counted = |draw: Streams<'_>| trace.slice(draw.token(0, UNCOUNTED)..draw.token(0, TOKENS - 1) + 1);
+    let score = |draw| exflow_placement::score_trace(&table, &counted(draw)).crossings_per_token;
+    let replayed: Vec<f64> = Streams::draws(&trace, 1).map(score).collect();
+    assert_eq!(replayed.len(), DRAWS, "one for each {} tokens", trace.tokens() / DRAWS);
+    let replayed = replayed.iter().sum::<f64>() / DRAWS as f64;
     assert!((played - replayed).abs() <= 1.5 / (TOKENS - UNCOUNTED) as f64, "{played}, {replayed}");
     let rounds = run(&trace, Strategy::Coherent, Schedule::Rounds, 1).crossings_per_token;
     assert!((played - rounds).abs() < 1e-9, "{played}, {rounds}");
@@ -226,5 +229,31 @@ fn a_bounded_sequence_sends_less_and_crosses_back() {
         // Alone in its group, a sequence does what vanilla does.
         let alone = play(&[0, 1, 2, 3]);
         assert!(alone.kv_bytes == 0.0 && alone.combine_bytes > pair.combine_bytes, "{schedule}");
+    }
+}
+
+#[test]
+fn a_play_is_the_mean_of_several_parts_of_the_trace() {
+    // For 24 tokens nothing crosses, for the next 24 everything does.
+    let (table, mut trace) = (PlacementTable::linear(LAYERS, 4, 2), RoutingTrace::new(LAYERS, 1));
+    for token in 0..2 * TOKENS {
+        trace.push_token(if token < TOKENS { &[0, 0, 1, 1] } else { &[0, 2, 0, 2] });
+    }
+    assert_eq!(Streams::draws(&trace, 1).map(|draw| draw.token(0, 0)).collect::<Vec<_>>(), [0, TOKENS]);
+    for (strategy, schedule) in [
+        (Strategy::Coherent, Schedule::Flow),
+        (Strategy::Vanilla, Schedule::Flow),
+        (Strategy::Coherent, Schedule::Rounds),
+    ] {
+        let setting = Setting { strategy, schedule, combine: Combine::Exact, table: &table, groups: &[] };
+        let of = |routes: &RoutingTrace| {
+            predict(&measured(2, 1e12), &shape(), Workload { routes, sequences: 1 }, setting)
+        };
+        let halves = [of(&trace.slice(0..TOKENS)), of(&trace.slice(TOKENS..2 * TOKENS))];
+        let (both, apart) = (of(&trace), halves.map(|half| half.ms_per_token));
+        near(both.ms_per_token, (apart[0] + apart[1]) / 2.0);
+        near(both.tokens_per_s, 1e3 / both.ms_per_token);
+        near(both.parts.travel_ms, (halves[0].parts.travel_ms + halves[1].parts.travel_ms) / 2.0);
+        assert!(schedule == Schedule::Rounds || apart[1] > 2.0 * apart[0], "{apart:?}");
     }
 }
