@@ -26,19 +26,33 @@ impl Gpu {
             Some(form) => self.empty_matrix(label, form, units)?,
             None => self.buffer(label, UNIT_BYTES * units as u64, Usage::Storage)?,
         };
-        let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         let mut at = 0;
-        for part in parts {
-            let mut done = 0;
-            while done < part.units {
-                let (from, to, left) = (part.first + done, at + done, part.units - done);
-                done += copy_run(&mut encoder, (part.of, from), (&whole, to), left);
-            }
+        let places = parts.iter().map(|part| {
             at += part.units;
-        }
-        self.queue.submit([encoder.finish()]);
+            (*part, &whole, at - part.units)
+        });
+        self.copy_units(places);
         self.uploads(whole.bytes());
         Ok(whole)
+    }
+
+    /// Copies parts to where they are to stand in other buffers: (part, buffer, its first unit there). No buffer is both.
+    pub(crate) fn copy_units<'a>(&self, parts: impl Iterator<Item = (Part<'a>, &'a Buffer, usize)>) {
+        let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        for (part, to, at) in parts {
+            let mut done = 0;
+            while done < part.units {
+                let (from, there, left) = (part.first + done, at + done, part.units - done);
+                done += copy_run(&mut encoder, (part.of, from), (to, there), left);
+            }
+        }
+        self.queue.submit([encoder.finish()]);
+    }
+
+    /// Waits until the device has done all that it was given.
+    pub(crate) fn wait(&self) {
+        // A device that is lost says so at the next read-back.
+        let _ = self.device.poll(wgpu::PollType::wait_indefinitely());
     }
 }
 

@@ -60,6 +60,13 @@ impl Gpu {
         self.held.borrow_mut().clear();
     }
 
+    /// The same for these buffers alone.
+    pub(crate) fn forget_bindings_of<'b>(&self, buffers: impl Iterator<Item = &'b Buffer>) {
+        let gone: Vec<u64> = buffers.map(|buffer| buffer.id).collect();
+        let is_gone = |ids: &[u64]| ids.iter().any(|id| gone.contains(id));
+        self.pipelines.borrow_mut().bind_groups.retain(|(_, _, ids), _| !is_gone(ids));
+    }
+
     /// How many pipelines were made since this was last asked.
     pub(crate) fn take_made(&self) -> u64 {
         std::mem::take(&mut self.pipelines.borrow_mut().made)

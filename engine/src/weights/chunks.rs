@@ -16,23 +16,6 @@ pub(crate) struct Chunk {
     pub(crate) ffn: Ffn,
 }
 
-impl PackedFfn {
-    /// Takes the first `now` of `all` experts out of it.
-    fn split_off(&mut self, now: usize, all: usize) -> Self {
-        fn first<T>(of: &mut Vec<T>, now: usize, all: usize) -> Vec<T> {
-            let rest = of.split_off(of.len() / all * now);
-            std::mem::replace(of, rest)
-        }
-        Self {
-            form: self.form,
-            up: first(&mut self.up, now, all),
-            up_bias: first(&mut self.up_bias, now, all),
-            down: first(&mut self.down, now, all),
-            down_bias: first(&mut self.down_bias, now, all),
-        }
-    }
-}
-
 impl Loader<'_> {
     /// Experts into memory that is theirs from the beginning: each is on its way to the device before the next one is read.
     pub(super) fn chunk(&mut self, label: &str, layer: usize, ids: &[ExpertId]) -> Result<Ffn, EngineError> {
@@ -66,23 +49,6 @@ impl Loader<'_> {
             up: Dense { weight: up, bias: bias(biases.up_bias)? },
             down: Dense { weight: down, bias: bias(biases.down_bias)? },
         })
-    }
-
-    /// `count` packed experts.
-    pub(super) fn upload_experts(
-        &self,
-        label: &str,
-        mut packed: PackedFfn,
-        count: usize,
-    ) -> Result<Vec<Chunk>, EngineError> {
-        let (mut chunks, mut first) = (Vec::new(), 0);
-        while first < count {
-            let (now, left) = (self.per_chunk(packed.form).min(count - first), count - first);
-            let ffn = self.upload_ffn(label, self.spec.expert, packed.split_off(now, left))?;
-            chunks.push(Chunk { first, count: now, ffn });
-            first += now;
-        }
-        Ok(chunks)
     }
 
     /// Chunks of a list by local numbers, with the number of each one's first.

@@ -38,8 +38,8 @@ struct Expert {
 /// Experts of one layer as they go onto a device, packed, in ascending order of their ids.
 pub(crate) struct PackedExperts {
     pub(crate) layer: usize,
-    ids: Vec<ExpertId>,
-    ffn: PackedFfn,
+    pub(super) ids: Vec<ExpertId>,
+    pub(super) ffn: PackedFfn,
 }
 
 /// [`Ffn`] before it is on a device.
@@ -61,7 +61,7 @@ pub(crate) struct Shelf<'a> {
 }
 
 impl<'a> Shelf<'a> {
-    fn loader<G>(&self, gpu: G, read: &'a mut dyn FnMut(u64)) -> Loader<'a, G> {
+    pub(super) fn loader<G>(&self, gpu: G, read: &'a mut dyn FnMut(u64)) -> Loader<'a, G> {
         let form = form_of(self.held_as.0, self.held_as.1);
         let (names, rounds) = (Names::of(self.spec), self.held_as.1.is_some());
         Loader { spec: self.spec, names, store: self.store, gpu, form, rounds, read }
@@ -79,13 +79,25 @@ impl<'a> Shelf<'a> {
     }
 }
 
+impl PackedExperts {
+    /// Which they are, ascending.
+    pub(crate) fn ids(&self) -> &[ExpertId] {
+        &self.ids
+    }
+}
+
 impl Experts {
     /// The chunk that holds an expert, and its number there.
     fn place(&self, expert: ExpertId) -> Option<(&Chunk, usize)> {
+        self.place_of(expert).map(|(chunk, at)| (&self.chunks[chunk], at))
+    }
+
+    /// The same by the chunk's number.
+    pub(super) fn place_of(&self, expert: ExpertId) -> Option<(usize, usize)> {
         let at = self.local[expert.index()]? as usize;
-        let chunk =
-            self.chunks.iter().find(|chunk| (chunk.first..chunk.first + chunk.count).contains(&at))?;
-        Some((chunk, at - chunk.first))
+        let holds = |chunk: &Chunk| (chunk.first..chunk.first + chunk.count).contains(&at);
+        let chunk = self.chunks.iter().position(holds)?;
+        Some((chunk, at - self.chunks[chunk].first))
     }
 
     /// Which they are, ascending.
@@ -130,49 +142,7 @@ impl ModelWeights {
         Ok(())
     }
 
-    /// Puts experts beside those of their layer that are here. Nothing may be recorded and not submitted.
-    pub(crate) fn add_experts(
-        &mut self,
-        shelf: Shelf<'_>,
-        gpu: &Gpu,
-        packed: PackedExperts,
-    ) -> Result<(), EngineError> {
-        let PackedExperts { layer, ids, ffn } = packed;
-        let mut ignore = |_| ();
-        let loader = shelf.loader(gpu, &mut ignore);
-        let there = self.experts(layer)?;
-        let mut now = there.ids();
-        now.extend(&ids);
-        now.sort_unstable();
-        now.dedup();
-        let label = loader.names.of_layer(layer, loader.names.moe);
-        let chunks = loader.upload_experts(&label, ffn, ids.len())?;
-        let fresh = Experts { local: loader.numbers(&ids), chunks };
-        *there = loader.put_together(layer, there, fresh, &now)?;
-        gpu.forget_bindings();
-        Ok(())
-    }
-
-    /// Gives up all experts of a layer but those of `keep`, which are here. Nothing may be recorded and not submitted.
-    pub(crate) fn keep_experts(
-        &mut self,
-        shelf: Shelf<'_>,
-        gpu: &Gpu,
-        layer: usize,
-        keep: &[ExpertId],
-    ) -> Result<(), EngineError> {
-        let mut ignore = |_| ();
-        let mut loader = shelf.loader(gpu, &mut ignore);
-        let there = self.experts(layer)?;
-        if there.ids() != keep {
-            let none = loader.experts(layer, &[])?;
-            *there = loader.put_together(layer, there, none, keep)?;
-            gpu.forget_bindings();
-        }
-        Ok(())
-    }
-
-    fn experts(&mut self, layer: usize) -> Result<&mut Experts, EngineError> {
+    pub(super) fn experts(&mut self, layer: usize) -> Result<&mut Experts, EngineError> {
         match self.layers.get_mut(layer).map(|layer| &mut layer.ffn) {
             Some(LayerFfn::Moe { experts, .. }) => Ok(experts),
             _ => Err(EngineError::Internal(format!("layer {layer} has no experts"))),
@@ -191,7 +161,7 @@ impl Loader<'_> {
     }
 
     /// Local number of each logical expert, where these are held.
-    fn numbers(&self, held: &[ExpertId]) -> Vec<Option<u32>> {
+    pub(super) fn numbers(&self, held: &[ExpertId]) -> Vec<Option<u32>> {
         let mut local = vec![None; self.spec.experts];
         for (index, expert) in held.iter().enumerate() {
             local[expert.index()] = Some(index as u32);

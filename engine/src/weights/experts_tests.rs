@@ -61,9 +61,25 @@ fn as_many_experts_lie_together_as_fit() {
     let of = |expert_id: &ExpertId| expected[expert_id.index() * expert..][..expert].to_vec();
     assert!(units(&gpu, &cut, layer) == some.iter().flat_map(of).collect::<Vec<_>>());
     let others: Vec<ExpertId> = ids(0..16).into_iter().filter(|id| !some.contains(id)).collect();
-    cut.add_experts(shelf, &gpu, shelf.read(layer, &others).expect("read")).expect("added");
-    assert_eq!(sizes(&cut), [(0, 5), (5, 5), (10, 5), (15, 1)]);
-    assert!(units(&gpu, &cut, layer) == expected);
-    cut.keep_experts(shelf, &gpu, layer, &[]).expect("given up");
-    assert!(sizes(&cut).is_empty());
+    // A piece at a time, of whatever size; the old ones serve until all are there.
+    let mut assemble = |ids: Vec<ExpertId>, read, bytes: usize| {
+        let before = units(&gpu, &cut, layer);
+        let mut assembly = cut.assemble(shelf, &gpu, (layer, ids), read).expect("room");
+        let mut pieces = 1;
+        while !cut.assemble_more(shelf, &gpu, &mut assembly, bytes).expect("more") {
+            assert!(units(&gpu, &cut, layer) == before, "piece {pieces}");
+            pieces += 1;
+        }
+        (pieces, units(&gpu, &cut, layer), sizes(&cut))
+    };
+    let read = Some(shelf.read(layer, &others).expect("read"));
+    let (pieces, now, sizes) = assemble(ids(0..16), read, 100_000);
+    assert_eq!((pieces, &sizes[..]), (48, &[(0, 5), (5, 5), (10, 5), (15, 1)][..]), "2 x 16 x 147,456 bytes");
+    assert!(now == expected);
+    let (_, now, sizes) = assemble(some.clone(), None, 1 << 30);
+    assert_eq!(sizes, [(0, 5), (5, 2)]);
+    assert!(now == some.iter().flat_map(of).collect::<Vec<_>>());
+    let (pieces, _, sizes) = assemble(Vec::new(), None, 1);
+    assert!(pieces == 1 && sizes.is_empty());
+    assert!(cut.assemble(shelf, &gpu, (layer, ids(3..4)), None).is_err(), "it is not there");
 }

@@ -1,6 +1,7 @@
 //! From safetensors files to device buffers: every tensor checked, each rank reading only its own experts.
 
 mod agreement;
+mod assembly;
 mod attention;
 mod chunks;
 mod experts;
@@ -14,6 +15,7 @@ mod rows;
 mod store;
 
 pub(crate) use agreement::check;
+pub(crate) use assembly::Assembly;
 pub(crate) use attention::{AttentionWeights, LatentWeights};
 pub(crate) use chunks::Chunk;
 pub(crate) use experts::{Ffn, PackedExperts, Shelf};

@@ -1,17 +1,19 @@
 //! Experts move to where another table has them, while requests run.
 //!
 //! Rank 0 orders it in three steps, each when all ranks have done the one before. *Load*: every rank reads the experts
-//! that the other table gives it, on a thread of its own, and puts a layer's at a time beside those that it has, between
-//! two steps; keys and values go to the domains of both tables. *Turn*: every sequence's next token goes by the other
-//! table. *Settle*, once no token goes by the old one: what only that one had is given up, again a layer at a time. A
+//! that the other table gives it, on a thread of its own, and puts them beside those that it has, a piece at a time between
+//! steps; keys and values go to the domains of both tables. *Turn*: every sequence's next token goes by the other
+//! table. *Settle*, once no token goes by the old one: what only that one had is given up, again by pieces. A
 //! rank that has no room for both says so before it loads anything, and all go on with the table that they have.
 
 mod director;
 mod filling;
+mod pace;
 
 use director::View;
 pub(crate) use director::{Director, MoveEnd};
 use filling::Debt;
+use pace::Pace;
 
 use super::tables::Edition;
 use super::worker::{Event, Worker};
@@ -19,12 +21,12 @@ use crate::EngineError;
 use crate::model::ModelSpec;
 use crate::options::{Dtype, Quant};
 use crate::stats::gib;
-use crate::weights::{PackedExperts, Shelf, Store};
+use crate::weights::{Assembly, PackedExperts, Shelf, Store};
 use exflow_placement::{ExpertId, LayerId, Outlook, PlacementTable, Rank, Replica, Strategy};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// While experts move a rank with nothing else to do looks so often for what is to be done.
 pub(super) const GLANCE: Duration = Duration::from_millis(5);
@@ -75,6 +77,9 @@ pub(crate) struct Stock {
 #[derive(Default)]
 pub(crate) struct Moving {
     reading: Option<Reading>,
+    /// A layer that is put together.
+    assembly: Option<Assembly>,
+    pace: Pace,
     /// Experts that were read, while the contexts that go with them are still to come.
     read: Option<u32>,
     /// What this rank is to get: (sequence, layer).
@@ -94,9 +99,14 @@ struct Reading {
 }
 
 impl Moving {
+    /// Whether experts are on their way, in or out.
+    fn has_work(&self) -> bool {
+        self.reading.is_some() || self.read.is_some() || self.settles
+    }
+
     /// Whether there is something to do that nobody will ask for.
     pub(super) fn is_busy(&self) -> bool {
-        self.reading.is_some() || self.read.is_some() || self.settles || !self.debts.is_empty()
+        self.has_work() || !self.debts.is_empty()
     }
 }
 
@@ -170,7 +180,7 @@ impl Worker {
                     self.moving.debts.clear();
                 }
                 self.tables.settle();
-                (self.moving.reading, self.moving.read) = (None, None);
+                (self.moving.reading, self.moving.read, self.moving.assembly) = (None, None, None);
                 self.moving.awaited.clear();
                 self.moving.leaving = (0..self.decoder.spec.layers).collect();
                 self.moving.settles = true;
@@ -240,57 +250,113 @@ impl Worker {
         Ok(Reading { layers, count })
     }
 
-    /// Between two steps: does a part of what the move takes, one layer at most.
+    /// Between two steps: does a part of what the move takes.
     pub(super) fn move_on(&mut self) -> Result<(), EngineError> {
-        if let Some(reading) = &self.moving.reading {
-            match reading.layers.try_recv() {
-                Err(TryRecvError::Empty) => {}
-                Err(TryRecvError::Disconnected) => {
-                    (self.moving.read, self.moving.reading) = (Some(reading.count), None);
-                }
-                Ok(read) => {
-                    let added = read.and_then(|packed| {
-                        let shelf = shelf(&self.options.stock, &self.decoder.spec);
-                        self.decoder.weights.add_experts(shelf, &self.decoder.gpu, packed)
-                    });
-                    if let Err(error) = added {
-                        let why = format!("rank {}: {error}", self.comm.rank());
-                        self.moving.news.push(MoveNews::Refused(why));
-                        self.moving.reading = None;
-                    }
-                }
-            }
-        }
         self.pass_on()?;
+        if !self.moving.has_work() {
+            return Ok(());
+        }
+        // Where nothing runs there is nobody to hold up.
+        let idle = self.sequences.running.is_empty();
+        if self.moving.pace.rests() && !idle {
+            return Ok(());
+        }
+        let began = Instant::now();
+        while self.take_in_a_piece()? && idle && began.elapsed() < GLANCE {}
         if let Some(count) = self.moving.read
             && self.has_contexts()
         {
             self.moving.read = None;
             self.moving.news.push(MoveNews::Loaded(count));
         }
-        self.give_up_a_layer()
+        if self.moving.settles && self.moving.assembly.is_none() && self.moving.leaving.is_empty() {
+            self.end_settling();
+        }
+        Ok(())
     }
 
-    fn give_up_a_layer(&mut self) -> Result<(), EngineError> {
-        if !self.moving.settles {
-            return Ok(());
+    /// Does a piece of a layer that is put together, of experts that were read or without those that leave; false: there is
+    /// nothing to do now.
+    fn take_in_a_piece(&mut self) -> Result<bool, EngineError> {
+        let began = Instant::now();
+        match self.assemble() {
+            Ok(false) => return Ok(false),
+            Ok(true) => {}
+            Err(error) if self.moving.settles => return Err(error),
+            Err(error) => {
+                let why = format!("rank {}: {error}", self.comm.rank());
+                self.moving.news.push(MoveNews::Refused(why));
+                (self.moving.reading, self.moving.assembly) = (None, None);
+            }
         }
-        let (held, keep) = (self.decoder.weights.held(), self.experts_by(self.tables.now()));
+        self.decoder.gpu.wait();
+        self.moving.pace.took(began.elapsed());
+        Ok(true)
+    }
+
+    fn assemble(&mut self) -> Result<bool, EngineError> {
+        if self.moving.assembly.is_none() && !self.begin_a_layer()? {
+            return Ok(false);
+        }
+        let Some(assembly) = &mut self.moving.assembly else { return Ok(false) };
+        let (stock, gpu) = (&self.options.stock, &self.decoder.gpu);
+        let shelf = Shelf { spec: &self.decoder.spec, store: &stock.store, held_as: stock.held_as };
+        if self.decoder.weights.assemble_more(shelf, gpu, assembly, self.moving.pace.bytes)? {
+            self.moving.assembly = None;
+        }
+        Ok(true)
+    }
+
+    /// Begins with the next layer, where there is one.
+    fn begin_a_layer(&mut self) -> Result<bool, EngineError> {
+        let next = match self.moving.settles {
+            true => self.next_to_leave().map(|next| (next, None)),
+            false => self.next_read()?,
+        };
+        let Some((next, read)) = next else { return Ok(false) };
+        let (stock, gpu) = (&self.options.stock, &self.decoder.gpu);
+        let shelf = Shelf { spec: &self.decoder.spec, store: &stock.store, held_as: stock.held_as };
+        self.moving.assembly = Some(self.decoder.weights.assemble(shelf, gpu, next, read)?);
+        Ok(true)
+    }
+
+    /// The next layer with experts that were read, and all that it will hold.
+    #[allow(clippy::type_complexity, reason = "what assemble takes")]
+    fn next_read(&mut self) -> Result<Option<((usize, Vec<ExpertId>), Option<PackedExperts>)>, EngineError> {
+        let Some(reading) = &self.moving.reading else { return Ok(None) };
+        let packed = match reading.layers.try_recv() {
+            Err(TryRecvError::Empty) => return Ok(None),
+            Err(TryRecvError::Disconnected) => {
+                (self.moving.read, self.moving.reading) = (Some(reading.count), None);
+                return Ok(None);
+            }
+            Ok(read) => read?,
+        };
+        let index = self.decoder.spec.moe_index(packed.layer).unwrap_or_default();
+        let mut ids = self.decoder.weights.held().swap_remove(index);
+        ids.extend(packed.ids());
+        ids.sort_unstable();
+        ids.dedup();
+        Ok(Some(((packed.layer, ids), Some(packed))))
+    }
+
+    /// The next layer that holds experts which the table does not give it, and those that it is to keep.
+    fn next_to_leave(&mut self) -> Option<(usize, Vec<ExpertId>)> {
+        let (mut held, mut keep) = (self.decoder.weights.held(), self.experts_by(self.tables.now()));
         while let Some(layer) = self.moving.leaving.pop() {
             let Some(index) = self.decoder.spec.moe_index(layer) else { continue };
             if held[index] != keep[index] {
-                let shelf = shelf(&self.options.stock, &self.decoder.spec);
-                return self.decoder.weights.keep_experts(shelf, &self.decoder.gpu, layer, &keep[index]);
+                held.clear();
+                return Some((layer, keep.swap_remove(index)));
             }
         }
+        None
+    }
+
+    fn end_settling(&mut self) {
         if self.moving.debts.is_empty() {
             self.moving.settles = false;
             self.moving.news.push(MoveNews::Settled);
         }
-        Ok(())
     }
-}
-
-fn shelf<'a>(stock: &'a Stock, spec: &'a ModelSpec) -> Shelf<'a> {
-    Shelf { spec, store: &stock.store, held_as: stock.held_as }
 }
