@@ -5,6 +5,7 @@ use crate::EngineError;
 use bytes::Bytes;
 use exflow_placement::Rank;
 use exflow_shaders::Cache;
+use exflow_transport::Pool;
 
 /// One chosen expert of a row, served by the rank that the row goes to.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -97,13 +98,58 @@ impl Writer {
         }
     }
 
-    /// Bytes so far.
-    pub(crate) fn len(&self) -> usize {
-        self.bytes.len()
+    /// In flow a payload of rows or partials begins with what they are of.
+    pub(crate) fn begin(&mut self, prefill: bool) -> &mut Self {
+        if self.bytes.is_empty() {
+            self.u16(u16::from(prefill));
+        }
+        self
+    }
+}
+
+/// What goes to each rank, put together in memory that is used again: once that is there, a payload costs no allocation.
+#[derive(Default)]
+pub(crate) struct Payloads {
+    /// `[R]` what is being written.
+    open: Vec<Writer>,
+    pool: Pool,
+}
+
+impl Payloads {
+    pub(crate) fn new(ranks: usize) -> Self {
+        Self { open: (0..ranks).map(|_| Writer::default()).collect(), pool: Pool::default() }
     }
 
-    pub(crate) fn finish(self) -> Bytes {
-        self.bytes.into()
+    /// What goes to this rank next.
+    pub(crate) fn to(&mut self, rank: Rank) -> &mut Writer {
+        &mut self.open[rank.index()]
+    }
+
+    /// Bytes so far, to all ranks.
+    pub(crate) fn bytes(&self) -> usize {
+        self.open.iter().map(|writer| writer.bytes.len()).sum()
+    }
+
+    /// What was written for this rank, which may be nothing.
+    pub(crate) fn take(&mut self, rank: Rank) -> Bytes {
+        let written = &mut self.open[rank.index()].bytes;
+        if written.is_empty() {
+            return Bytes::new();
+        }
+        let mut buffer = self.pool.buffer(written.len());
+        buffer.extend_from_slice(written);
+        written.clear();
+        self.pool.seal(buffer)
+    }
+
+    /// `[R]` what was written for each rank.
+    pub(crate) fn take_all(&mut self) -> Vec<Bytes> {
+        (0..self.open.len()).map(|rank| self.take(Rank::from(rank))).collect()
+    }
+
+    /// Forgets what was written.
+    pub(crate) fn clear(&mut self) {
+        self.open.iter_mut().for_each(|writer| writer.bytes.clear());
     }
 }
 
@@ -212,9 +258,11 @@ mod tests {
             choices: vec![Choice { k: 0, expert: 9, weight: 0.75 }],
             residual: vec![1.0, -2.0, 3.5],
         };
-        let mut writer = Writer::default();
-        writer.row(&row);
-        let bytes = writer.finish();
+        let mut payloads = Payloads::new(2);
+        payloads.to(Rank(1)).row(&row);
+        assert!(payloads.bytes() > 0 && payloads.take(Rank(0)).is_empty());
+        let bytes = payloads.take(Rank(1));
+        assert!(payloads.bytes() == 0 && payloads.take(Rank(1)).is_empty());
         assert_eq!(Reader::new(&bytes, Rank(0)).rows(3).expect("whole"), [row]);
         for cut in 1..bytes.len() {
             assert!(Reader::new(&bytes[..cut], Rank(0)).rows(3).is_err(), "cut at {cut}");
@@ -223,8 +271,29 @@ mod tests {
 
     #[test]
     fn what_is_not_finite_is_refused() {
-        let mut writer = Writer::default();
-        writer.partial(1, 2, 0, &[1.0, f32::NAN]);
-        assert!(Reader::new(&writer.finish(), Rank(3)).partials(2).is_err());
+        let mut payloads = Payloads::new(1);
+        payloads.to(Rank(0)).partial(1, 2, 0, &[1.0, f32::NAN]);
+        assert!(Reader::new(&payloads.take(Rank(0)), Rank(3)).partials(2).is_err());
+    }
+
+    #[test]
+    fn a_payload_lies_where_one_lay_that_is_gone() {
+        let mut payloads = Payloads::new(3);
+        let mut places = std::collections::BTreeSet::new();
+        for step in 0..2000_u32 {
+            for rank in (0..3).map(Rank::from) {
+                payloads.to(rank).begin(false).partial(7, step, 0, &[1.5; 100]);
+            }
+            let sent = payloads.take_all();
+            for (rank, bytes) in sent.iter().enumerate() {
+                let partials = Reader::new(&bytes[2..], Rank::from(rank)).partials(100).expect("whole");
+                assert_eq!((partials.len(), partials[0].position), (1, step));
+            }
+            places.extend(sent.iter().map(|bytes| bytes.as_ptr() as usize / (64 << 10)));
+        }
+        assert!(places.len() <= 4, "2.4 MB in {} places of 64 KiB", places.len());
+        payloads.to(Rank(2)).u32(1);
+        payloads.clear();
+        assert_eq!(payloads.bytes(), 0);
     }
 }

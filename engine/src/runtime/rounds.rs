@@ -10,7 +10,7 @@ use super::moving::MoveNews;
 use super::outlet::News;
 use super::sequence::Sampled;
 use super::stats::Waited;
-use super::step::{BULK_LAYERS, Batch, Bulk, Outcome, Part, Passage, Row, Stepper};
+use super::step::{BULK_LAYERS, Batch, Outcome, Part, Passage, Row, Stepper};
 use super::worker::{Directive, Event, Worker};
 use crate::EngineError;
 use crate::model::scratch::Scratch;
@@ -145,7 +145,8 @@ impl Worker {
         for (at, batch) in batches.iter().enumerate() {
             parts.push(Part::new(self.turn(at, |stepper| stepper.begin(batch))?));
         }
-        let bulk = Bulk::new(self.comm.world_size());
+        let mut bulk = std::mem::take(&mut self.bulk);
+        bulk.clear(); // of a step that was given up
         let alone = parts.len() == 1;
         let mut passage = Passage { decode: batch.decode, alone, captured: Vec::new(), bulk };
         let layers = self.decoder.spec.layers;
@@ -160,6 +161,7 @@ impl Worker {
                         for open in parts.iter_mut().filter_map(Part::give_up) {
                             self.comm.finish_exchange(open)?;
                         }
+                        self.bulk = passage.bulk;
                         return Ok(None);
                     }
                 }
@@ -173,6 +175,7 @@ impl Worker {
                 }
             }
         }
+        self.bulk = passage.bulk;
         // What is sampled now depends on what was sampled before.
         self.hear(rounds)?;
         let mut outcome = Outcome::default();

@@ -1,6 +1,7 @@
 //! One rank: what it holds, what rank 0 orders, what it tells the driver. The loops are in files of their own.
 
 use super::coherence::Coherence;
+use super::frames::Payloads;
 use super::measure::Measured;
 use super::moving::{Director, GLANCE, MoveEnd, MoveOrder, Moving, Stock};
 use super::outlet::Outlet;
@@ -8,7 +9,7 @@ use super::overlap::{Halving, Peers};
 use super::scheduler::Scheduler;
 use super::sequence::{Admission, FinishReason, Order, Sampled, Sequences};
 use super::stats::RankStats;
-use super::step::Stepper;
+use super::step::{Bulk, Stepper};
 use super::tables::Tables;
 use crate::EngineError;
 use crate::model::decoder::Decoder;
@@ -115,6 +116,10 @@ pub(crate) struct Worker {
     pub(super) stats: RankStats,
     pub(super) reported: WireStats,
     pub(super) round: u64,
+    /// Rows and partials that are being put together.
+    pub(super) payloads: Payloads,
+    /// In rounds: keys and values that are.
+    pub(super) bulk: Bulk,
     /// Of prompts, and of decode steps.
     pub(super) peers: [Peers; 2],
     /// Rank 0's verdict, and what all ranks do by its order.
@@ -154,6 +159,8 @@ impl Worker {
         Self {
             decoder,
             reported: comm.stats(),
+            payloads: Payloads::new(comm.world_size()),
+            bulk: Bulk::new(comm.world_size()),
             comm,
             tables: Tables::new(options.table.clone()),
             moving: Moving::default(),
@@ -206,6 +213,7 @@ impl Worker {
             stats: &mut self.stats,
             round: &mut self.round,
             peers: &mut self.peers,
+            payloads: &mut self.payloads,
         }
     }
 

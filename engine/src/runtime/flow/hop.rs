@@ -1,7 +1,7 @@
 //! Flow: one hop of a rank, from what was picked to what is sent on.
 
 use super::super::bounds;
-use super::super::frames::{Choice, Writer};
+use super::super::frames::Choice;
 use super::super::sequence::Sampled;
 use super::super::stats::Waited;
 use super::super::step::Hopped;
@@ -89,44 +89,38 @@ impl Worker {
         let me = self.comm.rank();
         let shape = (4 * self.decoder.spec.h4(), self.decoder.spec.hidden);
         let combine = self.options.combine;
-        let mut payloads: Vec<Option<Writer>> = (0..self.comm.world_size()).map(|_| None).collect();
+        let others = self.others();
         for (to, frame) in depart::partials(me, &picked.serves, &hopped.served, shape, combine) {
             if to == me {
                 if picked.prefill && self.replicates() {
-                    for payload in self.to_all_others(&mut payloads) {
-                        let payload = payload.get_or_insert_with(|| begin(true));
+                    for &other in &others {
+                        let payload = self.payloads.to(other).begin(true);
                         payload.partial(frame.sequence, frame.position, frame.k, &frame.values);
                     }
                 }
                 flow.board.partial(layer as u16, frame);
                 continue;
             }
-            let payload = payloads[to.index()].get_or_insert_with(|| begin(picked.prefill));
+            let payload = self.payloads.to(to).begin(picked.prefill);
             payload.partial(frame.sequence, frame.position, frame.k, &frame.values);
             self.stats.crossings += u64::from(!picked.prefill);
         }
-        self.send(payloads, ByteClass::Combine, layer as u16)
+        self.send(ByteClass::Combine, layer as u16)
     }
 
-    /// The payloads to ranks that are there.
-    fn to_all_others<'a>(
-        &self,
-        payloads: &'a mut [Option<Writer>],
-    ) -> impl Iterator<Item = &'a mut Option<Writer>> {
-        let (me, absent) = (self.comm.rank(), self.comm.absent().to_vec());
-        let there = move |rank: usize| rank != me.index() && !absent.contains(&Rank::from(rank));
-        payloads.iter_mut().enumerate().filter(move |(rank, _)| there(*rank)).map(|(_, payload)| payload)
+    /// The other ranks that are there.
+    fn others(&self) -> Vec<Rank> {
+        let (me, absent) = (self.comm.rank(), self.comm.absent());
+        let all = (0..self.comm.world_size()).map(Rank::from);
+        all.filter(|rank| *rank != me && !absent.contains(rank)).collect()
     }
 
-    fn send(
-        &mut self,
-        payloads: Vec<Option<Writer>>,
-        class: ByteClass,
-        layer: u16,
-    ) -> Result<(), EngineError> {
-        for (to, payload) in payloads.into_iter().enumerate() {
-            if let Some(payload) = payload {
-                self.comm.send_message(Rank::from(to), class, layer, payload.finish())?;
+    /// Sends what was written for each rank.
+    fn send(&mut self, class: ByteClass, layer: u16) -> Result<(), EngineError> {
+        for to in (0..self.comm.world_size()).map(Rank::from) {
+            let payload = self.payloads.take(to);
+            if !payload.is_empty() {
+                self.comm.send_message(to, class, layer, payload)?;
             }
         }
         Ok(())
@@ -146,7 +140,6 @@ impl Worker {
         let (me, spec) = (self.comm.rank(), &self.decoder.spec);
         let (top_k, hidden, stride) = (spec.top_k, spec.hidden, 4 * spec.h4());
         let moe = spec.moe_index(layer);
-        let mut payloads: Vec<Option<Writer>> = (0..self.comm.world_size()).map(|_| None).collect();
         let mut at = 0;
         for mut unit in units {
             let mut stays = true;
@@ -193,7 +186,7 @@ impl Worker {
                         flow.board.row(layer as u16, prefill, row);
                         continue;
                     }
-                    payloads[to.index()].get_or_insert_with(|| begin(prefill)).row(&row);
+                    self.payloads.to(to).begin(prefill).row(&row);
                     self.stats.crossings += u64::from(!prefill);
                 }
                 at += 1;
@@ -202,7 +195,7 @@ impl Worker {
                 flow.board.go_on(unit);
             }
         }
-        self.send(payloads, ByteClass::Dispatch, layer as u16)?;
+        self.send(ByteClass::Dispatch, layer as u16)?;
         let (bulk, waited) = &mut flow.bulk;
         self.stepper().gather_contexts(layer, &rows, &routed, bulk)?;
         *waited += 1;
@@ -261,11 +254,4 @@ fn decoded(picked: &Picked) -> (f64, Waited) {
         waited.linger += spent.linger.as_secs_f64();
     }
     (count, waited)
-}
-
-/// The beginning of a payload of rows or partials.
-fn begin(prefill: bool) -> Writer {
-    let mut writer = Writer::default();
-    writer.u16(u16::from(prefill));
-    writer
 }

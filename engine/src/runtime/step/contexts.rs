@@ -1,7 +1,7 @@
 //! Contexts: where the keys and values of a step's rows are, and how they get to the rest of a layer's domain.
 
 use super::super::coherence::{Arrived, blocks_for};
-use super::super::frames::{KvRow, Reader, Writer};
+use super::super::frames::{KvRow, Payloads, Reader};
 use super::super::sequence::{BLOCK, Standing};
 use super::{Routed, Row, Stepper};
 use crate::EngineError;
@@ -201,7 +201,7 @@ impl Stepper<'_> {
             let words = form.pack(&routed.context[t * stride + first..][..width]);
             let domain = self.tables.domain(self.groups, previous, home);
             for to in domain.into_iter().filter(|to| *to != me) {
-                bulk.payloads[to.index()].kv(layer as u16, row.sequence, row.position, &words);
+                bulk.payloads.to(to).kv(layer as u16, row.sequence, row.position, &words);
             }
         }
         Ok(())
@@ -209,23 +209,24 @@ impl Stepper<'_> {
 }
 
 /// Keys and values on their way out, by the rank that they go to.
+#[derive(Default)]
 pub(crate) struct Bulk {
-    payloads: Vec<Writer>,
+    payloads: Payloads,
 }
 
 impl Bulk {
     pub(crate) fn new(ranks: usize) -> Self {
-        Self { payloads: (0..ranks).map(|_| Writer::default()).collect() }
+        Self { payloads: Payloads::new(ranks) }
     }
 
     /// Puts what the cache holds of one (layer, sequence, position) with what goes to a rank.
     pub(crate) fn add(&mut self, to: Rank, (layer, sequence, position): (u16, u32, u32), words: &[u32]) {
-        self.payloads[to.index()].kv(layer, sequence, position, words);
+        self.payloads.to(to).kv(layer, sequence, position, words);
     }
 
     /// Bytes to all ranks together.
     pub(crate) fn bytes(&self) -> usize {
-        self.payloads.iter().map(Writer::len).sum()
+        self.payloads.bytes()
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -234,9 +235,17 @@ impl Bulk {
 
     /// Sends what there is, a frame to each rank.
     pub(crate) fn send(&mut self, comm: &mut dyn Communicator) -> Result<(), EngineError> {
-        for (to, payload) in self.payloads.iter_mut().enumerate().filter(|(_, payload)| payload.len() > 0) {
-            comm.send_bulk(Rank::from(to), std::mem::take(payload).finish())?;
+        for to in (0..comm.world_size()).map(Rank::from) {
+            let payload = self.payloads.take(to);
+            if !payload.is_empty() {
+                comm.send_bulk(to, payload)?;
+            }
         }
         Ok(())
+    }
+
+    /// Forgets what there is.
+    pub(crate) fn clear(&mut self) {
+        self.payloads.clear();
     }
 }

@@ -1,6 +1,6 @@
 //! The two exchanges of a layer: rows go to their experts, partials to their tokens' next residence.
 
-use super::super::frames::{Choice, PartialFrame, Reader, RowFrame, Writer};
+use super::super::frames::{Choice, PartialFrame, Reader, RowFrame};
 use super::experts::Work;
 use super::{Routed, Row, Stepper, floats};
 use crate::EngineError;
@@ -28,7 +28,6 @@ impl Stepper<'_> {
         let _span = tracing::debug_span!("dispatch", layer, rows = rows.len()).entered();
         let (me, top_k, hidden) = (self.me(), self.spec().top_k, self.spec().hidden);
         let stride = 4 * self.spec().h4();
-        let mut payloads: Vec<Writer> = (0..self.comm.world_size()).map(|_| Writer::default()).collect();
         for (t, (row, route)) in rows.iter().zip(&routed.routes).enumerate() {
             for to in route.ranks().into_iter().filter(|to| *to != me) {
                 let choice = |k: usize| Choice {
@@ -37,7 +36,7 @@ impl Stepper<'_> {
                     weight: routed.weights[t * top_k + k],
                 };
                 let served = (0..top_k).filter(|&k| route.serving[k] == to);
-                payloads[to.index()].row(&RowFrame {
+                self.payloads.to(to).row(&RowFrame {
                     sequence: row.sequence,
                     position: row.position,
                     edition: row.edition,
@@ -51,7 +50,7 @@ impl Stepper<'_> {
             }
         }
         let round = self.next_round(ByteClass::Dispatch, layer);
-        self.comm.start_exchange(round, payloads.into_iter().map(Writer::finish).collect())?;
+        self.comm.start_exchange(round, self.payloads.take_all())?;
         Ok(round)
     }
 
@@ -207,12 +206,11 @@ impl Stepper<'_> {
     fn leaving_partials(&mut self, work: &Work, decode: bool) -> Result<Vec<Bytes>, EngineError> {
         let (hidden, stride) = (self.spec().hidden, 4 * self.spec().h4());
         let values = if work.leaving.is_empty() { Vec::new() } else { self.read_partials(work)? };
-        let mut payloads: Vec<Writer> = (0..self.comm.world_size()).map(|_| Writer::default()).collect();
         for (to, sequence, position, k, partial) in self.gather_leaving(work, &values, stride, hidden) {
-            payloads[to.index()].partial(sequence, position, k, &partial);
+            self.payloads.to(to).partial(sequence, position, k, &partial);
             self.stats.crossings += u64::from(decode);
         }
-        Ok(payloads.into_iter().map(Writer::finish).collect())
+        Ok(self.payloads.take_all())
     }
 
     fn read_combine(&self, received: &[Bytes]) -> Result<Vec<PartialFrame>, EngineError> {

@@ -17,6 +17,7 @@ pub(crate) use timing::TOGETHER_ROWS;
 use super::bounds;
 use super::coherence::Coherence;
 use super::experts::PairList;
+use super::frames::Payloads;
 use super::overlap::Peers;
 use super::sequence::{Sampled, Sequence, Sequences};
 use super::stats::RankStats;
@@ -76,6 +77,7 @@ pub(crate) struct Stepper<'a> {
     pub(crate) round: &'a mut u64,
     /// Of prompts, and of decode steps.
     pub(crate) peers: &'a mut [Peers; 2],
+    pub(crate) payloads: &'a mut Payloads,
 }
 
 impl Row {

@@ -53,6 +53,7 @@ impl Worker {
             stats: &mut RankStats::default(),
             round: &mut 0,
             peers: &mut Default::default(),
+            payloads: &mut self.payloads,
         };
         with(&mut stepper)
     }
