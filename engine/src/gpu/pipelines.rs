@@ -63,8 +63,8 @@ impl Gpu {
     /// The same for these buffers alone.
     pub(crate) fn forget_bindings_of<'b>(&self, buffers: impl Iterator<Item = &'b Buffer>) {
         let gone: Vec<u64> = buffers.map(|buffer| buffer.id).collect();
-        let is_gone = |ids: &[u64]| ids.iter().any(|id| gone.contains(id));
-        self.pipelines.borrow_mut().bind_groups.retain(|(_, _, ids), _| !is_gone(ids));
+        let is_gone = |bound: &Bound| bound.0.iter().any(|id| gone.contains(id));
+        self.pipelines.borrow_mut().bind_groups.retain(|(_, _, bound), _| !is_gone(bound));
     }
 
     /// How many pipelines were made since this was last asked.
