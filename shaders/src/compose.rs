@@ -48,7 +48,9 @@ pub fn module(kernel: Kernel, variant: Variant) -> Result<Module, ComposeError> 
     let ir = naga::front::wgsl::parse_str(&wgsl).map_err(|e| invalid(e.emit_to_string(&wgsl)))?;
     // f16 in pairs, as WGSL itself has it (`unpack2x16float`): no device lacks it that wgpu runs on.
     let mut capabilities = naga::valid::Capabilities::SHADER_FLOAT16_IN_FLOAT32;
-    capabilities.set(naga::valid::Capabilities::SUBGROUP, variant.subgroup);
+    capabilities.set(naga::valid::Capabilities::SUBGROUP, variant.subgroup || kernel.needs_matrix_units());
+    let units = naga::valid::Capabilities::COOPERATIVE_MATRIX | naga::valid::Capabilities::SHADER_FLOAT16;
+    capabilities.set(units, kernel.needs_matrix_units());
     naga::valid::Validator::new(naga::valid::ValidationFlags::all(), capabilities)
         .validate(&ir)
         .map_err(|e| invalid(e.emit_to_string(&wgsl)))?;

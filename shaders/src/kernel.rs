@@ -37,6 +37,8 @@ pub enum Kernel {
     Sample,
     /// What the adapter's arithmetic allows; no part of a step.
     Probe,
+    /// What its matrix units allow, with [`RowTile::Eight`] or [`RowTile::Sixteen`] rows and columns; no part of a step.
+    MatrixProbe,
 }
 
 /// What a kernel is specialised by besides `override` numbers. Variants that differ in
@@ -220,7 +222,7 @@ impl Variant {
 
     /// What is left of it where `kernel` differs.
     pub fn of(self, kernel: Kernel) -> Self {
-        let tile = if kernel.is_tiled() { self.tile } else { RowTile::One };
+        let tile = if kernel.is_tiled() || kernel.needs_matrix_units() { self.tile } else { RowTile::One };
         let rounds = kernel.has_weights() && self.weights.has_scales();
         Self {
             tile,
@@ -254,7 +256,7 @@ impl Variant {
 
 impl Kernel {
     /// Every kernel, in the order in which a decode step runs them; those of no step last.
-    pub const ALL: [Kernel; 16] = [
+    pub const ALL: [Kernel; 17] = [
         Kernel::Embed,
         Kernel::Norm,
         Kernel::Linear,
@@ -271,6 +273,7 @@ impl Kernel {
         Kernel::Sample,
         Kernel::Clip,
         Kernel::Probe,
+        Kernel::MatrixProbe,
     ];
 
     /// The kernel's name, which is also its file's.
@@ -292,12 +295,18 @@ impl Kernel {
             Kernel::Argmax => "argmax",
             Kernel::Sample => "sample",
             Kernel::Probe => "probe",
+            Kernel::MatrixProbe => "matrix_probe",
         }
     }
 
     /// Whether the kernel has variants for several rows a lane.
     pub fn is_tiled(self) -> bool {
         matches!(self, Kernel::Linear | Kernel::ExpertPermute | Kernel::ExpertUp | Kernel::ExpertDown)
+    }
+
+    /// Whether the kernel multiplies whole matrices: few adapters, and back ends for Vulkan and Metal alone, can.
+    pub fn needs_matrix_units(self) -> bool {
+        self == Kernel::MatrixProbe
     }
 
     /// Whether a binding may be a texture instead of a buffer.
@@ -391,6 +400,9 @@ impl Kernel {
             _ if self.has_weights() => bases.into_iter().flat_map(alike).collect(),
             _ if self.is_tiled() => bases.into_iter().flat_map(tiles).collect(),
             Kernel::Embed => vec![plain, Variant { image: true, ..plain }],
+            Kernel::MatrixProbe => {
+                [RowTile::Eight, RowTile::Sixteen].map(|tile| Variant { tile, ..plain }).into()
+            }
             Kernel::Norm | Kernel::Router => vec![plain, Variant { subgroup: true, ..plain }],
             _ => bases,
         }
@@ -408,6 +420,7 @@ impl Kernel {
                 | Kernel::Clip
                 | Kernel::SharedGate
                 | Kernel::Probe
+                | Kernel::MatrixProbe
         )
     }
 
@@ -429,6 +442,7 @@ impl Kernel {
             Kernel::Argmax => include_str!("../wgsl/argmax.wgsl"),
             Kernel::Sample => include_str!("../wgsl/sample.wgsl"),
             Kernel::Probe => include_str!("../wgsl/probe.wgsl"),
+            Kernel::MatrixProbe => include_str!("../wgsl/matrix_probe.wgsl"),
         }
     }
 }

@@ -72,6 +72,8 @@ params! {
     Sample { vocab: u32, stride: u32 }
     /// Parameters of `probe.wgsl`.
     Probe { rounds: u32, factor: f32, bytes: u32 }
+    /// Parameters of `matrix_probe.wgsl`.
+    MatrixProbe { rounds: u32, subgroups_at: u32 }
 }
 
 /// What `router.wgsl` makes of the products (its `score`).

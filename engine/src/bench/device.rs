@@ -2,8 +2,8 @@
 
 use super::seconds;
 use crate::EngineError;
-use crate::gpu::{Gpu, Usage};
-use exflow_shaders::{Kernel, LANE_COLUMNS4, Variant, Weights, params};
+use crate::gpu::{Gpu, Recording, Usage};
+use exflow_shaders::{Kernel, LANE_COLUMNS4, RowTile, Variant, Weights, params};
 use serde::Serialize;
 
 /// What an adapter was measured to do, by kernels.
@@ -19,6 +19,9 @@ pub struct DeviceRates {
     pub f32_flops: f64,
     /// Operations per second of `dot4I8Packed`, eight for each, on registers.
     pub dot4_ops: f64,
+    /// Operations per second of the adapter's matrix units, on matrices of f16 with sums in f32 as kernels may ask for them;
+    /// `None`: it offers none.
+    pub matrix_flops: Option<f64>,
     /// Bytes of an f32 matrix that its product with one row reads per second.
     pub matvec_bytes_per_s: f64,
     /// What one of many small dependent launches takes.
@@ -30,7 +33,7 @@ pub struct DeviceRates {
 /// # Errors
 /// No such adapter, or one that fails.
 pub fn bench_device(adapter: Option<&str>) -> Result<DeviceRates, EngineError> {
-    rates(&Gpu::open(adapter, 0)?)
+    rates(&Gpu::open_with_matrix_units(adapter)?)
 }
 
 /// Vec4s that are read and written: 32 MiB, beyond most caches.
@@ -59,6 +62,7 @@ pub(super) fn rates(gpu: &Gpu) -> Result<DeviceRates, EngineError> {
     let work = LANES as f64 * f64::from(ROUNDS) * PER_ROUND;
     let (f32_seconds, dot4_seconds) = (arithmetic(Weights::F32)?, arithmetic(Weights::Q8)?);
 
+    let matrix_flops = gpu.matrix_side().map(|side| matrix_units(gpu, side)).transpose()?;
     let matvec = read_rate(gpu, Weights::F32, SIDE4)?;
     let small = params::Probe { rounds: 1, ..p };
     let launches = 64;
@@ -73,9 +77,33 @@ pub(super) fn rates(gpu: &Gpu) -> Result<DeviceRates, EngineError> {
         copy_bytes_per_s: 32.0 * COPY4 as f64 / copy,
         f32_flops: 2.0 * work / f32_seconds,
         dot4_ops: 8.0 * work / dot4_seconds,
+        matrix_flops,
         matvec_bytes_per_s: matvec,
         launch_us: 1e6 * many / f64::from(launches),
     })
+}
+
+/// Workgroups that probe matrix units.
+const MATRIX_GROUPS: usize = 1024;
+
+/// Operations per second of the matrix units, two for a multiply-add.
+fn matrix_units(gpu: &Gpu, side: usize) -> Result<f64, EngineError> {
+    let tile = if side == 16 { RowTile::Sixteen } else { RowTile::Eight };
+    let variant = Variant { tile, ..Variant::default() };
+    let factors = gpu.buffer("matrices", (4 * side * side) as u64, Usage::Storage)?;
+    let sums = MATRIX_GROUPS * 4 * side * side;
+    let out = gpu.buffer("sums of matrices", 4 * (sums as u64 + 1), Usage::Storage)?;
+    let p = params::MatrixProbe { rounds: ROUNDS, subgroups_at: sums as u32 };
+    let record = |r: &mut Recording<'_>| {
+        r.launch(Kernel::MatrixProbe, variant, &p, &[&factors, &out], [MATRIX_GROUPS as u32, 1, 1]);
+    };
+    let time = seconds(gpu, &out, &record)?;
+    let mut r = Recording::new(gpu);
+    r.read::<f32>(&out, 4 * sums as u64, 1);
+    let read = r.submit()?.fetch()?;
+    let subgroups: Vec<f32> = read.first().map(|b| bytemuck::pod_collect_to_vec(b)).unwrap_or_default();
+    let each = 2.0 * (side * side * side) as f64 * 4.0 * f64::from(ROUNDS);
+    Ok(each * MATRIX_GROUPS as f64 * f64::from(subgroups.first().copied().unwrap_or(0.0)) / time)
 }
 
 /// vec4s of a side of the matrix: 16 MiB.

@@ -42,6 +42,8 @@ pub(crate) struct Gpu {
     most_in_chunk: Option<u64>,
     draws: bool,
     fast: bool,
+    /// Rows and columns of the matrices that its matrix units multiply, where this device may use them.
+    matrix_side: Option<usize>,
 }
 
 /// Bytes that may wait for their way to the device; fewer where that is the host's own memory, as what was once waiting there
@@ -56,9 +58,22 @@ impl Gpu {
     /// Opens the adapter that `wanted` names (a part of its name or its index), or the best one; rank `rank`
     /// takes its turn among equally good ones.
     pub(crate) fn open(wanted: Option<&str>, rank: usize) -> Result<Self, EngineError> {
+        Self::open_as(wanted, rank, false)
+    }
+
+    /// Opens one, where it has them with its matrix units: wgpu calls what they take an experiment, so that devices that
+    /// do without them are made without.
+    pub(crate) fn open_with_matrix_units(wanted: Option<&str>) -> Result<Self, EngineError> {
+        Self::open_as(wanted, 0, true)
+    }
+
+    fn open_as(wanted: Option<&str>, rank: usize, with_units: bool) -> Result<Self, EngineError> {
         let Candidate { adapter, report } = super::report::choose(wanted, rank)?;
-        let Idle { device, queue, pipelines, kept, failure } =
-            idle::take(report.index, &report.name).map_or_else(|| make(&adapter, &report.name), Ok)?;
+        let matrix_side = if with_units { matrix_side(&adapter) } else { None };
+        let units = matrix_side.is_some();
+        let Idle { device, queue, pipelines, kept, failure, .. } =
+            idle::take(report.index, &report.name, units)
+                .map_or_else(|| make(&adapter, &report.name, units), Ok)?;
         if let Some(note) = &report.tuning.note {
             tracing::info!("{}: {note}; rules choose its kernels", report.name);
         }
@@ -79,6 +94,7 @@ impl Gpu {
             most_in_chunk: None,
             draws: report.kind != "cpu",
             fast: false,
+            matrix_side,
             failure,
             next_buffer_id: AtomicU64::new(0),
             uploading: AtomicU64::new(0),
@@ -167,6 +183,11 @@ impl Gpu {
         self.fast = fast;
     }
 
+    /// Rows and columns of the matrices of f16 that its matrix units multiply and add in f32, where this device may use them.
+    pub(crate) fn matrix_side(&self) -> Option<usize> {
+        self.matrix_side
+    }
+
     /// What rows are where they may be rounded: a CPU is quicker with f32 where it has enough rows to widen weights once
     /// for, and takes bytes for fewer.
     fn rows(&self) -> fn(RowTile) -> Rows {
@@ -232,26 +253,56 @@ impl Drop for Gpu {
             }
             let (device, queue) = (self.device.clone(), self.queue.clone());
             let (kept, failure) = (self.kept.take(), self.failure.clone());
-            idle::put(self.adapter, &self.name, Idle { device, queue, pipelines, kept, failure });
+            let matrix_units = self.matrix_side.is_some();
+            let idle = Idle { device, queue, matrix_units, pipelines, kept, failure };
+            idle::put(self.adapter, &self.name, idle);
         }
     }
 }
 
-/// A new device of an adapter called `name`, with all that the adapter has.
-fn make(adapter: &wgpu::Adapter, name: &str) -> Result<Idle, EngineError> {
+/// Rows and columns of the largest matrices of f16 that an adapter's matrix units multiply and add in f32, of those that
+/// kernels can ask for.
+fn matrix_side(adapter: &wgpu::Adapter) -> Option<usize> {
+    use wgpu::CooperativeScalarType::{F16, F32};
+    let needed = MATRIX_FEATURES | wgpu::Features::SUBGROUP;
+    let offered = adapter.cooperative_matrix_properties();
+    let has = |side: u32| {
+        offered.iter().any(|of| {
+            [of.m_size, of.n_size, of.k_size] == [side; 3] && (of.ab_type, of.cr_type) == (F16, F32)
+        })
+    };
+    let side = [16, 8].into_iter().find(|&side| has(side))?;
+    adapter.features().contains(needed).then_some(side as usize)
+}
+
+/// What kernels of matrix units need besides subgroups.
+const MATRIX_FEATURES: wgpu::Features =
+    wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX.union(wgpu::Features::SHADER_F16);
+
+/// A new device of an adapter called `name`, with all that the adapter has, but matrix units where they are not asked for.
+fn make(adapter: &wgpu::Adapter, name: &str, matrix_units: bool) -> Result<Idle, EngineError> {
     let memory_hints = match adapter.get_info().device_type {
         wgpu::DeviceType::Cpu => wgpu::MemoryHints::MemoryUsage,
         _ => wgpu::MemoryHints::Performance,
     };
+    // SAFETY: what wgpu asks for is that its defects are reckoned with. The one kernel that uses matrix units is compared with
+    // its twin by `exflow selftest`, in which it says what the adapter made of it.
+    let experimental_features = match matrix_units {
+        true => unsafe { wgpu::ExperimentalFeatures::enabled() },
+        false => wgpu::ExperimentalFeatures::disabled(),
+    };
+    let units = if matrix_units { MATRIX_FEATURES } else { wgpu::Features::empty() };
     let descriptor = wgpu::DeviceDescriptor {
         label: Some("exflow rank"),
         memory_hints,
+        experimental_features,
         required_limits: adapter.limits(),
         required_features: adapter.features()
             & (wgpu::Features::SUBGROUP
                 | wgpu::Features::PIPELINE_CACHE
                 | wgpu::Features::TIMESTAMP_QUERY
-                | wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES),
+                | wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES
+                | units),
         ..Default::default()
     };
     let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).map_err(|e| {
@@ -268,5 +319,5 @@ fn make(adapter: &wgpu::Adapter, name: &str) -> Result<Idle, EngineError> {
         }
     }));
     let kept = Kept::open(&device, &adapter.get_info());
-    Ok(Idle { device, queue, pipelines: PipelineCache::default(), kept, failure })
+    Ok(Idle { device, queue, matrix_units, pipelines: PipelineCache::default(), kept, failure })
 }

@@ -9,6 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub(super) struct Idle {
     pub(super) device: wgpu::Device,
     pub(super) queue: wgpu::Queue,
+    /// Whether kernels may use the adapter's matrix units.
+    pub(super) matrix_units: bool,
     pub(super) pipelines: PipelineCache,
     pub(super) kept: Option<Kept>,
     /// Where the device's error callback leaves the first error.
@@ -21,10 +23,12 @@ static IDLE: Mutex<Vec<((usize, String), Idle)>> = Mutex::new(Vec::new());
 /// As many as one process's ranks usually are: more would only hold memory.
 const MOST: usize = 8;
 
-/// A device of that adapter, if one waits.
-pub(super) fn take(adapter: usize, name: &str) -> Option<Idle> {
+/// A device of that adapter, with its matrix units or without, if one waits.
+pub(super) fn take(adapter: usize, name: &str, matrix_units: bool) -> Option<Idle> {
     let mut idle = IDLE.lock().unwrap_or_else(PoisonError::into_inner);
-    let found = idle.iter().rposition(|((index, known), _)| (*index, known.as_str()) == (adapter, name))?;
+    let found = idle.iter().rposition(|((index, known), device)| {
+        (*index, known.as_str(), device.matrix_units) == (adapter, name, matrix_units)
+    })?;
     Some(idle.swap_remove(found).1)
 }
 

@@ -351,6 +351,31 @@ impl Bench {
         Ok(if got == expected { 0.0 } else { 1.0 })
     }
 
+    /// The side that the device offers; nothing where it offers none, or another.
+    pub(super) fn matrix_probe(
+        &self,
+        variant: Variant,
+        rows: usize,
+        v: &mut Values,
+    ) -> Result<f64, EngineError> {
+        let side = variant.tile_rows();
+        if self.gpu.matrix_side() != Some(side) {
+            return Ok(0.0);
+        }
+        // Small whole numbers: sums are exact in any order.
+        let factors: Vec<f32> = v.below(9, 2 * side * side).iter().map(|&n| n as f32 - 4.0).collect();
+        let halves: Vec<u16> = factors.iter().map(|&v| half::f16::from_f32(v).to_bits()).collect();
+        let count = 2 * 4 * side * side;
+        let mut expected: Vec<f32> = v.below(100, count).iter().map(|&n| n as f32).collect();
+        let p = params::MatrixProbe { rounds: rows as u32, subgroups_at: count as u32 };
+        let out = self.up(&[&expected[..], &[0.0]].concat())?;
+        reference::matrix_probe(&p, side, &factors, &mut expected);
+        let buffers = [&self.up(&halves)?, &out];
+        let mut got = self.run::<_, f32>(Kernel::MatrixProbe, variant, &p, &buffers, [2, 1, 1], count + 1)?;
+        let subgroups = got.pop().unwrap_or_default();
+        Ok(error(&expected, &got).max(f64::from(u8::from(subgroups < 1.0))))
+    }
+
     pub(super) fn probe(&self, variant: Variant, rows: usize) -> Result<f64, EngineError> {
         let p = params::Probe { rounds: rows as u32, factor: 0.5, bytes: 0x01fe_037f };
         let lanes = 2 * self.gpu.workgroup() as usize;

@@ -43,7 +43,7 @@ pub fn selftest(adapter: Option<&str>, sink: &mut dyn FnMut(&KernelCheck)) -> Re
     }
     let mut all = true;
     for name in wanted {
-        let bench = Bench { gpu: Gpu::open(Some(&name), 0)?, last: RefCell::default() };
+        let bench = Bench { gpu: Gpu::open_with_matrix_units(Some(&name))?, last: RefCell::default() };
         for kernel in Kernel::ALL {
             for rows in [1, 7, 64, 65] {
                 let mut bits = None;
@@ -122,6 +122,7 @@ impl Bench {
             Kernel::Argmax => self.argmax(rows, &mut values)?,
             Kernel::Sample => self.sample(rows, &mut values)?,
             Kernel::Probe => self.probe(variant, rows)?,
+            Kernel::MatrixProbe => self.matrix_probe(variant, rows, &mut values)?,
         };
         let mut variant_text = String::new();
         if kernel == Kernel::ExpertUp {
@@ -153,6 +154,9 @@ impl Bench {
         }
         if variant.image {
             variant_text += ", texture";
+        }
+        if kernel.needs_matrix_units() && self.gpu.matrix_side() != Some(variant.tile_rows()) {
+            variant_text += ": not offered";
         }
         Ok(KernelCheck {
             adapter: self.gpu.name().to_owned(),

@@ -7,7 +7,8 @@ use exflow::engine::{DeviceRates, bench_device};
 /// Measures copies, arithmetic and launches of an adapter
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "f32 and dot4 are rates on registers; kernels that also load reach a part of them.\n\n\
+    after_help = "f32, dot4 and matrix units (of f16, with sums in f32; left out where the adapter offers none) are rates on registers; kernels\n\
+                        that also load reach a part of them.\n\n\
                         Example:\n  exflow bench device --format json"
 )]
 pub(crate) struct Args {
@@ -32,8 +33,12 @@ pub(super) fn describe(rates: &DeviceRates) -> String {
         Some(threads) => format!(" (LP_NUM_THREADS={threads})"),
         None => String::new(),
     };
+    let units = match rates.matrix_flops {
+        Some(flops) => format!("matrix units {:.1} GFLOP/s, ", flops / 1e9),
+        None => String::new(),
+    };
     format!(
-        "{}{threads}: copies {:.1} GB/s, f32 {:.1} GFLOP/s, dot4 {:.1} GOP/s, products with a row {:.1} GB/s, a launch {:.1} µs\n",
+        "{}{threads}: copies {:.1} GB/s, f32 {:.1} GFLOP/s, dot4 {:.1} GOP/s, {units}products with a row {:.1} GB/s, a launch {:.1} µs\n",
         rates.adapter,
         rates.copy_bytes_per_s / 1e9,
         rates.f32_flops / 1e9,
