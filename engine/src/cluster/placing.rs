@@ -85,34 +85,21 @@ pub(crate) fn decide(
             return Err(Decline::Never(sizes.overfull(rank, held, room[rank])));
         }
     }
-    let ClusterOptions {
-        strategy,
-        combine,
-        dtype,
-        quant,
-        numerics,
-        kv_dtype,
-        kv_wire,
-        schedule,
-        prefill,
-        overlap,
-        ..
-    } = *options;
     let to_hold = if options.room_for_moves { with_moves(&table) } else { held };
     let cache_blocks = sizes.cache_blocks(roster, offers, &to_hold);
     base.cache_blocks.get_or_insert(cache_blocks);
     let groups = groups(options, roster);
     Ok(Plan {
-        strategy,
-        combine,
-        dtype,
-        quant,
-        numerics,
-        kv_dtype,
-        kv_wire,
-        schedule,
-        prefill,
-        overlap,
+        strategy: options.strategy,
+        combine: options.combine,
+        dtype: options.dtype,
+        quant: options.quant,
+        numerics: options.numerics,
+        kv_dtype: options.kv_dtype,
+        kv_wire: options.kv_wire,
+        schedule: options.schedule,
+        prefill: options.prefill,
+        overlap: options.overlap,
         groups,
         cache_blocks,
         table,

@@ -40,20 +40,12 @@ impl Worker {
         let start = Admission { prompt: vec![0; tokens], max_tokens: 1, ..Admission::default() };
         sequences.apply(Order::Admit(start))?;
         let mut stepper = Stepper {
-            decoder: &mut self.decoder,
-            comm: self.comm.as_mut(),
-            tables: &self.tables,
-            strategy: self.options.strategy,
-            combine: self.options.combine,
-            prefill: self.options.prefill,
-            overlap: self.options.overlap,
-            groups: &self.options.groups,
             sequences: &sequences,
             coherence: &mut Coherence::default(),
             stats: &mut RankStats::default(),
             round: &mut 0,
             peers: &mut Default::default(),
-            payloads: &mut self.payloads,
+            ..self.stepper()
         };
         with(&mut stepper)
     }
