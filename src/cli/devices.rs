@@ -15,15 +15,16 @@ pub(crate) struct Args {
     /// How the result is written
     #[arg(long, value_enum, default_value = "text")]
     format: Format,
-    /// Measures which variants of the kernels are the quickest here, and keeps that for every later run
-    #[arg(long)]
-    pub(super) tune: bool,
+    /// Measures which variants of the kernels are the quickest here, and keeps that for every later run; with TYPES
+    /// (f32, f16, q8, q4, mx4) for weights of those alone
+    #[arg(long, value_name = "TYPES", num_args = 0.., value_delimiter = ',')]
+    pub(super) tune: Option<Vec<String>>,
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
-    if args.tune {
+    if let Some(types) = &args.tune {
         for device in engine::devices() {
-            let (name, seconds) = engine::tune(Some(&device.index.to_string()))?;
+            let (name, seconds) = engine::tune(Some(&device.index.to_string()), types)?;
             output::note(&format!("{name}: measured in {seconds:.1} s"));
             if device.kind == "cpu" && engine::launch_threads_set().is_none() {
                 engine::keep_pool_from_bytes(pool_from_bytes(device.index)?)?;
@@ -122,8 +123,13 @@ fn describe(device: &DeviceReport) -> String {
 }
 
 /// What chose the variants of the kernels that run here; all of them give the same bits.
-fn kernels(device: &DeviceReport) -> &'static str {
-    if device.tuning.measured { "as measured here" } else { "by rules (--tune measures)" }
+fn kernels(device: &DeviceReport) -> String {
+    let tuning = &device.tuning;
+    match (tuning.measured, tuning.by_rule.is_empty()) {
+        (false, _) => "by rules (--tune measures)".to_owned(),
+        (true, true) => "as measured here".to_owned(),
+        (true, false) => format!("as measured here, by rules for {}", tuning.by_rule.join(", ")),
+    }
 }
 
 /// What runs on matrices of one form.
@@ -131,11 +137,13 @@ fn variants(form: &str, of: &FormTuning) -> String {
     let memory = if of.textures { "textures" } else { "buffers" };
     let lanes = if of.subgroups { "subgroup" } else { "plain" };
     let tiles = |tiles: &[TileUpTo]| {
-        let each: Vec<_> = tiles.iter().map(|of| format!("{} up to {}", of.tile, of.rows)).collect();
+        let kind = |of: &TileUpTo| if of.as_f32 { " as f32" } else { "" };
+        let each: Vec<_> =
+            tiles.iter().map(|of| format!("{}{} up to {}", of.tile, kind(of), of.rows)).collect();
         each.join(", ")
     };
     format!(
-        "{form:<4} {memory}, {lanes}; rows in a tile: {}; of experts: {}",
+        "{form:<8} {memory}, {lanes}; rows in a tile: {}; of experts: {}",
         tiles(&of.linear),
         tiles(&of.experts)
     )

@@ -79,7 +79,7 @@ impl Verb {
             Self::Plan(args) => args.ranks.hosted(),
             Self::Bench(args) => args.device_ranks(),
             // Launches are measured without a pool, whose threads others disturb.
-            Self::Devices(args) => usize::from(args.tune),
+            Self::Devices(args) => usize::from(args.tune.is_some()),
             Self::Place(_) | Self::Simulate(_) | Self::Report(_) | Self::Selftest(_) => 1,
             Self::Completions(_) | Self::Man(_) | Self::Doctor(_) | Self::Cert(_) => 1,
             Self::Worker(args) => flags::hosted(&args.model, 1),

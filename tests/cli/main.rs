@@ -7,6 +7,7 @@ mod models;
 
 use common::tiny::{Folder, Tiny};
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -153,52 +154,59 @@ fn what_was_measured_is_what_runs() {
     assert_eq!(rules["measured"], false);
     let path = rules["path"].as_str().expect("a place for the file").to_owned();
     assert!(Path::new(&path).starts_with(caches.path()) && !Path::new(&path).exists());
-    assert!(run(&["devices", "--tune"]).contains("as measured here"));
+    let told = run(&["devices", "--tune", "f32"]);
+    assert!(
+        told.contains("as measured here, by rules for f16, mx4, mx4_fast, q4, q4_fast, q8, q8_fast"),
+        "{told}"
+    );
     assert_eq!(kernels()["measured"], true);
 
-    // Another choice than the rules' and than any measured one, by hand: the launches follow it, the text stays.
+    // Other choices than the rules' and than any measured one, by hand: the launches follow them, the text stays.
     let model = tiny();
-    let launches = |name: &str| -> (String, Vec<(u64, bool, bool)>) {
+    let launches = |name: &str, more: &[&str]| -> (String, BTreeSet<String>) {
         let trace = caches.path().join(name);
-        let out = run(&[
-            "generate",
-            "-m",
-            utf8(model.path()),
-            "--prompt-ids",
-            "1,2,3",
-            "-n",
-            "4",
-            "--trace-out",
-            utf8(&trace),
-        ]);
+        let args = ["generate", "-m", utf8(model.path()), "--prompt-ids", "1,2,3", "-n", "4", "--trace-out"];
+        let out = run(&[&args[..], &[utf8(&trace)], more].concat());
         let events: Value = serde_json::from_slice(&fs::read(&trace).expect("a trace")).expect("JSON");
         let all = events.as_array().expect("events").iter().map(|event| &event["args"]);
         let linear = all.filter(|args| args["kernel"].as_str().is_some_and(|name| name.contains("linear")));
-        let bool_of = |value: &Value| value.to_string().contains("true");
-        let number = |value: &Value| value.to_string().trim_matches('"').parse().expect("a number");
-        let of =
-            |args: &Value| (number(&args["tile"]), bool_of(&args["subgroup"]), bool_of(&args["texture"]));
+        let of = |args: &Value| {
+            let told = ["tile", "subgroup", "texture", "rows"].map(|name| args[name].to_string());
+            told.join(" ").replace('"', "")
+        };
         (out, linear.map(of).collect())
     };
-    let (measured, _) = launches("measured.json");
+    let fast = ["--quant", "q8_0", "--numerics", "fast"];
+    let (measured, _) = launches("measured.json", &[]);
+    let (rounded, _) = launches("rounded.json", &fast);
     let mut file: Value = serde_json::from_slice(&fs::read(&path).expect("a file")).expect("JSON");
     file["weights"]["f32"] = serde_json::json!({
         "textures": false, "subgroups": false,
         "linear": [{ "rows": 1, "tile": 4 }], "experts": [{ "rows": 1, "tile": 8 }],
     });
+    file["weights"]["q8_fast"] = serde_json::json!({
+        "textures": false, "subgroups": false,
+        "linear": [{ "rows": 1, "tile": 2, "as_f32": true }], "experts": [{ "rows": 1, "tile": 4 }],
+    });
     fs::write(&path, file.to_string()).expect("writes");
-    let (forced, linear) = launches("forced.json");
-    assert_eq!(forced, measured, "the same text");
-    if !linear.is_empty() {
-        assert!(linear.iter().all(|launch| *launch == (4, false, false)), "{linear:?}");
+    for (more, before, launch) in
+        [(&[][..], &measured, "4 false false F32"), (&fast, &rounded, "2 false false BytesAsF32")]
+    {
+        let (forced, linear) = launches("forced.json", more);
+        assert_eq!(forced, *before, "the same text");
+        assert!(linear.iter().all(|of| of == launch), "{linear:?}"); // none where the device has no clock
     }
-    assert!(run(&["devices"]).contains("f32  buffers, plain; rows in a tile: 4 up to 1"));
+    let told = run(&["devices"]);
+    assert!(told.contains("f32      buffers, plain; rows in a tile: 4 up to 1"), "{told}");
+    assert!(
+        told.contains("q8_fast  buffers, plain; rows in a tile: 2 as f32 up to 1; of experts: 4 up to 1")
+    );
 
     // A file about another driver is told of and passed over.
     file["subject"]["driver"] = "another".into();
     fs::write(&path, file.to_string()).expect("writes");
     assert!(run(&["devices"]).contains("is ignored: measured with another version of its driver"));
-    assert_eq!((kernels()["measured"].clone(), launches("stale.json").0), (false.into(), measured));
+    assert_eq!((kernels()["measured"].clone(), launches("stale.json", &[]).0), (false.into(), measured));
 }
 
 #[test]

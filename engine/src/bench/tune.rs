@@ -3,27 +3,38 @@
 
 use crate::EngineError;
 use crate::gpu::{
-    Buffer, Cut, EXPERT_ROWS, FormTuning, Gpu, LINEAR_ROWS, Recording, TileUpTo, Tuning, Usage, devices,
-    form_name,
+    Buffer, Cut, EXPERT_ROWS, Form, FormTuning, Gpu, LINEAR_ROWS, Recording, TileUpTo, Tuning, Usage,
+    devices, weights_name,
 };
 use crate::weights::pack;
 use exflow_shaders::params::{self, Pair, Tile};
-use exflow_shaders::{Activation, Kernel, LANE_COLUMNS4, RowTile, Variant, Weights};
+use exflow_shaders::{Activation, Kernel, LANE_COLUMNS4, RowTile, Rows, Variant, Weights};
 use std::time::Instant;
 
-/// Measures the adapter that `adapter` names (the best one: `None`), keeps what was found in its file, and returns the
-/// adapter's name with the seconds that it took.
+/// Measures the adapter that `adapter` names (the best one: `None`) with weights of the types that `types` names (all:
+/// none), keeps what was found in its file beside what is there of others, and returns the adapter's name with the seconds
+/// that it took.
 ///
 /// # Errors
-/// No such adapter, one that fails, or no folder to keep the file in.
-pub fn tune(adapter: Option<&str>) -> Result<(String, f64), EngineError> {
+/// No such type or adapter, one that fails, or no folder to keep the file in.
+pub fn tune(adapter: Option<&str>, types: &[String]) -> Result<(String, f64), EngineError> {
+    let types: Vec<Weights> = types.iter().map(|name| named(name)).collect::<Result<_, _>>()?;
     let gpu = Gpu::open(adapter, 0)?;
     let started = Instant::now();
-    let tuning = measure(&gpu)?;
+    let wanted = |form: &Form| types.is_empty() || types.contains(&form.weights);
+    let of = |form: Form| Ok((form.name(), Probe::new(&gpu, form)?.tuned()?));
+    let tuning: Tuning = Form::all().filter(wanted).map(of).collect::<Result<_, EngineError>>()?;
     let report = devices().into_iter().find(|device| device.index == gpu.adapter());
     let report = report.ok_or_else(|| EngineError::gpu("the adapter is gone", "try again"))?;
-    report.keep_tuning(&tuning)?;
+    report.keep_tuning(tuning)?;
     Ok((report.name, started.elapsed().as_secs_f64()))
+}
+
+fn named(name: &str) -> Result<Weights, EngineError> {
+    Weights::ALL.into_iter().find(|weights| weights_name(*weights) == name).ok_or_else(|| {
+        let known = Weights::ALL.map(weights_name).join(", ");
+        EngineError::usage(format!("no such type of weights: {name}"), format!("choose among {known}"))
+    })
 }
 
 /// What another variant must gain on the one that the rules choose: less is noise.
@@ -33,15 +44,13 @@ const PASSES: usize = 3;
 /// Experts of the grouped launches, and half of the average that each of them has in rows: loads differ.
 const HALVES: [usize; 8] = [1, 2, 4, 2, 0, 2, 3, 2];
 
-fn measure(gpu: &Gpu) -> Result<Tuning, EngineError> {
-    let of = |form| Ok((form_name(form), Probe::new(gpu, form)?.tuned()?));
-    Weights::ALL.into_iter().map(of).collect()
-}
+/// Rows that a lane works on at once, and what they are.
+type Choice = (RowTile, Rows);
 
 /// Matrices in one form with rows for them.
 struct Probe<'g> {
     gpu: &'g Gpu,
-    form: Weights,
+    form: Form,
     /// vec4s of rows and of columns of a matrix.
     side4: usize,
     /// Two matrices for each of the experts; products take the first of them.
@@ -59,14 +68,14 @@ struct Way {
 }
 
 impl<'g> Probe<'g> {
-    fn new(gpu: &'g Gpu, form: Weights) -> Result<Self, EngineError> {
+    fn new(gpu: &'g Gpu, form: Form) -> Result<Self, EngineError> {
         // Beyond what launches themselves cost, and within a second.
         let side4 = if gpu.is_cpu() { 96 } else { 256 };
         let side = 4 * side4;
         let value = |i: usize| (i.wrapping_mul(2_654_435_761) % 2001) as f32 / 1000.0 - 1.0;
         let values: Vec<f32> = (0..side * side).map(value).collect();
         let shape = pack::Shape { height: side, columns: side };
-        let one = pack::pack(form, &values, shape)
+        let one = pack::pack(form.weights, &values, shape)
             .map_err(|value| EngineError::Internal(format!("{value} is beyond what {form:?} holds")))?;
         let most = EXPERT_ROWS.last().map_or(0, |rows| pairs(*rows).0.len());
         let x: Vec<f32> = (0..most * side).map(value).collect();
@@ -92,37 +101,38 @@ impl<'g> Probe<'g> {
         let ways: Vec<Way> =
             able.map(|(textures, subgroups)| self.way(textures, subgroups)).collect::<Result<_, _>>()?;
         let first = ways.iter().position(|way| (way.textures, way.subgroups) == rule).unwrap_or(0);
+        let rules = Cut::rules(self.form, self.gpu.is_cpu());
         // Each of both counts as much as it gains.
         let times = |of: usize| {
-            let both =
-                self.linear(&ways[of], RowTile::One, 1)? * self.linear(&ways[of], RowTile::Eight, 8)?;
-            Ok(both.sqrt())
+            let [one, eight] = [1, 8].map(|rows| self.linear(&ways[of], choice(rules.linear(rows)), rows));
+            Ok((one? * eight?).sqrt())
         };
         let way = &ways[least(first, ways.len(), &times)?];
-        let rules = Cut::rules(self.form);
         let tiles = |points: &[usize],
                      rule: &dyn Fn(usize) -> Variant,
-                     time: &dyn Fn(RowTile, usize) -> Result<f64, EngineError>| {
+                     time: &dyn Fn(Choice, usize) -> Result<f64, EngineError>| {
             let of = |&rows: &usize| {
-                let tile = quickest(rule(rows).tile, rows, &|tile| time(tile, rows))?.rows();
-                Ok(TileUpTo { rows, tile })
+                let rule = choice(rule(rows));
+                let found = quickest(rule, self.form.rows(), rows, &|choice| time(choice, rows))?;
+                Ok(TileUpTo::of(rows, self.variant(way, found)))
             };
             points.iter().map(of).collect::<Result<Vec<_>, EngineError>>()
         };
         Ok(FormTuning {
             textures: way.textures,
             subgroups: way.subgroups,
-            linear: tiles(&LINEAR_ROWS, &|rows| rules.linear(rows), &|tile, rows| {
-                self.linear(way, tile, rows)
+            linear: tiles(&LINEAR_ROWS, &|rows| rules.linear(rows), &|choice, rows| {
+                self.linear(way, choice, rows)
             })?,
-            experts: tiles(&EXPERT_ROWS, &|rows| rules.each(rows), &|tile, rows| {
-                self.experts(way, tile, rows)
+            experts: tiles(&EXPERT_ROWS, &|rows| rules.each(rows), &|choice, rows| {
+                self.experts(way, choice, rows)
             })?,
         })
     }
 
-    fn variant(&self, way: &Way, tile: RowTile) -> Variant {
-        Variant { tile, weights: self.form, subgroup: way.subgroups, ..Variant::default() }
+    fn variant(&self, way: &Way, (tile, rows): Choice) -> Variant {
+        let weights = self.form.weights;
+        Variant { tile, weights, rows, subgroup: way.subgroups, ..Variant::default() }
     }
 
     fn columns(&self) -> u32 {
@@ -130,19 +140,19 @@ impl<'g> Probe<'g> {
     }
 
     /// Seconds of a product of `rows` rows.
-    fn linear(&self, way: &Way, tile: RowTile, rows: usize) -> Result<f64, EngineError> {
-        let p = super::square_product(self.form, self.side4, rows);
+    fn linear(&self, way: &Way, choice: Choice, rows: usize) -> Result<f64, EngineError> {
+        let p = super::square_product(self.form.weights, self.side4, rows);
         let [x, y] = &self.rows;
         let buffers = [x, &way.matrix, x, x, y];
-        let groups = [rows.div_ceil(tile.rows()) as u32, self.columns(), 1];
-        let variant = self.variant(way, tile);
+        let groups = [rows.div_ceil(choice.0.rows()) as u32, self.columns(), 1];
+        let variant = self.variant(way, choice);
         seconds(self.gpu, y, &|r| r.launch(Kernel::Linear, variant, &p, &buffers, groups))
     }
 
     /// Seconds of the first matrices of experts with `rows` rows each on average.
-    fn experts(&self, way: &Way, tile: RowTile, rows: usize) -> Result<f64, EngineError> {
+    fn experts(&self, way: &Way, choice: Choice, rows: usize) -> Result<f64, EngineError> {
         let (h4, i4) = (self.side4 as u32, self.side4 as u32);
-        let (w_units, w_stride) = self.form.units(4 * self.side4);
+        let (w_units, w_stride) = self.form.weights.units(4 * self.side4);
         let p = params::ExpertUp {
             h4,
             i4,
@@ -152,26 +162,33 @@ impl<'g> Probe<'g> {
             ..params::ExpertUp::default()
         };
         let (pairs, counts) = pairs(rows);
-        let tiles = tiles(&counts, tile.rows());
+        let tiles = tiles(&counts, choice.0.rows());
         let groups = [tiles.len() as u32, self.columns(), 1];
         let (pairs, tiles) = (self.gpu.buffer_of("pairs", &pairs)?, self.gpu.buffer_of("tiles", &tiles)?);
         let [x, y] = &self.rows;
         let buffers = [x, &way.experts, &pairs, &tiles, x, y];
-        let variant = Variant { activation: Activation::SwiGlu, ..self.variant(way, tile) };
+        let variant = Variant { activation: Activation::SwiGlu, ..self.variant(way, choice) };
         seconds(self.gpu, y, &|r| r.launch(Kernel::ExpertUp, variant, &p, &buffers, groups))
     }
 }
 
-/// The tile that takes the least time for `rows` rows, among those that could: the others waste most of their work, or
-/// load each weight many times.
+fn choice(variant: Variant) -> Choice {
+    (variant.tile, variant.rows)
+}
+
+/// The tile that takes the least time for `rows` rows, and what these are, among those that could: the other tiles waste
+/// most of their work, or load each weight many times.
 fn quickest(
-    rule: RowTile,
+    rule: Choice,
+    kinds: &[Rows],
     rows: usize,
-    time: &dyn Fn(RowTile) -> Result<f64, EngineError>,
-) -> Result<RowTile, EngineError> {
-    let could = |tile: &RowTile| tile.rows() <= 2 * rows && 8 * tile.rows() >= rows && *tile != rule;
-    let tiles: Vec<RowTile> = std::iter::once(rule).chain(RowTile::ALL.into_iter().filter(could)).collect();
-    Ok(tiles[least(0, tiles.len(), &|of| time(tiles[of]))?])
+    time: &dyn Fn(Choice) -> Result<f64, EngineError>,
+) -> Result<Choice, EngineError> {
+    let could = |tile: &RowTile| tile.rows() <= 2 * rows && 8 * tile.rows() >= rows;
+    let all = RowTile::ALL.into_iter().filter(could);
+    let all = all.flat_map(|tile| kinds.iter().map(move |&kind| (tile, kind)));
+    let choices: Vec<Choice> = std::iter::once(rule).chain(all.filter(|choice| *choice != rule)).collect();
+    Ok(choices[least(0, choices.len(), &|of| time(choices[of]))?])
 }
 
 /// Which of `count` candidates takes the least time; `rule` does unless another gains something.
@@ -232,10 +249,17 @@ mod tests {
     #[test]
     fn every_form_gets_tiles_that_the_file_may_hold() {
         let gpu = Gpu::open(None, 0).expect("an adapter");
-        let found = Probe::new(&gpu, Weights::Q8).and_then(|probe| probe.tuned()).expect("measures");
+        let form = Form::new(Weights::Q8, true);
+        let found = Probe::new(&gpu, form).and_then(|probe| probe.tuned()).expect("measures");
         let rows = |tiles: &[TileUpTo]| tiles.iter().map(|of| of.rows).collect::<Vec<_>>();
         assert_eq!((rows(&found.linear), rows(&found.experts)), (LINEAR_ROWS.into(), EXPERT_ROWS.into()));
-        assert_eq!(found.check(), Ok(()));
+        assert_eq!(found.check(form), Ok(()));
+    }
+
+    #[test]
+    fn a_type_that_there_is_not_is_told_of() {
+        let error = tune(None, &["q7".to_owned()]).expect_err("no such type").to_string();
+        assert!(error.contains("no such type of weights: q7"), "{error}");
     }
 
     #[test]
@@ -254,12 +278,31 @@ mod tests {
 
     #[test]
     fn another_tile_has_to_gain_something() {
-        let time = |of: [f64; 5]| {
-            move |tile: RowTile| Ok(of[RowTile::ALL.iter().position(|known| *known == tile).expect("known")])
+        let at = |tile: RowTile| RowTile::ALL.iter().position(|known| *known == tile).expect("known");
+        let chosen = |of: [f64; 5]| {
+            quickest((RowTile::Four, Rows::F32), &[Rows::F32], 4, &|(tile, _)| Ok(of[at(tile)]))
+                .expect("times")
+                .0
         };
-        let chosen = |of| quickest(RowTile::Four, 4, &time(of)).expect("times");
         assert_eq!(chosen([1.0, 1.0, 1.0, 0.92, 0.1]), RowTile::Four, "16 rows would be thrown away");
         assert_eq!(chosen([1.0, 1.0, 1.0, 0.8, 1.0]), RowTile::Eight);
         assert_eq!(chosen([0.8, 0.7, 1.0, 0.9, 1.0]), RowTile::Two);
+    }
+
+    #[test]
+    fn what_rows_are_is_measured_where_they_may_be_rounded() {
+        let chosen = |bytes: f64, floats: f64| {
+            let rule = (RowTile::Four, Rows::Bytes);
+            let time = |choice: Choice| {
+                Ok(match choice {
+                    (RowTile::Four, Rows::Bytes) => bytes,
+                    (RowTile::Eight, Rows::BytesAsF32) => floats,
+                    _ => 1.0,
+                })
+            };
+            quickest(rule, Form::new(Weights::Q4, true).rows(), 4, &time).expect("times")
+        };
+        assert_eq!(chosen(0.9, 0.7), (RowTile::Eight, Rows::BytesAsF32));
+        assert_eq!(chosen(0.7, 0.68), (RowTile::Four, Rows::Bytes));
     }
 }

@@ -5,9 +5,9 @@ use super::kept::Kept;
 use super::pipelines::{PipelineCache, Pipelines};
 use super::recording::Ahead;
 use super::report::Candidate;
-use super::tuning::{Cut, Tuning, form_name};
+use super::tuning::{Cut, Form, Tuning};
 use crate::EngineError;
-use exflow_shaders::{RowTile, Rows, Weights};
+use exflow_shaders::Weights;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -80,7 +80,7 @@ impl Gpu {
         Ok(Self {
             is_cpu: report.kind == "cpu",
             hands_over: device.features().contains(wgpu::Features::SUBGROUP) && report.has_lanes(),
-            tuning: if report.tuning.measured { report.tuning.weights } else { Tuning::new() },
+            tuning: report.tuning.found(),
             name: report.name,
             adapter: report.index,
             handle: adapter,
@@ -188,19 +188,10 @@ impl Gpu {
         self.matrix_side
     }
 
-    /// What rows are where they may be rounded: a CPU is quicker with f32 where it has enough rows to widen weights once
-    /// for, and takes bytes for fewer.
-    fn rows(&self) -> fn(RowTile) -> Rows {
-        match (self.fast, self.is_cpu) {
-            (false, _) => |_| Rows::F32,
-            (true, false) => |_| Rows::Bytes,
-            (true, true) => |tile| if tile > RowTile::Two { Rows::BytesAsF32 } else { Rows::Bytes },
-        }
-    }
-
     /// How matrices in this form are worked on.
     pub(crate) fn cut(&self, form: Weights) -> Cut<'_> {
-        Cut { form, rows: self.rows(), tuned: self.tuning.get(&form_name(form)) }
+        let form = Form::new(form, self.fast);
+        Cut { form, is_cpu: self.is_cpu, tuned: self.tuning.get(&form.name()) }
     }
 
     /// Whether matrices in this form are textures, where they fit into one.

@@ -24,5 +24,5 @@ pub(crate) use recording::Recording;
 pub(crate) use report::chosen;
 pub use report::{DeviceReport, devices, launch_threads_set, prepare_process};
 pub use threads::{keep_pool_from_bytes, pool_from_bytes};
-pub(crate) use tuning::{Cut, EXPERT_ROWS, LINEAR_ROWS, Tuning, form_name};
+pub(crate) use tuning::{Cut, EXPERT_ROWS, Form, LINEAR_ROWS, Tuning, weights_name};
 pub use tuning::{FormTuning, TileUpTo, TuningReport};

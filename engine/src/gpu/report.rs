@@ -1,8 +1,7 @@
 //! Which adapters this machine has, and which one a rank takes.
 
-use super::tuning::{FormTuning, Subject, TuningReport, form_name};
+use super::tuning::{Form, FormTuning, Subject, TuningReport};
 use crate::EngineError;
-use exflow_shaders::Weights;
 use serde::Serialize;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -195,20 +194,24 @@ impl DeviceReport {
             Ok(found) => (found, None),
             Err(why) => (None, Some(why)),
         };
-        let (textures, subgroups) = (self.kind == "cpu", self.has_lanes());
-        let rule = |form| (form_name(form), FormTuning::by_rule(form, textures, subgroups));
-        let mut weights: super::Tuning = Weights::ALL.into_iter().map(rule).collect();
+        let (is_cpu, subgroups) = (self.kind == "cpu", self.has_lanes());
+        let rule = |form: Form| (form.name(), FormTuning::by_rule(form, is_cpu, subgroups));
+        let mut weights: super::Tuning = Form::all().map(rule).collect();
         let is_measured = measured.is_some();
-        weights.extend(measured.into_iter().flatten());
-        TuningReport { path, measured: is_measured, note, weights }
+        let measured = measured.unwrap_or_default();
+        let by_rule = weights.keys().filter(|form| !measured.contains_key(*form)).cloned().collect();
+        weights.extend(measured);
+        TuningReport { path, measured: is_measured, note, by_rule, weights }
     }
 
-    /// Keeps what was measured of it in its file.
-    pub(crate) fn keep_tuning(&self, weights: &super::Tuning) -> Result<(), EngineError> {
+    /// Keeps what was measured of it in its file, beside what is there of other forms.
+    pub(crate) fn keep_tuning(&self, found: super::Tuning) -> Result<(), EngineError> {
         let subject = self.subject();
         let path = subject.path().ok_or_else(|| {
             EngineError::usage("there is no folder for caches", "set XDG_CACHE_HOME or HOME to a folder")
         })?;
-        subject.write(&path, weights)
+        let mut weights = subject.read(&path).ok().flatten().unwrap_or_default();
+        weights.extend(found);
+        subject.write(&path, &weights)
     }
 }

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-/// What an adapter runs on matrices in one form.
+/// What an adapter runs on matrices in one form, under one kind of numerics.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FormTuning {
@@ -32,9 +32,20 @@ pub struct TileUpTo {
     pub rows: usize,
     /// Rows that a lane works on at once: 1, 2, 4, 8 or 16.
     pub tile: usize,
+    /// Bytes that rows are rounded to (`--numerics fast`) are multiplied one by one as f32, else four at a time.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub as_f32: bool,
 }
 
-/// What was measured of an adapter, by the names of [`form_name`].
+/// Matrices that are tuned by themselves: how their weights lie, and under which numerics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Form {
+    pub(crate) weights: Weights,
+    /// Rows are rounded to bytes.
+    pub(crate) fast: bool,
+}
+
+/// What was measured of an adapter, by the names of forms.
 pub(crate) type Tuning = BTreeMap<String, FormTuning>;
 
 /// What decides about an adapter's kernels.
@@ -46,8 +57,18 @@ pub struct TuningReport {
     pub measured: bool,
     /// Why a file that is there is not used.
     pub note: Option<String>,
-    /// What runs, by form of weights.
+    /// The forms of weights that rules decide about.
+    pub by_rule: Vec<String>,
+    /// What runs, by form of weights: `f32`, `f16`, `q8`, `q4`, `mx4`, and `q8_fast`, `q4_fast`, `mx4_fast` under `--numerics fast`.
     pub weights: BTreeMap<String, FormTuning>,
+}
+
+impl TuningReport {
+    /// What was measured alone.
+    pub(super) fn found(&self) -> Tuning {
+        let measured = self.weights.iter().filter(|(form, _)| !self.by_rule.contains(form));
+        measured.map(|(form, of)| (form.clone(), of.clone())).collect()
+    }
 }
 
 /// Rows at which tiles of products are told apart.
@@ -73,8 +94,8 @@ struct Content {
     weights: Tuning,
 }
 
-const VERSION: u32 = 1;
-/// A real file has about 3 KB.
+const VERSION: u32 = 2;
+/// A real file has about 6 KB.
 const MAX_BYTES: u64 = 64 << 10;
 
 impl Subject {
@@ -114,9 +135,9 @@ impl Subject {
             return Err(format!("measured {what}"));
         }
         for (name, form) in &content.weights {
-            let known = Weights::ALL.into_iter().any(|weights| form_name(weights) == *name);
-            form.check()
-                .and(if known { Ok(()) } else { Err("no such weights") })
+            Form::all()
+                .find(|known| known.name() == *name)
+                .map_or(Err("no such weights"), |known| form.check(known))
                 .map_err(|what| format!("damaged: {name}: {what}"))?;
         }
         Ok(Some(content.weights))
@@ -134,8 +155,8 @@ impl Subject {
 }
 
 impl FormTuning {
-    /// Whether the engine can go by it.
-    pub(crate) fn check(&self) -> Result<(), &'static str> {
+    /// Whether the engine can go by it for `form`.
+    pub(crate) fn check(&self, form: Form) -> Result<(), &'static str> {
         for tiles in [&self.linear, &self.experts] {
             if tiles.is_empty() || !tiles.is_sorted_by(|a, b| a.rows < b.rows) {
                 return Err("tiles are not in order");
@@ -143,18 +164,21 @@ impl FormTuning {
             if tiles.iter().any(|of| row_tile(of.tile).is_none()) {
                 return Err("no such tile");
             }
+            if !form.fast && tiles.iter().any(|of| of.as_f32) {
+                return Err("rows are f32 in any case");
+            }
         }
         if self.textures && !self.subgroups { Err("textures without subgroups") } else { Ok(()) }
     }
 
     /// What the rules give an adapter.
-    pub(super) fn by_rule(form: Weights, textures: bool, subgroups: bool) -> Self {
-        let cut = Cut::rules(form);
+    pub(super) fn by_rule(form: Form, is_cpu: bool, subgroups: bool) -> Self {
+        let cut = Cut::rules(form, is_cpu);
         let of = |points: &[usize], variant: &dyn Fn(usize) -> Variant| -> Vec<TileUpTo> {
-            points.iter().map(|&rows| TileUpTo { rows, tile: variant(rows).tile_rows() }).collect()
+            points.iter().map(|&rows| TileUpTo::of(rows, variant(rows))).collect()
         };
         Self {
-            textures,
+            textures: is_cpu,
             subgroups,
             linear: of(&LINEAR_ROWS, &|rows| cut.linear(rows)),
             experts: of(&EXPERT_ROWS, &|rows| cut.each(rows)),
@@ -162,9 +186,51 @@ impl FormTuning {
     }
 }
 
-/// Weights as files and reports call them: `f32`, `f16`, `q8`, `q4`.
-pub(crate) fn form_name(form: Weights) -> String {
-    format!("{form:?}").to_lowercase()
+impl TileUpTo {
+    /// That `variant` is for up to `rows` rows.
+    pub(crate) fn of(rows: usize, variant: Variant) -> Self {
+        Self { rows, tile: variant.tile_rows(), as_f32: variant.rows == Rows::BytesAsF32 }
+    }
+}
+
+impl Form {
+    /// Matrices whose weights lie so; only where they share scales are rows ever rounded.
+    pub(crate) fn new(weights: Weights, fast: bool) -> Self {
+        Self { weights, fast: fast && weights.has_scales() }
+    }
+
+    /// Every one.
+    pub(crate) fn all() -> impl Iterator<Item = Self> {
+        let fast = Weights::ALL.into_iter().filter(|weights| weights.has_scales());
+        let exact = Weights::ALL.into_iter().map(|weights| Self { weights, fast: false });
+        exact.chain(fast.map(|weights| Self { weights, fast: true }))
+    }
+
+    /// As files and reports call it: `f32`, `q8`, `q8_fast`.
+    pub(crate) fn name(self) -> String {
+        let weights = weights_name(self.weights);
+        if self.fast { weights + "_fast" } else { weights }
+    }
+
+    /// What rows may be, with equal bits.
+    pub(crate) fn rows(self) -> &'static [Rows] {
+        if self.fast { &[Rows::Bytes, Rows::BytesAsF32] } else { &[Rows::F32] }
+    }
+
+    /// What rows are by rule: a CPU is quicker with f32 where it has enough rows to widen weights once for, and takes bytes
+    /// for fewer.
+    fn rows_by_rule(self, tile: RowTile, is_cpu: bool) -> Rows {
+        match self.fast {
+            false => Rows::F32,
+            true if is_cpu && tile > RowTile::Two => Rows::BytesAsF32,
+            true => Rows::Bytes,
+        }
+    }
+}
+
+/// Weights as users name them: `f32`, `f16`, `q8`, `q4`, `mx4`.
+pub(crate) fn weights_name(weights: Weights) -> String {
+    format!("{weights:?}").to_lowercase()
 }
 
 fn row_tile(rows: usize) -> Option<RowTile> {
@@ -174,9 +240,8 @@ fn row_tile(rows: usize) -> Option<RowTile> {
 /// How matrices of one form are worked on, on one adapter.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Cut<'a> {
-    pub(super) form: Weights,
-    /// What rows are in tiles.
-    pub(super) rows: fn(RowTile) -> Rows,
+    pub(super) form: Form,
+    pub(super) is_cpu: bool,
     /// As measured; `None`: the rules below.
     pub(super) tuned: Option<&'a FormTuning>,
 }
@@ -190,7 +255,7 @@ impl Cut<'_> {
             0..2 => RowTile::One,
             2 => RowTile::Two,
             3..=4 => RowTile::Four,
-            9.. if self.form == Weights::F32 => RowTile::Sixteen,
+            9.. if self.form.weights == Weights::F32 => RowTile::Sixteen,
             _ => RowTile::Eight,
         };
         self.variant(self.tuned.map(|of| &*of.linear), rows, by_rule)
@@ -203,7 +268,7 @@ impl Cut<'_> {
             0..2 => RowTile::One,
             2 => RowTile::Two,
             3..=5 => RowTile::Four,
-            64.. if self.form == Weights::F32 => RowTile::Sixteen,
+            64.. if self.form.weights == Weights::F32 => RowTile::Sixteen,
             _ => RowTile::Eight,
         };
         self.variant(self.tuned.map(|of| &*of.experts), rows, by_rule)
@@ -213,14 +278,24 @@ impl Cut<'_> {
         let found = measured.and_then(|tiles| tiles.iter().find(|of| rows <= of.rows).or(tiles.last()));
         let tile = found.and_then(|of| row_tile(of.tile)).unwrap_or(by_rule);
         let subgroup = self.tuned.is_none_or(|of| of.subgroups);
-        Variant { tile, weights: self.form, subgroup, rows: (self.rows)(tile), ..Variant::default() }
+        let rows = match found {
+            Some(of) if self.form.fast => {
+                if of.as_f32 {
+                    Rows::BytesAsF32
+                } else {
+                    Rows::Bytes
+                }
+            }
+            _ => self.form.rows_by_rule(tile, self.is_cpu),
+        };
+        Variant { tile, weights: self.form.weights, subgroup, rows, ..Variant::default() }
     }
 }
 
 impl Cut<'static> {
-    /// The rules for matrices in this form.
-    pub(crate) fn rules(form: Weights) -> Self {
-        Self { form, rows: |_| Rows::F32, tuned: None }
+    /// The rules for matrices in this form, on a CPU or on something else.
+    pub(crate) fn rules(form: Form, is_cpu: bool) -> Self {
+        Self { form, is_cpu, tuned: None }
     }
 }
 
@@ -233,30 +308,45 @@ mod tests {
     }
 
     fn tuning() -> Tuning {
-        let tiles = |of: &[(usize, usize)]| of.iter().map(|&(rows, tile)| TileUpTo { rows, tile }).collect();
-        let form = FormTuning {
+        let tiles = |of: &[(usize, usize, bool)]| {
+            of.iter().map(|&(rows, tile, as_f32)| TileUpTo { rows, tile, as_f32 }).collect()
+        };
+        let form = |fast: bool| FormTuning {
             textures: false,
             subgroups: true,
-            linear: tiles(&[(1, 1), (8, 4), (64, 16)]),
-            experts: tiles(&[(4, 2)]),
+            linear: tiles(&[(1, 1, fast), (8, 4, false), (64, 16, fast)]),
+            experts: tiles(&[(4, 2, false)]),
         };
-        Tuning::from([("q8".to_owned(), form)])
+        [false, true].map(|fast| (Form::new(Weights::Q8, fast).name(), form(fast))).into()
     }
 
     #[test]
     fn what_was_measured_decides_where_it_says_something() {
         let tuned = tuning();
-        let cut = Cut { tuned: tuned.get("q8"), ..Cut::rules(Weights::Q8) };
+        let [exact, fast] = [false, true].map(|fast| {
+            let form = Form::new(Weights::Q8, fast);
+            Cut { tuned: tuned.get(&form.name()), ..Cut::rules(form, true) }
+        });
+        let cut = exact;
         let tiles = [1, 2, 8, 9, 64, 1000].map(|rows| cut.linear(rows).tile_rows());
         assert_eq!(tiles, [1, 4, 4, 16, 16, 16]);
         assert_eq!([1, 4, 5].map(|rows| cut.each(rows).tile_rows()), [2, 2, 2]);
         assert!(cut.linear(1).subgroup && cut.linear(1).weights == Weights::Q8);
-        let rules = Cut::rules(Weights::F32);
+        assert_eq!([1, 8, 64].map(|rows| cut.linear(rows).rows), [Rows::F32; 3]);
+        // Against the rules, which take bytes for one row and f32 for four.
+        let rows = [1, 8, 64].map(|rows| fast.linear(rows).rows);
+        assert_eq!(rows, [Rows::BytesAsF32, Rows::Bytes, Rows::BytesAsF32]);
+        let rules = Cut::rules(Form::new(Weights::F32, true), true);
         assert_eq!([1, 2, 3, 6, 9].map(|rows| rules.linear(rows).tile_rows()), [1, 2, 4, 8, 16]);
         assert_eq!([1, 2, 5, 63, 64].map(|rows| rules.each(rows).tile_rows()), [1, 2, 4, 8, 16]);
-        let shown = FormTuning::by_rule(Weights::F16, true, true);
+        let shown = FormTuning::by_rule(Form::new(Weights::F16, true), true, true);
         assert_eq!(shown.linear.iter().map(|of| of.tile).collect::<Vec<_>>(), [1, 2, 4, 8, 8, 8]);
-        assert_eq!(shown.check(), Ok(()));
+        assert_eq!(shown.check(Form::new(Weights::F16, false)), Ok(()));
+        for (is_cpu, expected) in [(true, [false, false, true, true, true, true]), (false, [false; 6])] {
+            let shown = FormTuning::by_rule(Form::new(Weights::Q4, true), is_cpu, true);
+            assert_eq!(shown.linear.iter().map(|of| of.as_f32).collect::<Vec<_>>(), expected);
+            assert_eq!(shown.check(Form::new(Weights::Q4, true)), Ok(()));
+        }
     }
 
     #[test]
@@ -287,6 +377,7 @@ mod tests {
             whole[..whole.len() / 2].to_owned(),
             String::new(),
             whole.replace("\"q8\"", "\"q7\""),
+            whole.replace("\"q8_fast\"", "\"f32\""),
             whole.replace("\"tile\": 16", "\"tile\": 3"),
             whole.replace("\"rows\": 64", "\"rows\": 1"),
             whole

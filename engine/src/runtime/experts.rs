@@ -53,6 +53,7 @@ impl PairList {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gpu::Form;
     use exflow_shaders::Weights;
 
     #[test]
@@ -60,7 +61,7 @@ mod tests {
         let experts = [3, 1, 3, 3, 1, 3, 3, 3, 3, 3, 3, 3, 3];
         let pairs = experts.iter().enumerate();
         let pairs = pairs.map(|(i, &expert)| Pair { row: i as u32, slot: i as u32, weight: 1.0, expert });
-        let list = PairList::new(pairs.collect(), (10, 5), Cut::rules(Weights::F32));
+        let list = PairList::new(pairs.collect(), (10, 5), Cut::rules(Form::new(Weights::F32, false), true));
         assert_eq!(list.batch.expect("not empty").first_tile, 5);
         let mut seen = 0;
         for tile in &list.tiles {
