@@ -1,4 +1,4 @@
-// x[t] = wte[token[t]] * scale (+ wpe[position[t]])
+// x[t] = wte[token[t]] * scale (+ wpe[position[t]]). Rows that follow those of the step before it take the tokens that it sampled.
 import package::shared::weight::{BLOCK4, column_start, column_step};
 import package::shared::matrix::unit_at; // binding 2: wte [V, H/4], as any matrix in f32
 
@@ -7,12 +7,14 @@ struct Params {
     width4: u32,        // H / 4
     vocab4: u32,        // ceil(V / 4)
     has_positions: u32, // 0: positions are rotary, wpe is any buffer
+    follows: u32,       // 1: row t has the token sampled[t], not the one that tokens names
     scale: f32,
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> tokens: array<vec2<u32>>;  // [T] (token id, position)
 @group(0) @binding(3) var<storage, read> wpe: array<vec4<f32>>;     // [S, H/4]
-@group(0) @binding(4) var<storage, read_write> x: array<vec4<f32>>; // [T, H/4]
+@group(0) @binding(4) var<storage, read> sampled: array<u32>;       // [T], any buffer where no rows follow
+@group(0) @binding(5) var<storage, read_write> x: array<vec4<f32>>; // [T, H/4]
 
 override WORKGROUP: u32 = 32u;
 
@@ -24,9 +26,13 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
         return;
     }
     let token = tokens[row];
-    let four = token.x / 4u;
+    var word = token.x;
+    if p.follows != 0u {
+        word = sampled[row];
+    }
+    let four = word / 4u;
     let stride = (p.width4 + BLOCK4 - 1u) / BLOCK4 * BLOCK4;
-    let at = column_start(four, stride) + (4u * column + token.x % 4u) * column_step(four, p.vocab4);
+    let at = column_start(four, stride) + (4u * column + word % 4u) * column_step(four, p.vocab4);
     var value = unit_at(at) * p.scale;
     if p.has_positions != 0u {
         value += wpe[token.y * p.width4 + column];

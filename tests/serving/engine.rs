@@ -62,6 +62,36 @@ fn who_goes_away_frees_the_sequence() {
     assert_eq!(done.output_ids.len(), 3);
 }
 
+/// One rank submits steps before it knows what those before them sampled: who comes, ends or goes away meanwhile changes nothing
+/// for others.
+#[test]
+fn who_joins_and_leaves_changes_nobodys_tokens() {
+    let (engine, folder) = engine(1, 64);
+    let prompts: Vec<Vec<u32>> = (0..9).map(|i| vec![5 + i, 11, 3 * i, 60 - i]).collect();
+    let lengths = [50, 3, 21, 2, 33, 1, 8, 45, 2];
+    let (mut said, mut running) = (vec![Vec::new(); 9], Vec::new());
+    for (at, prompt) in prompts.iter().enumerate() {
+        running.push((at, engine.submit(request(prompt, lengths[at])).expect("taken")));
+        // Those that were there go on for a token or two; the seventh goes away.
+        for (other, asked) in running.iter_mut().filter(|(other, _)| *other < at) {
+            said[*other].extend(asked.by_ref().take(1 + at % 2).map(|event| event.expect("a token").token));
+        }
+        running.retain(|(other, _)| at != 7 || *other != 6);
+    }
+    for (at, asked) in running {
+        said[at].extend(asked.map(|event| event.expect("a token").token));
+    }
+    drop(engine);
+
+    let mut cluster = Setup::one_rank(folder.path()).start();
+    for (at, prompt) in prompts.iter().enumerate() {
+        let alone = tokens(&cluster.generate(&[request(prompt, lengths[at])], &mut |_| {}).expect("alone"));
+        let so_far = if at == 6 { said[at].len() } else { lengths[at] };
+        assert_eq!(said[at], alone[0][..so_far], "request {at}");
+        assert!(so_far > 0, "request {at}");
+    }
+}
+
 #[test]
 fn too_many_are_refused_and_wrong_ones_named() {
     let (engine, _folder) = engine(1, 0);

@@ -38,6 +38,7 @@ pub(crate) struct Gpu {
     handle: wgpu::Adapter,
     is_cpu: bool,
     hands_over: bool,
+    width: usize,
     tuning: Tuning,
     most_in_chunk: Option<u64>,
     draws: bool,
@@ -79,6 +80,11 @@ impl Gpu {
         }
         Ok(Self {
             is_cpu: report.kind == "cpu",
+            // Asked for once: it takes files of the system, and a step goes by it in every layer.
+            width: match report.kind == "cpu" {
+                true => std::thread::available_parallelism().map_or(1, |threads| threads.get()),
+                false => 512,
+            },
             hands_over: device.features().contains(wgpu::Features::SUBGROUP) && report.has_lanes(),
             tuning: report.tuning.found(),
             name: report.name,
@@ -143,10 +149,7 @@ impl Gpu {
     /// Workgroups that keep the device busy: one for each thread of a CPU, some for each of the many cores of a GPU, of
     /// which nobody tells how many there are.
     pub(crate) fn width(&self) -> usize {
-        match self.is_cpu {
-            true => std::thread::available_parallelism().map_or(1, |threads| threads.get()),
-            false => 512,
-        }
+        self.width
     }
 
     /// Whether the adapter is a CPU, which wants groups of one vector.

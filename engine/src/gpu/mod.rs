@@ -20,7 +20,7 @@ pub(crate) use gather::Part;
 pub use kept::KeptPipelines;
 pub use memory::DeviceMemory;
 pub use probe::{Probe, probe};
-pub(crate) use recording::Recording;
+pub(crate) use recording::{Pending, Recording};
 pub(crate) use report::chosen;
 pub use report::{DeviceReport, devices, launch_threads_set, prepare_process};
 pub use threads::{keep_pool_from_bytes, pool_from_bytes};

@@ -75,6 +75,11 @@ pub(crate) struct Recording<'g> {
 /// What was submitted, with the read-backs still to be fetched.
 pub(crate) struct Submission<'g> {
     gpu: &'g Gpu,
+    pending: Pending,
+}
+
+/// The same by itself. One that nobody fetches is worked on all the same.
+pub(crate) struct Pending {
     staging: Option<wgpu::Buffer>,
     stamps: Option<Stamps>,
     /// Bytes of each read-back, and those that it takes in the staging buffer.
@@ -221,7 +226,8 @@ impl<'g> Recording<'g> {
             false => None,
         };
         gpu.ahead.replace(Ahead { last: work, again });
-        Ok(Submission { gpu, staging: encoded.staging, stamps, sizes: encoded.sizes, index })
+        let pending = Pending { staging: encoded.staging, stamps, sizes: encoded.sizes, index };
+        Ok(Submission { gpu, pending })
     }
 }
 
@@ -265,7 +271,19 @@ impl Work {
 
 impl Submission<'_> {
     /// Waits for the submission and returns its read-backs in the order in which they were asked for.
-    pub(crate) fn fetch(mut self) -> Result<Vec<Vec<u8>>, EngineError> {
+    pub(crate) fn fetch(self) -> Result<Vec<Vec<u8>>, EngineError> {
+        self.pending.fetch(self.gpu)
+    }
+
+    /// Leaves it to the device: it is fetched later, and others may be submitted until then.
+    pub(crate) fn later(self) -> Pending {
+        self.pending
+    }
+}
+
+impl Pending {
+    /// As [`Submission::fetch`], of what was submitted to `gpu`.
+    pub(crate) fn fetch(mut self, gpu: &Gpu) -> Result<Vec<Vec<u8>>, EngineError> {
         let lost = |what: String| EngineError::gpu(what, "the device may be lost: start again");
         let Some(staging) = self.staging.take() else { return Ok(Vec::new()) };
         let (sender, receiver) = std::sync::mpsc::channel();
@@ -273,15 +291,15 @@ impl Submission<'_> {
             let _ = sender.send(result);
         });
         let wait = wgpu::PollType::Wait { submission_index: Some(self.index.clone()), timeout: None };
-        self.gpu.device.poll(wait).map_err(|e| lost(format!("waiting for a submission: {e}")))?;
+        gpu.device.poll(wait).map_err(|e| lost(format!("waiting for a submission: {e}")))?;
         receiver
             .recv()
             .map_err(|_| lost("a read-back was dropped".into()))?
             .map_err(|e| lost(format!("a read-back failed: {e}")))?;
         if let Some(stamps) = &self.stamps {
-            stamps.tell(self.gpu)?;
+            stamps.tell(gpu)?;
         }
-        self.gpu.check()?;
+        gpu.check()?;
         let parts = {
             let view = staging
                 .slice(..)
@@ -296,7 +314,7 @@ impl Submission<'_> {
             self.sizes.iter().map(cut).collect()
         };
         staging.unmap();
-        self.gpu.staging.borrow_mut().push(staging);
+        gpu.staging.borrow_mut().push(staging);
         Ok(parts)
     }
 }

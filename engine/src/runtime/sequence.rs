@@ -367,6 +367,17 @@ impl Sequences {
         Some((next.token, self.running.get(&id)?.tokens() as u32))
     }
 
+    /// Whether the token that is sampled at a position, the last one that is known of, goes on as the next step's whatever it is,
+    /// unless it ends the text: none is forced in its place, there is room for it, and its keys are made as those before it were.
+    pub(crate) fn goes_on(&self, id: u32, position: u32) -> bool {
+        self.running.get(&id).is_some_and(|sequence| {
+            let ends = sequence.is_full(1, self.context) || sequence.is_outgrown(1, self.remade_beyond);
+            let forced = sequence.start.forced.len() > sequence.output.len();
+            let known = sequence.finished.is_none() && sequence.tokens() == position as usize + 1;
+            known && !ends && !forced && sequence.slot(position + 1).is_some()
+        })
+    }
+
     /// How many sequences the next step may decode, by what all ranks know: as many or fewer will be there.
     pub(crate) fn decodable(&self) -> usize {
         self.decoding().count()
@@ -401,6 +412,13 @@ impl Sequences {
             if !decode {
                 sequence.prefilled = sequence.ordered;
             }
+        }
+    }
+
+    /// Takes note of a sequence that had no part in that step: nothing of it was sampled.
+    pub(crate) fn sat_out(&mut self, id: u32) {
+        if let Some(sequence) = self.running.get_mut(&id) {
+            sequence.unheard = false;
         }
     }
 

@@ -75,3 +75,46 @@ fn who_is_preempted_comes_back_with_its_tokens() {
         [(5, false), (6, false), (8, true)]
     );
 }
+
+#[test]
+fn a_token_goes_on_unseen_only_where_nothing_but_its_id_is_unknown() {
+    let mut sequences = Sequences::new(4, 64, vec![9]).remade_beyond(Some(20));
+    sequences.apply(admission(1, 14, 10)).expect("room");
+    sequences.sampled(1, 5).expect("it runs");
+    assert!(sequences.goes_on(1, 14), "positions 14 and 15 are in its block");
+    assert!(!sequences.goes_on(1, 13) && !sequences.goes_on(1, 15) && !sequences.goes_on(2, 14));
+    sequences.sampled(1, 5).expect("it runs");
+    assert!(!sequences.goes_on(1, 15), "it has no block for position 16");
+    sequences.apply(Order::Grant { sequence: 1, blocks: 1 }).expect("room");
+    assert!(sequences.goes_on(1, 15));
+    (0..3).for_each(|_| assert!(sequences.sampled(1, 5).is_some()));
+    assert!(sequences.goes_on(1, 18));
+    sequences.sampled(1, 5).expect("it runs");
+    assert!(!sequences.goes_on(1, 19), "21 tokens outgrow their keys");
+
+    sequences.apply(admission(2, 3, 3)).expect("room");
+    sequences.sampled(2, 5).expect("it runs");
+    assert!(sequences.goes_on(2, 3));
+    sequences.sampled(2, 5).expect("it runs");
+    assert!(!sequences.goes_on(2, 4), "what is sampled there is the last");
+    let forced =
+        Admission { id: 3, prompt: vec![1], max_tokens: 9, forced: vec![7, 8], ..Admission::default() };
+    sequences.apply(Order::Admit(forced)).expect("room");
+    sequences.sampled(3, 5).expect("it runs");
+    assert!(!sequences.goes_on(3, 1), "8 comes in place of what is sampled");
+    sequences.sampled(3, 5).expect("it runs");
+    assert!(sequences.goes_on(3, 2));
+    sequences.sampled(3, 9).expect("it runs");
+    assert!(!sequences.goes_on(3, 3), "it ended");
+}
+
+#[test]
+fn who_sat_a_step_out_may_still_decode() {
+    let mut sequences = Sequences::new(4, 64, vec![]);
+    sequences.apply(admission(1, 3, 2)).expect("room");
+    sequences.sampled(1, 5).expect("it runs");
+    sequences.stepped(true);
+    assert_eq!(sequences.decodable(), 0, "its last token is under way");
+    sequences.sat_out(1);
+    assert_eq!(sequences.decodable(), 1);
+}

@@ -12,12 +12,20 @@ impl Bench {
         let tokens: Vec<[u32; 2]> =
             v.below(42, rows).into_iter().enumerate().map(|(i, id)| [id, i as u32]).collect();
         let mut worst = 0f64;
-        for (has_positions, scale) in [(1, 1.0), (0, 12.0)] {
-            let p = params::Embed { rows: rows as u32, width4: H4 as u32, vocab4: 11, has_positions, scale };
+        let sampled = v.below(42, rows);
+        for (has_positions, follows, scale) in [(1, 0, 1.0), (0, 0, 12.0), (1, 1, 1.0)] {
+            let p = params::Embed {
+                rows: rows as u32,
+                width4: H4 as u32,
+                vocab4: 11,
+                has_positions,
+                follows,
+                scale,
+            };
             let mut expected = vec![0.0; rows * H];
-            reference::embed(&p, &tokens, &wte, &wpe, &mut expected);
+            reference::embed(&p, &tokens, &wte, &wpe, &sampled, &mut expected);
             let out = self.up(&vec![0f32; rows * H])?;
-            let buffers = [&self.up(&tokens)?, &packed, &self.up(&wpe)?, &out];
+            let buffers = [&self.up(&tokens)?, &packed, &self.up(&wpe)?, &self.up(&sampled)?, &out];
             let groups = [self.columns(H4), rows as u32, 1];
             let got = self.run(Kernel::Embed, variant, &p, &buffers, groups, rows * H)?;
             worst = worst.max(error(&expected, &got));

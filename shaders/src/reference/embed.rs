@@ -1,11 +1,13 @@
 use crate::params::Embed;
 
-/// `x[t] = wte[token] * scale (+ wpe[position])`; `tokens` `[T]` of (token id, position), tables `[.., H]`, `x` `[T, H]`.
-pub fn embed(p: &Embed, tokens: &[[u32; 2]], wte: &[f32], wpe: &[f32], x: &mut [f32]) {
+/// `x[t] = wte[token] * scale (+ wpe[position])`; `tokens` `[T]` of (token id, position), tables `[.., H]`, `sampled` `[T]` of ids in
+/// their place where rows follow those of the step before, `x` `[T, H]`.
+pub fn embed(p: &Embed, tokens: &[[u32; 2]], wte: &[f32], wpe: &[f32], sampled: &[u32], x: &mut [f32]) {
     let width = p.width4 as usize * 4;
     for (row, token) in tokens.iter().enumerate().take(p.rows as usize) {
+        let id = if p.follows != 0 { sampled[row] } else { token[0] };
         for column in 0..width {
-            let mut value = wte[token[0] as usize * width + column] * p.scale;
+            let mut value = wte[id as usize * width + column] * p.scale;
             if p.has_positions != 0 {
                 value += wpe[token[1] as usize * width + column];
             }

@@ -117,19 +117,21 @@ impl Decoder {
         &self.weights.final_norm.weight
     }
 
-    /// `x = wte[token] * scale (+ wpe[position])`, rows `0..rows`, and the norm before the first layer's attention.
-    pub(crate) fn embed(&self, r: &mut Recording<'_>, rows: usize) {
+    /// `x = wte[token] * scale (+ wpe[position])`, rows `0..rows`, and the norm before the first layer's attention. The tokens are
+    /// the ones that were uploaded, or, where the rows follow those of the step before, the ones that it sampled.
+    pub(crate) fn embed(&self, r: &mut Recording<'_>, rows: usize, follows: bool) {
         let (s, w) = (&self.scratch, &self.weights);
         let p = params::Embed {
             rows: rows as u32,
             width4: self.spec.h4() as u32,
             vocab4: self.spec.v4() as u32,
             has_positions: u32::from(w.position_embedding.is_some()),
+            follows: u32::from(follows),
             scale: self.spec.embedding_scale,
         };
         let groups = [self.columns(self.spec.h4()), rows as u32, 1];
         let positions = w.position_embedding.as_ref().unwrap_or(self.absent());
-        let buffers = [&s.tokens, &w.token_embedding.buffer, positions, s.x()];
+        let buffers = [&s.tokens, &w.token_embedding.buffer, positions, &s.sampled, s.x()];
         r.launch(Kernel::Embed, Variant::default(), &p, &buffers, groups);
         self.norm(r, self.next_norm(None), (0, rows));
     }

@@ -42,7 +42,7 @@ impl Decoder {
     fn warm_up_step(&self, r: &mut Recording<'_>, rows: usize, shares: bool) {
         // A context of one split and one of several are attended to in different ways.
         let contexts = [1, ATTENTION_SPLIT / KV_BLOCK + 1];
-        self.embed(r, rows);
+        self.embed(r, rows, false);
         for layer in 0..self.spec.layers {
             if shares {
                 self.append_arrived(r, layer, rows);

@@ -62,7 +62,7 @@ impl Stepper<'_> {
         let decoder = &*self.decoder;
         let mut r = decoder.record();
         match stage.checked_sub(1) {
-            None => decoder.embed(&mut r, count),
+            None => decoder.embed(&mut r, count, false),
             Some(layer) => {
                 decoder.norm_ffn(&mut r, layer, 0, picked.rows());
                 let (experts, every) = &lists;

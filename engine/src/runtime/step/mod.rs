@@ -1,5 +1,6 @@
 //! One step of a rank: its tokens from embedding to sampled ids, with the exchanges between.
 
+mod alone;
 mod contexts;
 mod exchange;
 mod experts;
@@ -8,6 +9,7 @@ mod parts;
 mod sample;
 mod timing;
 
+pub(crate) use alone::Submitted;
 pub(crate) use contexts::Bulk;
 pub(crate) use exchange::expected;
 pub(crate) use hop::Hopped;
@@ -16,7 +18,6 @@ pub(crate) use timing::TOGETHER_ROWS;
 
 use super::bounds;
 use super::coherence::Coherence;
-use super::experts::PairList;
 use super::frames::Payloads;
 use super::overlap::Peers;
 use super::sequence::{Sampled, Sequence, Sequences};
@@ -24,7 +25,7 @@ use super::stats::RankStats;
 use super::tables::{Edition, Tables};
 use super::worker::Captured;
 use crate::gpu::Recording;
-use crate::model::decoder::{Decoder, ExpertBatch, LocalFfn};
+use crate::model::decoder::Decoder;
 use crate::options::{Combine, Overlap, Prefill};
 use crate::{EngineError, ModelSpec};
 use exflow_placement::{ExpertId, LayerId, Rank, Route, Strategy};
@@ -145,84 +146,6 @@ impl Stepper<'_> {
         Ok(batch.tokens.iter().map(|(row, _)| *row).collect())
     }
 
-    /// One rank: the whole step is one submission; only the sampled ids (and what is captured) are read back.
-    pub(crate) fn run_alone(&mut self, rows: Vec<Row>) -> Result<Outcome, EngineError> {
-        let (layers, moe, top_k) = (self.spec().layers, self.spec().moe_layers(), self.spec().top_k);
-        let blocks = self.write_contexts(&rows)?;
-        let count = rows.len();
-        let (shared, dense) = self.write_identity(count);
-        let heads = self.head_rows(&rows)?;
-        let capture = self.captures_routes(&rows)?;
-
-        let decoder = &*self.decoder;
-        let mut r = decoder.record();
-        decoder.embed(&mut r, count);
-        for layer in 0..layers {
-            decoder.attend(&mut r, layer, count, blocks);
-            if decoder.spec.moe_index(layer).is_some() {
-                decoder.route(&mut r, layer, count);
-                decoder.all_experts(&mut r, layer, count);
-                shared.into_iter().for_each(|batch| decoder.ffn(&mut r, layer, LocalFfn::Every, batch));
-            } else {
-                decoder.norm_ffn(&mut r, layer, 0, count);
-                dense.into_iter().for_each(|batch| decoder.ffn(&mut r, layer, LocalFfn::Every, batch));
-            }
-            decoder.combine(&mut r, layer, count);
-        }
-        // A chunk within a prompt asks the head for nothing.
-        let asked = !heads.is_empty();
-        let logits = asked && self.reads_logits(&rows)?;
-        if asked {
-            decoder.head(&mut r, heads.len(), count);
-            r.read::<u32>(&decoder.scratch.sampled, 0, heads.len());
-        }
-        if logits {
-            r.read::<f32>(&decoder.scratch.logits, 0, heads.len() * 4 * decoder.spec.v4());
-        }
-        for index in (0..moe).filter(|_| capture) {
-            r.read::<u32>(&decoder.scratch.chosen[index], 0, count * top_k);
-            r.read::<f32>(&decoder.scratch.weights[index], 0, count * top_k);
-        }
-        let mut parts = r.submit()?.fetch()?.into_iter();
-        self.stats.pairs += (count * top_k * moe) as u64;
-        let sampled = if asked { words(parts.next()) } else { Vec::new() };
-        let logits = if logits { floats(parts.next()) } else { Vec::new() };
-        let mut outcome = self.sampled(&rows, &heads, &sampled, &logits)?;
-        for index in (0..moe).filter(|_| capture) {
-            let (chosen, weights) = (words(parts.next()), floats(parts.next()));
-            self.capture_routes(&mut outcome.captured, index, &rows, &chosen, &weights)?;
-        }
-        Ok(outcome)
-    }
-
-    /// Writes the lists of a step in which every row stays where it is: row i's residual is row i, its partials
-    /// those of its pairs, then the shared expert's or the dense FFN's. Returns the batches of the last two.
-    fn write_identity(&mut self, count: usize) -> (Option<ExpertBatch>, Option<ExpertBatch>) {
-        let (gpu, s, spec) = (&self.decoder.gpu, &self.decoder.scratch, &self.decoder.spec);
-        let pairs = count * spec.top_k;
-        let rows: Vec<u32> = (0..count as u32).collect();
-        let every: Vec<u32> = (0..count).map(|t| (pairs + t) as u32).collect();
-        let of_row = |t: usize| {
-            let own = (t * spec.top_k..(t + 1) * spec.top_k).map(|slot| slot as u32);
-            own.chain(spec.shared.map(|_| every[t]))
-        };
-        gpu.hold(&s.source, &rows);
-        gpu.hold(&s.slots, &(0..count).flat_map(of_row).collect::<Vec<_>>());
-        gpu.hold(&s.dense_slots, &every);
-        // A gate writes the shared expert's weights into its list, so that dense layers have one of their own.
-        let upload = |wanted: bool, before: usize| {
-            let list = if wanted {
-                PairList::every(&rows, pairs as u32, (before, before), self.decoder.cut())
-            } else {
-                PairList::default()
-            };
-            gpu.write(&s.pairs_list, 16 * before as u64, &list.pairs);
-            gpu.write(&s.tiles, 16 * before as u64, &list.tiles);
-            list.batch
-        };
-        (upload(spec.shared.is_some(), pairs), upload(spec.dense.is_some(), pairs + count))
-    }
-
     /// Attention and router of this rank's rows, and the plan of their routes.
     fn attend(&mut self, layer: usize, rows: &[Row], strategy: Strategy) -> Result<Routed, EngineError> {
         if rows.is_empty() {
@@ -246,7 +169,7 @@ impl Stepper<'_> {
         let decoder = &*self.decoder;
         let mut r = decoder.record();
         if layer == 0 {
-            decoder.embed(&mut r, count);
+            decoder.embed(&mut r, count, false);
         }
         decoder.append_arrived(&mut r, layer, arrived);
         decoder.attend(&mut r, layer, count, blocks);
