@@ -299,8 +299,9 @@ pub struct ClusterOptions {
     pub room_for_moves: bool,
     /// Whether devices draw tokens or the host does, which gives the same ones; `None`: devices that are no CPUs.
     pub draws_on_device: Option<bool>,
-    /// Bytes of experts' matrices that are bound together at most; an expert is never cut. `None`: as much as the adapter binds.
-    pub expert_chunk_bytes: Option<u64>,
+    /// Bytes of experts' matrices, or of the embedding's and the head's rows, that are bound together at most; an expert and 32
+    /// rows are never cut. `None`: as much as the adapter binds.
+    pub chunk_bytes: Option<u64>,
     /// Whether every kernel that steps of any number of rows launch is made before the first one, or each when it is first launched,
     /// for which that step waits; `None`: before the first where steps will be many, of several ranks or of an
     /// [`Engine`](crate::Engine).
@@ -402,7 +403,7 @@ impl ClusterOptions {
             devices: Vec::new(),
             memory: None,
             room_for_moves: false,
-            expert_chunk_bytes: None,
+            chunk_bytes: None,
             draws_on_device: None,
             warm_up: None,
             group: None,

@@ -22,7 +22,7 @@ macro_rules! params {
 
 params! {
     /// Parameters of `embed.wgsl`.
-    Embed { rows: u32, width4: u32, vocab4: u32, has_positions: u32, follows: u32, scale: f32 }
+    Embed { rows: u32, width4: u32, first: u32, height4: u32, has_positions: u32, follows: u32, scale: f32 }
     /// Parameters of `norm.wgsl`.
     Norm { width: u32, width4: u32, first_row: u32, combines: u32, top_k: u32, centred: u32, eps: f32 }
     /// Parameters of `linear.wgsl`.

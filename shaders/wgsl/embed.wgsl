@@ -1,11 +1,13 @@
-// x[t] = wte[token[t]] * scale (+ wpe[position[t]]). Rows that follow those of the step before it take the tokens that it sampled.
+// x[t] = wte[token[t]] * scale (+ wpe[position[t]]), of the tokens whose rows of wte are bound. Rows that follow those of the
+// step before it take the tokens that it sampled.
 import package::shared::weight::{BLOCK4, column_start, column_step};
-import package::shared::matrix::unit_at; // binding 2: wte [V, H/4], as any matrix in f32
+import package::shared::matrix::unit_at; // binding 2: a chunk of wte [V, H/4], as any matrix in f32
 
 struct Params {
     rows: u32,          // T
     width4: u32,        // H / 4
-    vocab4: u32,        // ceil(V / 4)
+    first: u32,         // the token of the chunk's first row
+    height4: u32,       // a quarter of the chunk's rows
     has_positions: u32, // 0: positions are rotary, wpe is any buffer
     follows: u32,       // 1: row t has the token sampled[t], not the one that tokens names
     scale: f32,
@@ -30,9 +32,13 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
     if p.follows != 0u {
         word = sampled[row];
     }
-    let four = word / 4u;
+    if word < p.first || word - p.first >= 4u * p.height4 {
+        return;
+    }
+    let within = word - p.first;
+    let four = within / 4u;
     let stride = (p.width4 + BLOCK4 - 1u) / BLOCK4 * BLOCK4;
-    let at = column_start(four, stride) + (4u * column + word % 4u) * column_step(four, p.vocab4);
+    let at = column_start(four, stride) + (4u * column + within % 4u) * column_step(four, p.height4);
     var value = unit_at(at) * p.scale;
     if p.has_positions != 0u {
         value += wpe[token.y * p.width4 + column];

@@ -45,7 +45,7 @@ fn stats_of_equal_run(
 }
 
 #[test]
-fn experts_in_chunks_say_the_same() {
+fn weights_in_chunks_say_the_same() {
     let shape = Tiny { seed: 97, top_k: 2, layers: 3, experts: 7, positions: 400, ..Tiny::default() };
     let folder = shape.write();
     let mut alone = Setup::one_rank(folder.path()).start();
@@ -60,14 +60,26 @@ fn experts_in_chunks_say_the_same() {
         let what = format!("chunks of {bytes} bytes on {ranks} ranks");
         stats_of_equal_run(&shape, folder.path(), &mut alone, &what, |options| {
             (options.ranks, options.schedule) = (ranks, schedule);
-            options.expert_chunk_bytes = Some(bytes);
+            options.chunk_bytes = Some(bytes);
         });
+    }
+    // Rows of the embedding are the head's, in other forms too: of 257 tokens 96 lie together, or 32.
+    for quant in [None, Some(Quant::Q8_0)] {
+        let shape = Tiny { seed: 98, tied: quant.is_none(), layers: 1, positions: 400, ..Tiny::default() };
+        let folder = shape.write();
+        let mut alone = start(folder.path(), |options| (options.ranks, options.quant) = (1, quant));
+        for bytes in [two, 1] {
+            let what = format!("{quant:?}, a vocabulary in chunks of {bytes} bytes");
+            stats_of_equal_run(&shape, folder.path(), &mut alone, &what, |options| {
+                (options.ranks, options.quant, options.chunk_bytes) = (2, quant, Some(bytes));
+            });
+        }
     }
     // Other tables: experts go from chunks of one rank into others.
     let requests = [request(&shape.prompt(9, 3), 12), request(&shape.prompt(2, 4), 12)];
     let expected = tokens(&generate(&mut alone, &requests));
     let mut cluster = start(folder.path(), |options| {
-        (options.ranks, options.expert_chunk_bytes) = (2, Some(two));
+        (options.ranks, options.chunk_bytes) = (2, Some(two));
     });
     let table = |of: fn(usize) -> usize| {
         let rank = |expert| Rank::from(of(expert));

@@ -40,7 +40,7 @@ pub fn bench_kernels(
     let spec = ModelSpec::read(&options.model)?;
     let store = Store::open(&options.model)?;
     let mut gpu = Gpu::open(options.adapter.as_deref(), 0)?;
-    gpu.limit_chunks(options.expert_chunk_bytes);
+    gpu.limit_chunks(options.chunk_bytes);
     gpu.set_fast(options.numerics == Numerics::Fast);
     let limits = rates(&gpu)?;
     let all: Vec<Vec<ExpertId>> =

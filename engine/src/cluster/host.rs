@@ -233,7 +233,7 @@ impl Loader<'_> {
 
     fn whole(&self, rank: Rank, local: usize, held: Vec<Vec<ExpertId>>) -> Result<Decoder, EngineError> {
         let mut gpu = Gpu::open(self.options.adapter_of(local), local)?;
-        gpu.limit_chunks(self.options.expert_chunk_bytes);
+        gpu.limit_chunks(self.options.chunk_bytes);
         gpu.set_draws(self.options.draws_on_device);
         gpu.set_fast(self.options.numerics == Numerics::Fast);
         let total = self.spec.elements(held.iter().map(Vec::len).sum());

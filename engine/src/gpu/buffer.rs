@@ -150,10 +150,7 @@ impl Gpu {
     pub(crate) fn buffer(&self, label: &str, bytes: u64, usage: Usage) -> Result<Buffer, EngineError> {
         let bytes = bytes.max(16).next_multiple_of(16);
         if bytes > self.max_binding_bytes() {
-            return Err(EngineError::gpu(
-                format!("{label}: {bytes} bytes, {} binds at most {}", self.name(), self.max_binding_bytes()),
-                "use more ranks so that each holds less, or an adapter with larger bindings",
-            ));
+            return Err(self.too_large(label, bytes, ""));
         }
         let flags = wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC;
         let flags = flags
@@ -179,6 +176,7 @@ impl Gpu {
         units: Vec<[u32; 4]>,
     ) -> Result<Buffer, EngineError> {
         let bytes = UNIT_BYTES * units.len() as u64;
+        self.check_matrix(label, form, bytes)?;
         match self.wants_textures(form) && self.fits_image(bytes, 4) {
             true => Ok(self.image_of(label, units)),
             false => self.buffer_of(label, &units),
@@ -193,6 +191,7 @@ impl Gpu {
         units: usize,
     ) -> Result<Buffer, EngineError> {
         let bytes = UNIT_BYTES * units as u64;
+        self.check_matrix(label, form, bytes)?;
         match self.wants_textures(form) && self.fits_image(bytes, 4) {
             true => Ok(self.image(label, units.clamp(1, IMAGE_WIDTH), units, 4)),
             false => self.buffer(label, bytes, Usage::Storage),
@@ -205,8 +204,28 @@ impl Gpu {
             true => {
                 Ok(self.image(label, IMAGE_WIDTH, words.div_ceil(u64::from(per_texel)) as usize, per_texel))
             }
+            false if 4 * words > self.max_binding_bytes() => Err(self.too_large(
+                label,
+                4 * words,
+                "have fewer positions (--ctx-size) or a smaller --kv-dtype, or ",
+            )),
             false => self.buffer(label, 4 * words, Usage::Storage),
         }
+    }
+
+    /// Whether one binding takes a matrix, which is not cut.
+    fn check_matrix(&self, label: &str, form: Weights, bytes: u64) -> Result<(), EngineError> {
+        let fits =
+            bytes <= self.max_binding_bytes() || self.wants_textures(form) && self.fits_image(bytes, 4);
+        let smaller = "hold weights in fewer bytes (--dtype f16, --quant q8_0 or q4_0), or ";
+        if fits { Ok(()) } else { Err(self.too_large(label, bytes, smaller)) }
+    }
+
+    fn too_large(&self, label: &str, bytes: u64, otherwise: &str) -> EngineError {
+        EngineError::gpu(
+            format!("{label}: {bytes} bytes, {} binds at most {}", self.name(), self.max_binding_bytes()),
+            format!("{otherwise}use an adapter with larger bindings (`exflow devices` tells them)"),
+        )
     }
 
     /// Writes units of a matrix from unit `first` on, before whatever is submitted next.
@@ -324,6 +343,31 @@ impl Gpu {
         if let (false, Memory::Buffer(raw)) = (data.is_empty(), &buffer.memory) {
             self.held.borrow_mut().remove(&buffer.id);
             self.queue.write_buffer(raw, offset, bytemuck::cast_slice(data));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_no_binding_takes_is_refused_by_name() {
+        let gpu = Gpu::open(None, 0).expect("an adapter");
+        let limit = format!("binds at most {}", gpu.max_binding_bytes());
+        let refused = [
+            gpu.empty_matrix("h.0.attn.c_attn.weight", Weights::F16, 1 << 50).map(|_| ()),
+            gpu.cache("KV cache", 1 << 50, 4).map(|_| ()),
+            gpu.buffer("logits", 1 << 50, Usage::Storage).map(|_| ()),
+        ];
+        let told = refused.map(|result| result.expect_err("beyond any adapter").to_string());
+        for (text, label, bytes, remedy) in [
+            (&told[0], "h.0.attn.c_attn.weight", 1u64 << 54, "--quant q8_0"),
+            (&told[1], "KV cache", 1 << 52, "--ctx-size"),
+            (&told[2], "logits", 1 << 50, "use an adapter with larger bindings"),
+        ] {
+            let all = [label, &bytes.to_string(), &limit, remedy];
+            assert!(all.iter().all(|part| text.contains(part)), "{text}");
         }
     }
 }

@@ -8,23 +8,26 @@ use exflow_shaders::{Kernel, NO_SLOT, Rows, Variant, reference};
 impl Bench {
     pub(super) fn embed(&self, variant: Variant, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
         let (wte, wpe) = (v.floats(44 * H), v.floats(70 * H));
-        let (packed, _) = self.matrix(variant, &wte, (44, H))?;
         let tokens: Vec<[u32; 2]> =
             v.below(42, rows).into_iter().enumerate().map(|(i, id)| [id, i as u32]).collect();
         let mut worst = 0f64;
         let sampled = v.below(42, rows);
-        for (has_positions, follows, scale) in [(1, 0, 1.0), (0, 0, 12.0), (1, 1, 1.0)] {
-            let p = params::Embed {
-                rows: rows as u32,
-                width4: H4 as u32,
-                vocab4: 11,
-                has_positions,
-                follows,
-                scale,
-            };
-            let mut expected = vec![0.0; rows * H];
-            reference::embed(&p, &tokens, &wte, &wpe, &sampled, &mut expected);
-            let out = self.up(&vec![0f32; rows * H])?;
+        // The whole table; chunks of it, with tokens before and behind them.
+        for (first, height, has_positions, follows, scale) in [
+            (0, 44, 1, 0, 1.0),
+            (0, 44, 0, 0, 12.0),
+            (0, 44, 1, 1, 1.0),
+            (8, 28, 1, 0, 3.0),
+            (32, 12, 0, 1, 2.0),
+        ] {
+            let (from, height4) = (first as usize * H, height as u32 / 4);
+            let wte = &wte[from..from + height * H];
+            let (packed, _) = self.matrix(variant, wte, (height, H))?;
+            let (rows32, width4) = (rows as u32, H4 as u32);
+            let p = params::Embed { rows: rows32, width4, first, height4, has_positions, follows, scale };
+            let mut expected = v.floats(rows * H);
+            let out = self.up(&expected)?;
+            reference::embed(&p, &tokens, wte, &wpe, &sampled, &mut expected);
             let buffers = [&self.up(&tokens)?, &packed, &self.up(&wpe)?, &self.up(&sampled)?, &out];
             let groups = [self.columns(H4), rows as u32, 1];
             let got = self.run(Kernel::Embed, variant, &p, &buffers, groups, rows * H)?;

@@ -6,6 +6,7 @@ use super::experts::{Experts, Ffn};
 use super::names::Names;
 use super::pack;
 use super::rows::Rows;
+use super::vocabulary::VocabularyChunk;
 use crate::EngineError;
 use crate::gpu::{Buffer, Gpu};
 use crate::model::ModelSpec;
@@ -65,12 +66,12 @@ pub(crate) struct ModelWeights {
     /// How matrices lie, the embedding's and packed experts' apart.
     pub(crate) form: Weights,
     /// `[V, H]`, in f32.
-    pub(crate) token_embedding: Matrix,
+    pub(crate) embedding: Vec<VocabularyChunk>,
     pub(crate) position_embedding: Option<Buffer>,
     pub(crate) layers: Vec<LayerWeights>,
     pub(crate) final_norm: Norm,
     /// `[V, H]`.
-    pub(crate) head: Dense,
+    pub(crate) head: Vec<VocabularyChunk>,
 }
 
 /// Reads one rank's weights onto its device; without one (`G` is `()`) it can read and pack, on any thread.
@@ -100,18 +101,14 @@ impl ModelWeights {
         let form = form_of(dtype, quant);
         let rounds = quant.is_some();
         let mut loader = Loader { spec, names: Names::of(spec), store, gpu, form, rounds, read };
-        let (vocab, hidden) = (spec.vocab_size, spec.hidden);
-        let token_embedding = {
-            let rows = loader.whole(loader.names.embedding, vocab, hidden)?.padded();
-            loader.upload_as(Weights::F32, loader.names.embedding, &rows, rows.count())?
-        };
+        let embedding = loader.embedding()?;
         let position_embedding = match spec.learned_positions {
-            true => Some(loader.matrix("wpe.weight", spec.max_positions, hidden)?),
+            true => Some(loader.matrix("wpe.weight", spec.max_positions, spec.hidden)?),
             false => None,
         };
         // The largest tensors come first, while there is least beside them.
         store.release();
-        let head = loader.head(&token_embedding)?;
+        let head = loader.head(&embedding)?;
         store.release();
         let layer = |layer| {
             let held = spec.moe_index(layer).map(|index| experts[index].as_slice());
@@ -121,7 +118,7 @@ impl ModelWeights {
         };
         let layers = (0..spec.layers).map(layer).collect::<Result<_, _>>()?;
         let final_norm = loader.norm(loader.names.final_norm)?;
-        Ok(Self { form, token_embedding, position_embedding, layers, final_norm, head })
+        Ok(Self { form, embedding, position_embedding, layers, final_norm, head })
     }
 
     /// How matrices of experts lie.
@@ -135,25 +132,6 @@ impl ModelWeights {
 }
 
 impl Loader<'_> {
-    fn head(&mut self, token_embedding: &Matrix) -> Result<Dense, EngineError> {
-        let vocab = self.spec.vocab_size;
-        let weight = match self.spec.tied_head {
-            true => token_embedding.clone(),
-            false => {
-                let rows = self.whole("lm_head.weight", vocab, self.spec.hidden)?.padded();
-                self.upload_matrix("lm_head.weight", &rows, rows.count())?
-            }
-        };
-        let bias = match self.spec.head_bias {
-            true => {
-                let bias = self.vector("lm_head.bias", vocab)?.widen(4 * self.spec.v4());
-                Some(self.upload("lm_head.bias", &bias.values)?)
-            }
-            false => None,
-        };
-        Ok(Dense { weight, bias })
-    }
-
     fn layer(&mut self, layer: usize, held: Option<&[ExpertId]>) -> Result<LayerWeights, EngineError> {
         let (norm_1, norm_2) = (self.names.norm_1, self.names.norm_2);
         Ok(LayerWeights {
@@ -238,7 +216,7 @@ impl Loader<'_> {
         self.upload_as(self.form, name, rows, height)
     }
 
-    fn upload_as(
+    pub(super) fn upload_as(
         &self,
         form: Weights,
         name: &str,
@@ -248,7 +226,6 @@ impl Loader<'_> {
         self.upload_units(form, name, pack_as(form, name, rows, height)?, (height, rows.columns))
     }
 
-    /// Matrices of (rows, columns) that [`pack_as`] made, one behind the other.
     /// Memory for matrices of (rows, columns), `units` units of all of them.
     pub(super) fn empty_matrix(
         &self,
@@ -261,6 +238,7 @@ impl Loader<'_> {
         Ok(Matrix { buffer, form, height4: height / 4, width4: width / 4, units })
     }
 
+    /// Matrices of (rows, columns) that [`pack_as`] made, one behind the other.
     pub(super) fn upload_units(
         &self,
         form: Weights,
@@ -295,7 +273,8 @@ impl<G> Loader<'_, G> {
         self.rows(name, shape, shape[shape.len() - 1], index * size..(index + 1) * size)
     }
 
-    fn rows(
+    /// Part `range` of a tensor as rows of `columns` values.
+    pub(super) fn rows(
         &mut self,
         name: &str,
         shape: &[usize],

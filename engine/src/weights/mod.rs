@@ -13,6 +13,7 @@ mod names;
 pub(crate) mod pack;
 mod rows;
 mod store;
+mod vocabulary;
 
 pub(crate) use agreement::check;
 pub(crate) use assembly::Assembly;

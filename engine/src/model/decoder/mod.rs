@@ -121,18 +121,22 @@ impl Decoder {
     /// the ones that were uploaded, or, where the rows follow those of the step before, the ones that it sampled.
     pub(crate) fn embed(&self, r: &mut Recording<'_>, rows: usize, follows: bool) {
         let (s, w) = (&self.scratch, &self.weights);
-        let p = params::Embed {
-            rows: rows as u32,
-            width4: self.spec.h4() as u32,
-            vocab4: self.spec.v4() as u32,
-            has_positions: u32::from(w.position_embedding.is_some()),
-            follows: u32::from(follows),
-            scale: self.spec.embedding_scale,
-        };
         let groups = [self.columns(self.spec.h4()), rows as u32, 1];
         let positions = w.position_embedding.as_ref().unwrap_or(self.absent());
-        let buffers = [&s.tokens, &w.token_embedding.buffer, positions, &s.sampled, s.x()];
-        r.launch(Kernel::Embed, Variant::default(), &p, &buffers, groups);
+        for chunk in &w.embedding {
+            let weight = &chunk.rows.weight;
+            let p = params::Embed {
+                rows: rows as u32,
+                width4: self.spec.h4() as u32,
+                first: chunk.first as u32,
+                height4: weight.height4 as u32,
+                has_positions: u32::from(w.position_embedding.is_some()),
+                follows: u32::from(follows),
+                scale: self.spec.embedding_scale,
+            };
+            let buffers = [&s.tokens, &weight.buffer, positions, &s.sampled, s.x()];
+            r.launch(Kernel::Embed, Variant::default(), &p, &buffers, groups);
+        }
         self.norm(r, self.next_norm(None), (0, rows));
     }
 
@@ -200,14 +204,24 @@ impl Decoder {
         if rows < all {
             self.combine_from(r, &s.head_rows, (&s.slots, 0), &self.weights.final_norm, rows);
         }
-        let product = Product { scale: spec.logit_scale, ..Product::of(&self.weights.head) };
-        self.linear(r, product, (&s.normed, spec.h4()), (&s.logits, spec.v4()), rows);
+        self.logits(r, rows);
         let p = params::Argmax { vocab: spec.vocab_size as u32, stride: 4 * spec.v4() as u32 };
         let groups = [rows as u32, 1, 1];
         r.launch(Kernel::Argmax, Variant::default(), &p, &[&s.logits, &s.sampled], groups);
         if s.has_draws.get() {
             let p = params::Sample { vocab: p.vocab, stride: p.stride };
             r.launch(Kernel::Sample, Variant::default(), &p, &[&s.logits, &s.draws, &s.sampled], groups);
+        }
+    }
+
+    /// The logits of `rows` normed rows: chunks of the head make stretches of them.
+    fn logits(&self, r: &mut Recording<'_>, rows: usize) {
+        let (s, h4) = (&self.scratch, self.spec.h4());
+        for chunk in &self.weights.head {
+            let product = Product { scale: self.spec.logit_scale, ..Product::of(&chunk.rows) };
+            let part = Part { stride4: self.spec.v4(), offset4: chunk.first / 4, head4: 0 };
+            let to = (&s.logits, chunk.rows.weight.height4, part);
+            self.linear_parts(r, product, (&s.normed, h4, h4, 0), to, 1, rows);
         }
     }
 

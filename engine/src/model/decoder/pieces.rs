@@ -93,10 +93,7 @@ impl Decoder {
             }
             Piece::Router => self.route(r, layer, rows),
             Piece::Experts => self.all_experts(r, layer, rows),
-            Piece::Head => {
-                let to = (&s.logits, spec.v4());
-                self.linear(r, Product::of(&self.weights.head), (&s.normed, spec.h4()), to, rows);
-            }
+            Piece::Head => self.logits(r, rows),
         }
     }
 
@@ -106,7 +103,7 @@ impl Decoder {
         match piece {
             Piece::Projection => attention.qkv.weight.form,
             Piece::Output => attention.out.weight.form,
-            Piece::Head => self.weights.head.weight.form,
+            Piece::Head => self.weights.head.first().map_or(Weights::F32, |chunk| chunk.rows.weight.form),
             Piece::Experts => self.weights.expert_form(),
             Piece::Norm | Piece::Attention | Piece::Router => Weights::F32,
         }
@@ -124,7 +121,10 @@ impl Decoder {
             Piece::Norm => (hidden_bytes, 2.0 * hidden_bytes),
             Piece::Projection => product(&layer.attention.qkv.weight),
             Piece::Output => product(&layer.attention.out.weight),
-            Piece::Head => product(&self.weights.head.weight),
+            Piece::Head => {
+                let chunks = self.weights.head.iter().map(|chunk| product(&chunk.rows.weight));
+                chunks.fold((0.0, 0.0), |all, of| (all.0 + of.0, all.1 + of.1))
+            }
             Piece::Attention => {
                 let of = &spec.attention;
                 let seen = if rows == 1 { context } else { rows * (rows + 1) / 2 };
