@@ -1,10 +1,10 @@
 //! Experts that move while requests run: no token and no logit changes, whenever they move.
 
-use crate::common::tiny::{Random, Tiny};
+use crate::common::tiny::{Folder, Random, Tiny};
 use crate::common::{Setup, request};
 use exflow::engine::{
     Cluster, ClusterOptions, Completion, Engine, EngineOptions, KvDtype, KvWire, LiveStats, NoProgress,
-    PlacementSource, PlacementTable, Rank, Request, Schedule, Strategy, TransportKind,
+    PlacementSource, PlacementTable, Rank, Request, Schedule, Strategy, Tokens, TransportKind,
 };
 use exflow::placement::Replica;
 use std::time::{Duration, Instant};
@@ -51,6 +51,38 @@ fn requests(shape: &Tiny) -> Vec<Request> {
     [5, 1, 40, 8, 17].iter().enumerate().map(one).collect()
 }
 
+/// A model, requests for it, and what one rank makes of them.
+struct Told {
+    shape: Tiny,
+    folder: Folder,
+    requests: Vec<Request>,
+    expected: Vec<Completion>,
+}
+
+impl Told {
+    fn of(shape: Tiny, requests: fn(&Tiny) -> Vec<Request>) -> Self {
+        let (folder, requests) = (shape.write(), requests(&shape));
+        let mut one = Setup::one_rank(folder.path()).start();
+        let expected = one.generate(&requests, &mut |_| {}).expect("one rank").sequences;
+        Self { shape, folder, requests, expected }
+    }
+
+    fn submit(&self, engine: &Engine) -> Vec<Tokens> {
+        self.requests.iter().map(|request| engine.submit(request.clone()).expect("taken")).collect()
+    }
+
+    /// Waits for what was submitted, which must say the same.
+    fn check(&self, running: Vec<Tokens>) {
+        for (running, expected) in running.into_iter().zip(&self.expected) {
+            assert_eq!(running.complete().expect("tokens").output_ids, expected.output_ids);
+        }
+    }
+}
+
+fn over(cluster: Cluster) -> Engine {
+    Engine::over(cluster, EngineOptions::default()).expect("an engine")
+}
+
 fn same(done: &[Completion], expected: &[Completion], what: &str) {
     for (s, (done, expected)) in done.iter().zip(expected).enumerate() {
         assert_eq!(done.output_ids, expected.output_ids, "{what}: tokens of {s}");
@@ -85,24 +117,22 @@ fn over_quic_no_bit_changes_whenever_experts_move() {
 fn moves(top_k: usize, schedule: Schedule, strategy: Strategy, transport: TransportKind, seed: u64) {
     let what = format!("top-{top_k}, {schedule}, {strategy:?}, {transport}, seed {seed}");
     let shape = Tiny { top_k, positions: 160, layers: 5, seed: 300 + top_k as u64, ..Tiny::default() };
-    let folder = shape.write();
-    let requests = requests(&shape);
-    let expected =
-        Setup::one_rank(folder.path()).start().generate(&requests, &mut |_| {}).expect("one rank").sequences;
+    let told = Told::of(shape, requests);
+    let Told { shape, folder, requests, expected } = &told;
 
     let mut random = Random::new(seed);
-    let first = anywhere(&shape, &mut random);
+    let first = anywhere(shape, &mut random);
     let setup = Setup { schedule, transport, ..Setup::new(folder.path(), RANKS, strategy) };
     let setup = Setup { placement: PlacementSource::Table(first), ..setup };
-    let engine = Engine::over(setup.start(), EngineOptions::default()).expect("an engine");
+    let engine = over(setup.start());
     let (mut while_running, mut last) = (0, None);
     for round in 0..2 {
         // The first runs along; the others come when it has some tokens.
         let mut watched = engine.submit(requests[0].clone()).expect("taken");
         let mut others = Vec::new();
-        let mut told = Vec::new();
-        let mut take = |watched: &mut exflow::engine::Tokens, count: usize| {
-            told.extend(watched.take(count).map(|event| event.expect("a token")));
+        let mut heard = Vec::new();
+        let mut take = |watched: &mut Tokens, count: usize| {
+            heard.extend(watched.take(count).map(|event| event.expect("a token")));
         };
         for step in 0..3 {
             take(&mut watched, 1 + random.below(18));
@@ -110,7 +140,7 @@ fn moves(top_k: usize, schedule: Schedule, strategy: Strategy, transport: Transp
                 let submit = |request: &Request| engine.submit(request.clone()).expect("taken");
                 others.extend(requests[1..].iter().map(submit));
             }
-            let table = anywhere(&shape, &mut random);
+            let table = anywhere(shape, &mut random);
             engine.move_to(table.clone()).expect("it fits");
             let asked = engine.live().moves.asked;
             until(&engine, &what, |live| live.moves.done + live.moves.refused == asked);
@@ -120,11 +150,11 @@ fn moves(top_k: usize, schedule: Schedule, strategy: Strategy, transport: Transp
             last = Some(table);
         }
         let rest: Vec<_> = watched.map(|event| event.expect("a token")).collect();
-        told.extend(rest);
-        let ids: Vec<u32> = told.iter().map(|event| event.token).collect();
+        heard.extend(rest);
+        let ids: Vec<u32> = heard.iter().map(|event| event.token).collect();
         assert_eq!(ids, expected[0].output_ids, "{what}: tokens of 0 in round {round}");
-        let told: Vec<_> = told.into_iter().filter_map(|event| event.logprobs).collect();
-        assert!(expected[0].logprobs.as_ref() == Some(&told), "{what}: a probability of 0");
+        let heard: Vec<_> = heard.into_iter().filter_map(|event| event.logprobs).collect();
+        assert!(expected[0].logprobs.as_ref() == Some(&heard), "{what}: a probability of 0");
         let others: Vec<Completion> =
             others.into_iter().map(|tokens| tokens.complete().expect("tokens")).collect();
         for (done, expected) in others.iter().zip(&expected[1..]) {
@@ -141,13 +171,13 @@ fn moves(top_k: usize, schedule: Schedule, strategy: Strategy, transport: Transp
     assert!(moves.tokens >= 4 * least, "{what}: {moves:?}");
     // With nothing under way, too; and what is not on a rank any more is not asked of it.
     assert!(last.is_some());
-    engine.move_to(anywhere(&shape, &mut random)).expect("it fits");
+    engine.move_to(anywhere(shape, &mut random)).expect("it fits");
     until(&engine, &what, |live| live.moves.done == 7);
     let again: Vec<Completion> = requests
         .iter()
         .map(|request| engine.submit(request.clone()).expect("taken").complete().expect("tokens"))
         .collect();
-    same(&again, &expected, &what);
+    same(&again, expected, &what);
     engine.finish();
 }
 
@@ -161,7 +191,7 @@ fn a_cache_of_any_type_is_passed_on_as_it_is() {
         let mut one = Cluster::start(options(1), &NoProgress).expect("one rank");
         let expected = one.generate(&requests, &mut |_| {}).expect("one rank").sequences;
         let cluster = Cluster::start(options(RANKS), &NoProgress).expect("a cluster");
-        let engine = Engine::over(cluster, EngineOptions::default()).expect("an engine");
+        let engine = over(cluster);
         let mut random = Random::new(60 + n as u64);
         // All of it is on one rank, then on another: nobody has anything but from there.
         for rank in [1, 2] {
@@ -188,19 +218,12 @@ fn a_cache_of_any_type_is_passed_on_as_it_is() {
 
 #[test]
 fn what_a_context_was_made_from_is_not_passed_on() {
-    let shape = Tiny { seed: 340, ..Tiny::default() };
-    let folder = shape.write();
-    let requests = requests_of_20(&shape);
-    let mut one = Setup::one_rank(folder.path()).start();
-    let expected = one.generate(&requests, &mut |_| {}).expect("one rank").sequences;
+    let told = Told::of(Tiny { seed: 340, ..Tiny::default() }, requests_of_20);
+    let shape = &told.shape;
     let options =
-        ClusterOptions { ranks: RANKS, kv_wire: KvWire::Hidden, ..ClusterOptions::new(folder.path()) };
-    let engine =
-        Engine::over(Cluster::start(options, &NoProgress).expect("a cluster"), EngineOptions::default())
-            .expect("an engine");
-    let run =
-        || requests.iter().map(|request| engine.submit(request.clone()).expect("taken")).collect::<Vec<_>>();
-    let running = run();
+        ClusterOptions { ranks: RANKS, kv_wire: KvWire::Hidden, ..ClusterOptions::new(told.folder.path()) };
+    let engine = over(Cluster::start(options, &NoProgress).expect("a cluster"));
+    let running = told.submit(&engine);
     // Everything is where everything was before, or on fewer ranks; then one of them would have to learn.
     let two = PlacementTable::linear(shape.layers, shape.experts, 2).assignment;
     let two = PlacementTable::from_assignment(two, RANKS).expect("a table");
@@ -210,16 +233,12 @@ fn what_a_context_was_made_from_is_not_passed_on() {
         engine.move_to(table).expect("it fits");
         until(&engine, "no new rank", |live| live.moves.done == n as u64 + 1);
     }
-    let again = run();
+    let again = told.submit(&engine);
     engine.move_to(PlacementTable::round_robin(shape.layers, shape.experts, RANKS)).expect("it fits");
     until(&engine, "a refusal", |live| live.moves.refused == 1);
     let why = engine.live().moves.why.expect("a reason");
     assert!(why.contains("rank 2 holds no context of layer 0") && why.contains("--kv-wire"), "{why}");
-    for running in [running, again] {
-        for (running, expected) in running.into_iter().zip(&expected) {
-            assert_eq!(running.complete().expect("tokens").output_ids, expected.output_ids);
-        }
-    }
+    [running, again].into_iter().for_each(|running| told.check(running));
 }
 
 fn requests_of_20(shape: &Tiny) -> Vec<Request> {
@@ -228,11 +247,8 @@ fn requests_of_20(shape: &Tiny) -> Vec<Request> {
 
 #[test]
 fn a_rank_without_room_for_both_tables_is_named_and_all_go_on() {
-    let shape = Tiny { seed: 330, ..Tiny::default() };
-    let folder = shape.write();
-    let requests = requests_of_20(&shape);
-    let mut one = Setup::one_rank(folder.path()).start();
-    let expected = one.generate(&requests, &mut |_| {}).expect("one rank").sequences;
+    let told = Told::of(Tiny { seed: 330, ..Tiny::default() }, requests_of_20);
+    let (shape, folder) = (&told.shape, &told.folder);
     let options = |memory: u64| ClusterOptions {
         ranks: 2,
         memory: Some(memory),
@@ -253,26 +269,20 @@ fn a_rank_without_room_for_both_tables_is_named_and_all_go_on() {
     }
     let cluster = Cluster::start(options(enough), &NoProgress).expect("it started before");
     let before = cluster.placement().clone();
-    let engine = Engine::over(cluster, EngineOptions::default()).expect("an engine");
-    let running: Vec<_> =
-        requests.iter().map(|request| engine.submit(request.clone()).expect("taken")).collect();
+    let engine = over(cluster);
+    let running = told.submit(&engine);
     engine.move_to(PlacementTable::linear(shape.layers, shape.experts, 2)).expect("it fits the model");
     until(&engine, "a refusal", |live| live.moves.refused == 1);
     let why = engine.live().moves.why.expect("a reason");
     assert!(why.contains("rank ") && why.contains("experts beside") && why.contains("are missing"), "{why}");
     assert_eq!(engine.placement().assignment, before.assignment);
-    for (running, expected) in running.into_iter().zip(&expected) {
-        assert_eq!(running.complete().expect("tokens").output_ids, expected.output_ids);
-    }
+    told.check(running);
 }
 
 #[test]
 fn memory_is_left_for_moves_where_that_is_asked_for() {
-    let shape = Tiny { seed: 350, ..Tiny::default() };
-    let folder = shape.write();
-    let requests = requests_of_20(&shape);
-    let mut one = Setup::one_rank(folder.path()).start();
-    let expected = one.generate(&requests, &mut |_| {}).expect("one rank").sequences;
+    let told = Told::of(Tiny { seed: 350, ..Tiny::default() }, requests_of_20);
+    let (shape, folder) = (&told.shape, &told.folder);
     let start = |memory: u64, room_for_moves: bool| {
         let options = ClusterOptions {
             ranks: 2,
@@ -281,7 +291,7 @@ fn memory_is_left_for_moves_where_that_is_asked_for() {
             ..ClusterOptions::new(folder.path())
         };
         let cluster = Cluster::start(options, &NoProgress).ok()?;
-        Some(Engine::over(cluster, EngineOptions::default()).expect("an engine"))
+        Some(over(cluster))
     };
     let positions = |memory| start(memory, false).map_or(0, |engine| engine.cache_positions());
     // So much that the cache takes what is left, and no more than that.
@@ -301,11 +311,8 @@ fn memory_is_left_for_moves_where_that_is_asked_for() {
     let position = 4 * shape.layers * 2 * shape.hidden;
     let (left, all) = (engine.cache_positions(), positions(memory));
     assert!(left + experts / position <= all && left >= shape.positions, "{left} of {all} positions");
-    let running: Vec<_> =
-        requests.iter().map(|request| engine.submit(request.clone()).expect("taken")).collect();
+    let running = told.submit(&engine);
     engine.move_to(PlacementTable::linear(shape.layers, shape.experts, 2)).expect("it fits the model");
     until(&engine, "a move", |live| live.moves.done == 1);
-    for (running, expected) in running.into_iter().zip(&expected) {
-        assert_eq!(running.complete().expect("tokens").output_ids, expected.output_ids);
-    }
+    told.check(running);
 }

@@ -1,10 +1,7 @@
 //! Flow, played event by event: tokens on a board per rank, hops that take as long as measured, messages that take as
 //! long as their links do. The board's choice is the engine's: the earliest layer first, nobody passed over for long.
 
-use super::{
-    FRAME_BYTES, Measurements, Parts, Place, Prediction, Setting, Shape, Streams, TOKENS, UNCOUNTED,
-    remote_partials,
-};
+use super::{FRAME_BYTES, Parts, Place, Prediction, Scene, TOKENS, UNCOUNTED, remote_partials};
 use crate::options::Combine;
 use crate::runtime::bounds;
 use exflow_placement::{Rank, Strategy};
@@ -13,13 +10,8 @@ use std::collections::BinaryHeap;
 /// As on the engine's board.
 const PATIENCE: u64 = crate::runtime::PATIENCE;
 
-pub(super) fn play(
-    measured: &Measurements,
-    shape: &Shape,
-    streams: &Streams<'_>,
-    setting: &Setting<'_>,
-) -> Prediction {
-    let mut play = Play::new(measured, shape, streams, setting);
+pub(super) fn play(scene: Scene<'_>) -> Prediction {
+    let mut play = Play::new(scene);
     play.run();
     play.prediction()
 }
@@ -114,10 +106,7 @@ struct Sums {
 }
 
 struct Play<'a> {
-    measured: &'a Measurements,
-    shape: &'a Shape,
-    streams: &'a Streams<'a>,
-    setting: &'a Setting<'a>,
+    of: Scene<'a>,
     now: f64,
     made: u64,
     events: BinaryHeap<At>,
@@ -131,24 +120,16 @@ struct Play<'a> {
 }
 
 impl<'a> Play<'a> {
-    fn new(
-        measured: &'a Measurements,
-        shape: &'a Shape,
-        streams: &'a Streams<'a>,
-        setting: &'a Setting<'a>,
-    ) -> Self {
-        let (world, sequences) = (measured.world_size(), streams.sequences);
+    fn new(of: Scene<'a>) -> Self {
+        let (world, sequences) = (of.measured.world_size(), of.streams.sequences);
         let mut play = Self {
-            measured,
-            shape,
-            streams,
-            setting,
+            of,
             now: 0.0,
             made: 0,
             events: BinaryHeap::new(),
             ranks: (0..world).map(|_| RankState::default()).collect(),
             flights: vec![Flight::default(); sequences],
-            contexts: vec![0.0; sequences * shape.layers.len() * world],
+            contexts: vec![0.0; sequences * of.shape.layers.len() * world],
             times: vec![Vec::new(); sequences],
             sums: Sums::default(),
         };
@@ -187,7 +168,7 @@ impl<'a> Play<'a> {
         item.came = self.now;
         item.ready = self.now;
         item.since = self.ranks[rank].picks;
-        if item.token && item.stage < self.shape.layers.len() {
+        if item.token && item.stage < self.of.shape.layers.len() {
             let complete = self.contexts[self.context(item.sequence, item.stage, rank)];
             if complete > self.now {
                 item.ready = complete;
@@ -198,7 +179,7 @@ impl<'a> Play<'a> {
     }
 
     fn context(&self, sequence: usize, layer: usize, rank: usize) -> usize {
-        (sequence * self.shape.layers.len() + layer) * self.ranks.len() + rank
+        (sequence * self.of.shape.layers.len() + layer) * self.ranks.len() + rank
     }
 
     fn row(&mut self, to: usize, item: Item) {
@@ -230,7 +211,7 @@ impl<'a> Play<'a> {
 
     /// A rank that is free takes what its board would give it.
     fn pick(&mut self, rank: usize) {
-        let (now, last) = (self.now, self.shape.layers.len());
+        let (now, last) = (self.now, self.of.shape.layers.len());
         let state = &mut self.ranks[rank];
         let ready = |item: &&Item| item.ready <= now;
         if state.busy {
@@ -249,17 +230,17 @@ impl<'a> Play<'a> {
         let tokens = picked.iter().filter(|item| item.token).count();
         let pairs: usize = picked.iter().map(|item| item.choices).sum();
         let serving = picked.len() - tokens;
-        let times = &self.measured.ranks[rank];
+        let times = &self.of.measured.ranks[rank];
         let further = times.serve.slope() * pairs.saturating_sub(tokens) as f64;
         let seconds = match (tokens, stage) {
             (0, _) => times.serve.at(serving.max(pairs)),
             (n, 0) => times.begin.at(n),
             (n, stage) if stage == last => times.end.at(n) + further,
-            (n, _) => times.hop.of(self.setting.strategy).at(n) + further,
+            (n, _) => times.hop.of(self.of.setting.strategy).at(n) + further,
         };
         let working = self.ranks.iter().filter(|state| state.busy).count() as f64;
         let owed = std::mem::take(&mut self.ranks[rank].owed);
-        let seconds = (seconds + owed) * (working / self.measured.lanes(rank)).max(1.0);
+        let seconds = (seconds + owed) * (working / self.of.measured.lanes(rank)).max(1.0);
         for item in picked.iter().filter(|item| item.token) {
             self.sums.hops += seconds;
             self.sums.queue += now - item.ready;
@@ -269,12 +250,12 @@ impl<'a> Play<'a> {
     }
 
     fn done(&mut self, rank: usize, picked: Vec<Item>) {
-        let last = self.shape.layers.len();
+        let last = self.of.shape.layers.len();
         let mut post = Post::new(self.ranks.len());
         for item in picked {
             if !item.token {
                 // One partial for each expert, or their sum.
-                let sum = self.setting.combine == Combine::Sum && item.next != rank;
+                let sum = self.of.setting.combine == Combine::Sum && item.next != rank;
                 let partials = if sum { 1 } else { item.choices };
                 post.partials[item.next].extend(std::iter::repeat_n(item.sequence, partials));
             } else if item.stage == last {
@@ -299,26 +280,26 @@ impl<'a> Play<'a> {
     /// A token that passed a layer's attention goes where its experts are.
     fn send_on(&mut self, rank: usize, item: Item, post: &mut Post) {
         let (sequence, layer) = (item.sequence, item.stage);
-        if self.setting.strategy == Strategy::Coherent {
+        if self.of.setting.strategy == Strategy::Coherent {
             let home = Rank::from(sequence % self.ranks.len());
-            let before = self.shape.before(layer);
-            let domain = bounds::domain(self.setting.groups, self.setting.table, before, home);
+            let before = self.of.shape.before(layer);
+            let domain = bounds::domain(self.of.setting.groups, self.of.setting.table, before, home);
             let others = domain.into_iter().map(Rank::index).filter(|to| *to != rank);
             others.for_each(|to| post.kv[to].push((sequence, layer)));
         }
         let flight = &mut self.flights[sequence];
         flight.left = self.now;
-        let Some(moe) = self.shape.layers[layer] else {
+        let Some(moe) = self.of.shape.layers[layer] else {
             return self.put(rank, Item { stage: layer + 1, choices: 0, ..item });
         };
         let place = Place { sequence, token: flight.token, moe };
-        let route = self.streams.route(self.setting, place, Rank::from(rank));
+        let route = self.of.streams.route(self.of.setting, place, Rank::from(rank));
         let main = route.serving[0].index();
         self.sums.moves += f64::from(u8::from(flight.main.is_some()));
         self.sums.stays += f64::from(u8::from(flight.main == Some(main)));
         flight.main = Some(main);
         self.sums.latencies += crate::runtime::latencies(Rank::from(rank), &route) as f64;
-        let expects = remote_partials(&route, self.setting.combine);
+        let expects = remote_partials(&route, self.of.setting.combine);
         let next = route.next.index();
         let served = |by: usize| route.serving.iter().filter(|r| r.index() == by).count();
         // Where others' partials are waited for, the next residence's own count among them.
@@ -339,14 +320,14 @@ impl<'a> Play<'a> {
     fn deliver(&mut self, rank: usize, post: Post) {
         let mut frames = 0.0;
         for to in 0..self.ranks.len() {
-            let link = self.measured.link(rank, to);
+            let link = self.of.measured.link(rank, to);
             let before = frames;
             let (rows, partials) = (&post.rows[to], &post.partials[to]);
             if to == rank {
                 partials.iter().for_each(|&sequence| self.at(self.now, Event::Partial { sequence, to }));
                 continue;
             }
-            let bytes: f64 = rows.iter().map(|item| self.shape.row_bytes(item.choices)).sum();
+            let bytes: f64 = rows.iter().map(|item| self.of.shape.row_bytes(item.choices)).sum();
             if !rows.is_empty() {
                 let bytes = bytes + 2.0 + FRAME_BYTES;
                 let time = self.now + link.latency_s + bytes / link.bytes_per_s;
@@ -359,7 +340,7 @@ impl<'a> Play<'a> {
                 frames += link.message_s;
             }
             if !partials.is_empty() {
-                let bytes = 2.0 + FRAME_BYTES + partials.len() as f64 * self.shape.partial_bytes();
+                let bytes = 2.0 + FRAME_BYTES + partials.len() as f64 * self.of.shape.partial_bytes();
                 let time = self.now + link.latency_s + bytes / link.bytes_per_s;
                 (self.sums.combine, self.sums.crossings) =
                     (self.sums.combine + bytes, self.sums.crossings + partials.len() as f64);
@@ -385,11 +366,11 @@ impl<'a> Play<'a> {
 
     /// Keys and values, one after the other over the rank's link.
     fn spread(&mut self, rank: usize, to: usize, made: &[(usize, usize)]) {
-        let link = self.measured.link(rank, to);
-        let bytes = FRAME_BYTES + made.len() as f64 * self.shape.kv_bytes;
+        let link = self.of.measured.link(rank, to);
+        let bytes = FRAME_BYTES + made.len() as f64 * self.of.shape.kv_bytes;
         self.sums.kv += bytes;
         let free = &mut self.ranks[rank].bulk_free;
-        *free = free.max(self.now) + bytes / self.measured.uplink(rank);
+        *free = free.max(self.now) + bytes / self.of.measured.uplink(rank);
         let time = *free + link.latency_s;
         for &(sequence, layer) in made {
             let at = self.context(sequence, layer, to);
@@ -405,8 +386,8 @@ impl<'a> Play<'a> {
         let (s, tokens) = (&self.sums, self.sums.tokens.max(1.0));
         Prediction {
             tokens_per_s: rate,
-            ms_per_token: 1e3 * self.streams.sequences as f64 / rate.max(1e-9),
-            waits_per_layer: s.latencies / (tokens * self.shape.moe_layers().max(1.0)),
+            ms_per_token: 1e3 * self.of.streams.sequences as f64 / rate.max(1e-9),
+            waits_per_layer: s.latencies / (tokens * self.of.shape.moe_layers().max(1.0)),
             crossings_per_token: s.crossings / tokens,
             stay_rate: s.stays / s.moves.max(1.0),
             parts: Parts {

@@ -151,9 +151,12 @@ fn unloaded(measured: &Measurements, shape: &Shape, work: Workload<'_>, setting:
     if work.routes.tokens() == 0 || measured.world_size() < 2 {
         return Prediction::default();
     }
-    let play = |streams: Streams<'_>| match setting.schedule {
-        Schedule::Rounds => rounds::play(measured, shape, &streams, &setting),
-        Schedule::Flow => flow::play(measured, shape, &streams, &setting),
+    let play = |streams: Streams<'_>| {
+        let scene = Scene { measured, shape, streams: &streams, setting: &setting };
+        match setting.schedule {
+            Schedule::Rounds => rounds::play(scene),
+            Schedule::Flow => flow::play(scene),
+        }
     };
     mean(Streams::draws(work.routes, work.sequences.max(1)).map(play), work.sequences.max(1))
 }
@@ -181,6 +184,15 @@ fn mean(plays: impl ExactSizeIterator<Item = Prediction>, sequences: usize) -> P
     }
     mean.tokens_per_s = 1e3 * sequences as f64 / mean.ms_per_token.max(1e-6);
     mean
+}
+
+/// What is played.
+#[derive(Clone, Copy)]
+struct Scene<'a> {
+    measured: &'a Measurements,
+    shape: &'a Shape,
+    streams: &'a Streams<'a>,
+    setting: &'a Setting<'a>,
 }
 
 /// A trace cut into as many streams as sequences run.

@@ -1,10 +1,7 @@
 //! Rounds: in each layer all ranks attend, exchange rows, work, and exchange partials where there can be any. The slowest
 //! rank is waited for each time.
 
-use super::{
-    FRAME_BYTES, Measurements, Parts, Place, Prediction, Setting, Shape, Streams, TOKENS, UNCOUNTED,
-    remote_partials,
-};
+use super::{FRAME_BYTES, Parts, Place, Prediction, Scene, TOKENS, UNCOUNTED, remote_partials};
 use crate::runtime::bounds;
 use exflow_placement::{Rank, Route, Strategy};
 
@@ -23,12 +20,8 @@ struct Sums {
     kv: f64,
 }
 
-pub(super) fn play(
-    measured: &Measurements,
-    shape: &Shape,
-    streams: &Streams<'_>,
-    setting: &Setting<'_>,
-) -> Prediction {
+pub(super) fn play(scene: Scene<'_>) -> Prediction {
+    let Scene { measured, shape, streams, .. } = scene;
     let ranks = measured.world_size();
     let homes: Vec<usize> = (0..streams.sequences).map(|s| s % ranks).collect();
     let mut residence = homes.clone();
@@ -38,9 +31,8 @@ pub(super) fn play(
         if token == UNCOUNTED {
             sums = Sums::default();
         }
-        let mut step =
-            Step { measured, shape, setting, homes: &homes, sums: &mut sums, kv: vec![0.0; ranks] };
-        step.run(streams, token, &mut residence, &mut mains);
+        let mut step = Step { of: scene, homes: &homes, sums: &mut sums, kv: vec![0.0; ranks] };
+        step.run(token, &mut residence, &mut mains);
     }
     let steps = (TOKENS - UNCOUNTED) as f64;
     let tokens = steps * streams.sequences as f64;
@@ -60,9 +52,7 @@ pub(super) fn play(
 }
 
 struct Step<'a> {
-    measured: &'a Measurements,
-    shape: &'a Shape,
-    setting: &'a Setting<'a>,
+    of: Scene<'a>,
     homes: &'a [usize],
     sums: &'a mut Sums,
     /// `[R]` bytes of keys and values that each rank sends in this step.
@@ -70,28 +60,27 @@ struct Step<'a> {
 }
 
 impl Step<'_> {
-    fn run(
-        &mut self,
-        streams: &Streams<'_>,
-        token: usize,
-        residence: &mut [usize],
-        mains: &mut [Option<Rank>],
-    ) {
+    fn run(&mut self, token: usize, residence: &mut [usize], mains: &mut [Option<Rank>]) {
+        let streams = self.of.streams;
         let before = self.sums.seconds;
-        let ranks = self.measured.world_size();
-        for layer in 0..self.shape.layers.len() {
+        let ranks = self.of.measured.world_size();
+        for layer in 0..self.of.shape.layers.len() {
             let mut attending = vec![0; ranks];
             residence.iter().for_each(|rank| attending[*rank] += 1);
-            self.work(|rank| self.measured.ranks[rank].attend.of(self.setting.strategy).at(attending[rank]));
+            self.work(|rank| {
+                self.of.measured.ranks[rank].attend.of(self.of.setting.strategy).at(attending[rank])
+            });
             self.spread(layer, residence);
-            let Some(moe) = self.shape.layers[layer] else {
-                self.work(|rank| self.measured.ranks[rank].work.of(Strategy::Coherent).at(attending[rank]));
+            let Some(moe) = self.of.shape.layers[layer] else {
+                self.work(|rank| {
+                    self.of.measured.ranks[rank].work.of(Strategy::Coherent).at(attending[rank])
+                });
                 continue;
             };
             let routes: Vec<Route> = (0..streams.sequences)
                 .map(|sequence| {
                     let at = Place { sequence, token, moe };
-                    streams.route(self.setting, at, Rank::from(residence[sequence]))
+                    streams.route(self.of.setting, at, Rank::from(residence[sequence]))
                 })
                 .collect();
             self.layer(&routes, residence);
@@ -104,10 +93,10 @@ impl Step<'_> {
         }
         let mut heads = vec![0; ranks];
         residence.iter().for_each(|rank| heads[*rank] += 1);
-        self.work(|rank| self.measured.ranks[rank].sample.at(heads[rank]));
+        self.work(|rank| self.of.measured.ranks[rank].sample.at(heads[rank]));
         self.handle_contexts();
         // Keys and values travel beside all this; a step cannot be shorter than they take.
-        let sending = |rank: usize| self.kv[rank] / self.measured.uplink(rank);
+        let sending = |rank: usize| self.kv[rank] / self.of.measured.uplink(rank);
         let longest = (0..ranks).map(sending).fold(0.0, f64::max);
         let missing = (longest - (self.sums.seconds - before)).max(0.0);
         self.sums.seconds += missing;
@@ -116,34 +105,34 @@ impl Step<'_> {
 
     /// Dispatch, experts, combine.
     fn layer(&mut self, routes: &[Route], residence: &[usize]) {
-        let ranks = self.measured.world_size();
+        let ranks = self.of.measured.world_size();
         let (mut rows, mut pairs) = (vec![0.0; ranks], vec![0; ranks]);
         let mut partials = vec![0.0; ranks];
-        let sums = self.setting.combine == crate::options::Combine::Sum;
+        let sums = self.of.setting.combine == crate::options::Combine::Sum;
         for (route, &from) in routes.iter().zip(residence) {
             for to in route.ranks() {
                 let served = route.serving.iter().filter(|rank| **rank == to).count();
                 pairs[to.index()] += served;
                 if to.index() != from {
-                    rows[from] += self.shape.row_bytes(served);
+                    rows[from] += self.of.shape.row_bytes(served);
                     self.sums.crossings += 1.0;
                 }
                 if to != route.next {
                     let sent = if sums { 1 } else { served };
-                    partials[to.index()] += sent as f64 * self.shape.partial_bytes();
+                    partials[to.index()] += sent as f64 * self.of.shape.partial_bytes();
                 }
             }
-            self.sums.crossings += remote_partials(route, self.setting.combine) as f64;
+            self.sums.crossings += remote_partials(route, self.of.setting.combine) as f64;
         }
         let frames = FRAME_BYTES * (ranks * (ranks - 1)) as f64;
         self.sums.dispatch += rows.iter().sum::<f64>() + frames;
         self.exchange(self.sending(&rows));
-        let strategy = self.setting.strategy;
+        let strategy = self.of.setting.strategy;
         // What was measured is a pair for each row.
-        self.work(|rank| self.measured.ranks[rank].work.of(strategy).at(pairs[rank]));
+        self.work(|rank| self.of.measured.ranks[rank].work.of(strategy).at(pairs[rank]));
         self.sums.exchanges += 1.0;
         let several = routes.iter().any(|route| route.serving.len() > 1);
-        if strategy == Strategy::Vanilla || several || !self.setting.groups.is_empty() {
+        if strategy == Strategy::Vanilla || several || !self.of.setting.groups.is_empty() {
             self.sums.combine += partials.iter().sum::<f64>() + frames;
             self.exchange(self.sending(&partials));
             self.sums.exchanges += 1.0;
@@ -152,27 +141,29 @@ impl Step<'_> {
 
     /// Seconds that the busiest rank needs to send.
     fn sending(&self, bytes: &[f64]) -> f64 {
-        bytes.iter().enumerate().map(|(rank, b)| b / self.measured.uplink(rank)).fold(0.0, f64::max)
+        bytes.iter().enumerate().map(|(rank, b)| b / self.of.measured.uplink(rank)).fold(0.0, f64::max)
     }
 
     fn exchange(&mut self, sending: f64) {
-        self.sums.seconds += self.measured.exchange_s + sending;
-        self.sums.travel += self.measured.exchange_s + sending;
+        self.sums.seconds += self.of.measured.exchange_s + sending;
+        self.sums.travel += self.of.measured.exchange_s + sending;
     }
 
     /// All ranks work; those that share cores take turns.
     fn work(&mut self, seconds: impl Fn(usize) -> f64) {
-        let each: Vec<f64> = (0..self.measured.world_size()).map(seconds).collect();
-        let shared: f64 = each.iter().enumerate().map(|(rank, s)| s / self.measured.lanes(rank)).sum();
+        let each: Vec<f64> = (0..self.of.measured.world_size()).map(seconds).collect();
+        let shared: f64 = each.iter().enumerate().map(|(rank, s)| s / self.of.measured.lanes(rank)).sum();
         self.sums.seconds += each.iter().copied().fold(shared, f64::max);
     }
 
     /// Frames of keys and values take time of those who send and of those who receive them.
     fn handle_contexts(&mut self) {
-        let ranks = self.measured.world_size();
-        let of_step = self.shape.layers.len().div_ceil(crate::runtime::BULK_LAYERS);
+        let ranks = self.of.measured.world_size();
+        let of_step = self.of.shape.layers.len().div_ceil(crate::runtime::BULK_LAYERS);
         let handling = |rank: usize| match self.kv[rank] > 0.0 {
-            true => (0..ranks).map(|to| self.measured.link(rank, to).message_s).sum::<f64>() * of_step as f64,
+            true => {
+                (0..ranks).map(|to| self.of.measured.link(rank, to).message_s).sum::<f64>() * of_step as f64
+            }
             false => 0.0,
         };
         let seconds: Vec<f64> = (0..ranks).map(|rank| 2.0 * handling(rank)).collect();
@@ -181,20 +172,21 @@ impl Step<'_> {
 
     /// Keys and values to the rest of the layer's domain.
     fn spread(&mut self, layer: usize, residence: &[usize]) {
-        if self.setting.strategy != Strategy::Coherent {
+        if self.of.setting.strategy != Strategy::Coherent {
             return;
         }
         let mut to_others = vec![vec![0_usize; self.kv.len()]; self.kv.len()];
         for (&from, &home) in residence.iter().zip(self.homes) {
-            let before = self.shape.before(layer);
-            let domain = bounds::domain(self.setting.groups, self.setting.table, before, Rank::from(home));
+            let before = self.of.shape.before(layer);
+            let domain =
+                bounds::domain(self.of.setting.groups, self.of.setting.table, before, Rank::from(home));
             domain.iter().filter(|to| to.index() != from).for_each(|to| to_others[from][to.index()] += 1);
         }
         for (from, rows) in to_others.iter().enumerate() {
             let frame = FRAME_BYTES / crate::runtime::BULK_LAYERS as f64;
             let of = |rows: &usize| match rows {
                 0 => 0.0,
-                rows => frame + *rows as f64 * self.shape.kv_bytes,
+                rows => frame + *rows as f64 * self.of.shape.kv_bytes,
             };
             let bytes: f64 = rows.iter().map(of).sum();
             self.kv[from] += bytes;

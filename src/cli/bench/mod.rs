@@ -60,9 +60,6 @@ pub(crate) struct Args {
     /// Tokens to add to each prompt; the end-of-text token does not end it
     #[arg(short = 'n', long, value_name = "N", default_value_t = 64)]
     max_tokens: usize,
-    /// Measured runs of each setting
-    #[arg(short, long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
-    repeats: u32,
     /// Prompts, run together [default: eight of its own]
     #[arg(short, long, value_name = "TEXT", num_args = 1..)]
     prompts: Vec<String>,
@@ -72,15 +69,8 @@ pub(crate) struct Args {
     /// Sequences of 192 tokens that the model writes to be profiled on
     #[arg(long, value_name = "N", default_value_t = 24)]
     own_text: usize,
-    /// Time for the solver
-    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = flags::duration)]
-    time_limit: Duration,
-    /// Seed of the model's own text and of the solver
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
-    /// Adapter: part of its name, or its number in `exflow devices` [default: the best one]
-    #[arg(long, value_name = "NAME|N")]
-    adapter: Option<String>,
+    #[command(flatten)]
+    runs: RunFlags,
     /// Folder for trace.npy, affinity.npz, placement.json and report.html
     #[arg(long, value_name = "DIR")]
     report: Option<PathBuf>,
@@ -89,6 +79,29 @@ pub(crate) struct Args {
     format: TableFormat,
     #[command(flatten)]
     group: flags::group::GroupFlags,
+}
+
+/// How settings are measured whose tables are solved first.
+#[derive(Debug, clap::Args)]
+struct RunFlags {
+    /// Measured runs of each setting
+    #[arg(short, long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    repeats: u32,
+    /// Time for the solver, per table
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = flags::duration)]
+    time_limit: Duration,
+    /// Seed of the text that tables are made from, the solver and a synthetic model
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Adapter: part of its name, or its number in `exflow devices` [default: the best one]
+    #[arg(long, value_name = "NAME|N")]
+    adapter: Option<String>,
+}
+
+impl RunFlags {
+    fn solve(&self) -> SolveOptions {
+        SolveOptions { seed: self.seed, time_limit: self.time_limit, ..SolveOptions::default() }
+    }
 }
 
 impl Args {
@@ -160,7 +173,7 @@ fn measure(args: &Args, documents: &[Document]) -> Result<Option<Study>, Failure
     options.ranks = args.ep_size;
     options.transport = args.transport.into();
     options.strategy = Strategy::Vanilla;
-    options.adapter = args.adapter.clone();
+    options.adapter = args.runs.adapter.clone();
     options.link = args.link;
     args.group.apply(&mut options)?;
     let Some(options) = flags::group::led(options, &bars)? else { return Ok(None) };
@@ -171,15 +184,17 @@ fn measure(args: &Args, documents: &[Document]) -> Result<Option<Study>, Failure
         args.prompts.clone()
     };
     let requests = requests(&cluster, &prompts, args.max_tokens)?;
-    let own = OwnText { beginnings: prompts.clone(), sequences: args.own_text, tokens: 192, seed: args.seed };
+    let own =
+        OwnText { beginnings: prompts.clone(), sequences: args.own_text, tokens: 192, seed: args.runs.seed };
     let corpus = Corpus::collect(&mut cluster, documents, &own, 256, &bars)?;
     let profiled = study::profile(&mut cluster, &corpus, &bars)?;
-    let solve = SolveOptions { seed: args.seed, time_limit: args.time_limit, ..SolveOptions::default() };
-    let mut placed = study::place(&profiled, cluster.spec().experts, cluster.options().ranks, &solve, &bars)?;
+    let mut placed =
+        study::place(&profiled, cluster.spec().experts, cluster.options().ranks, &args.runs.solve(), &bars)?;
     placed.table.model_digest = Some(cluster.spec().digest.clone());
     let facts = ModelFacts::of(cluster.spec(), args.model());
     let settings = Setting::three(&placed.table);
-    let compared = study::compare(&mut cluster, settings, &requests, args.repeats as usize, &mut |_, _| {})?;
+    let compared =
+        study::compare(&mut cluster, settings, &requests, args.runs.repeats as usize, &mut |_, _| {})?;
     let texts =
         prompts.into_iter().zip(compared.said.sequences.iter().map(|done| done.text.clone())).collect();
     Ok(Some(Study::new("exflow bench", facts, &corpus, profiled, placed, &compared, texts)))

@@ -1,77 +1,15 @@
-//! A world of boards without devices: a made-up model whose sums are exact, a network that delivers in any order that
-//! keeps each link's, and the ordering hazards of flow. Nothing may hang, and tokens must be those of one rank.
+//! A world of boards without devices, and the ordering hazards of flow. Nothing may hang, and tokens must be those of one rank.
 
-use super::super::depart;
+use super::super::depart::{self, Departure};
+use super::super::made_up::{EXPERTS, LAYERS, Net, Next, PROMPT};
+use super::super::made_up::{alone, attend, entering, made, routed, sample, served_values};
 use super::*;
 use crate::options::Combine;
 use crate::runtime::coherence::Coherence;
 use crate::runtime::frames::Choice;
 use crate::runtime::tables::Edition;
-use exflow_placement::{ExpertId, LayerId, PlacementTable, Route, Strategy};
+use exflow_placement::{PlacementTable, Strategy};
 use proptest::prelude::*;
-use std::collections::VecDeque;
-
-pub(in super::super) const LAYERS: usize = 4;
-pub(in super::super) const EXPERTS: usize = 6;
-pub(in super::super) const PROMPT: u32 = 3;
-
-pub(in super::super) fn mix(parts: &[u64]) -> u64 {
-    parts.iter().fold(0x9e37_79b9, |h, p| {
-        let h = (h ^ p).wrapping_mul(0xd134_2543_de82_ef95);
-        h ^ (h >> 29)
-    })
-}
-
-/// Whole numbers, so that no order of adding changes a sum; what is tested is that nothing is added twice or not.
-fn whole(parts: &[u64]) -> f32 {
-    (mix(parts) % 1000) as f32
-}
-
-pub(in super::super) fn embed(id: u32, position: u32) -> f32 {
-    whole(&[1, u64::from(id), u64::from(position)])
-}
-
-pub(in super::super) fn attend(layer: usize, x: f32, context: f32) -> f32 {
-    (x + whole(&[2, layer as u64]) + context) % 4096.0
-}
-
-pub(in super::super) fn made(layer: usize, x: f32) -> f32 {
-    whole(&[3, layer as u64, x as u64])
-}
-
-pub(in super::super) fn choose(layer: usize, x: f32, top_k: usize) -> Vec<Choice> {
-    let first = mix(&[4, layer as u64, x as u64]) as usize % EXPERTS;
-    let choice =
-        |k| Choice { k: k as u16, expert: ((first + k * 2) % EXPERTS) as u16, weight: (top_k - k) as f32 };
-    (0..top_k).map(choice).collect()
-}
-
-pub(in super::super) fn serve(layer: usize, choice: &Choice, x: f32) -> f32 {
-    choice.weight * whole(&[5, layer as u64, u64::from(choice.expert), x as u64])
-}
-
-pub(in super::super) fn sample(x: f32) -> u32 {
-    mix(&[6, x as u64]) as u32 % 64
-}
-
-/// What one rank says.
-pub(in super::super) fn alone(sequence: u32, tokens: usize, top_k: usize) -> Vec<u32> {
-    let mut kv = [0.0; LAYERS];
-    let mut out = Vec::new();
-    for position in 0..PROMPT + tokens as u32 - 1 {
-        let id = out.last().copied().filter(|_| position >= PROMPT).unwrap_or(sequence * 7 + position);
-        let mut x = embed(id, position);
-        for (layer, kv) in kv.iter_mut().enumerate() {
-            x = attend(layer, x, *kv % 64.0);
-            *kv += made(layer, x);
-            x += choose(layer, x, top_k).iter().map(|c| serve(layer, c, x)).sum::<f32>();
-        }
-        if position + 1 >= PROMPT {
-            out.push(sample(x));
-        }
-    }
-    out
-}
 
 pub(in super::super) enum Wire {
     Row(u16, bool, RowFrame),
@@ -93,14 +31,9 @@ pub(in super::super) struct World {
     table: PlacementTable,
     strategy: Strategy,
     top_k: usize,
-    /// Rows, partials and orders, by (from, to); keys and values beside them.
-    pub(in super::super) rows: BTreeMap<(usize, usize), VecDeque<Wire>>,
-    pub(in super::super) bulk: BTreeMap<(usize, usize), VecDeque<Kv>>,
+    pub(in super::super) net: Net<Wire, Kv>,
     pub(in super::super) said: BTreeMap<u32, Vec<u32>>,
     want: BTreeMap<u32, usize>,
-    random: u64,
-    /// Keys and values go only where nothing else can.
-    starve: bool,
 }
 
 impl World {
@@ -121,27 +54,15 @@ impl World {
             table: PlacementTable::round_robin(LAYERS, EXPERTS, ranks),
             strategy,
             top_k,
-            rows: BTreeMap::new(),
-            bulk: BTreeMap::new(),
+            net: Net::new(seed, starve),
             said: BTreeMap::new(),
             want: BTreeMap::new(),
-            random: seed,
-            starve,
         }
-    }
-
-    fn draw(&mut self, below: usize) -> usize {
-        self.random = mix(&[self.random, 17]);
-        (self.random >> 7) as usize % below.max(1)
-    }
-
-    fn tell(&mut self, from: usize, to: usize, wire: Wire) {
-        self.rows.entry((from, to)).or_default().push_back(wire);
     }
 
     /// Rank 0's word goes to all; to itself at once.
     fn announce(&mut self, order: impl Fn() -> Wire) {
-        (1..self.places.len()).for_each(|to| self.tell(0, to, order()));
+        (1..self.places.len()).for_each(|to| self.net.tell(0, to, order()));
         self.arrive(0, order());
     }
 
@@ -184,44 +105,23 @@ impl World {
 
     /// One random thing happens; false where nothing can.
     fn happen(&mut self) -> bool {
-        let links: Vec<_> =
-            self.rows.iter().filter(|(_, q)| !q.is_empty()).map(|(link, _)| (*link, false)).collect();
-        let bulk: Vec<_> =
-            self.bulk.iter().filter(|(_, q)| !q.is_empty()).map(|(link, _)| (*link, true)).collect();
-        let ranks = self.places.len();
-        let mut events: Vec<((usize, usize), bool)> = links;
-        if !self.starve || events.is_empty() {
-            events.extend(bulk.iter().copied());
-        }
-        let first = self.draw(events.len() + ranks);
-        for at in 0..events.len() + ranks {
-            let at = (first + at) % (events.len() + ranks);
-            match events.get(at) {
-                Some(&(link, false)) => {
-                    if let Some(wire) = self.rows.get_mut(&link).and_then(VecDeque::pop_front) {
-                        self.arrive(link.1, wire);
-                        return true;
-                    }
+        for next in self.net.next(self.places.len()) {
+            match next {
+                Next::Row(link) => {
+                    let wire = self.net.row(link);
+                    self.arrive(link.1, wire);
+                    return true;
                 }
-                Some(&(link, true)) => {
-                    if let Some(kv) = self.bulk.get_mut(&link).and_then(VecDeque::pop_front) {
-                        self.places[link.1].hear(kv);
-                        return true;
-                    }
+                Next::Kv(link) => {
+                    let kv = self.net.kv(link);
+                    self.places[link.1].hear(kv);
+                    return true;
                 }
-                None if self.work(at - events.len()) => return true,
-                None => {}
+                Next::Work(rank) if self.work(rank) => return true,
+                Next::Work(_) => {}
             }
         }
-        // Where only starved keys and values are left, they go.
-        match bulk.first() {
-            Some(&(link, _)) if self.starve => {
-                let kv = self.bulk.get_mut(&link).and_then(VecDeque::pop_front).expect("not empty");
-                self.places[link.1].hear(kv);
-                true
-            }
-            _ => false,
-        }
+        false
     }
 
     fn work(&mut self, rank: usize) -> bool {
@@ -235,15 +135,11 @@ impl World {
     pub(in super::super) fn carry(&mut self, rank: usize, picked: Picked) {
         let me = Rank::from(rank);
         if let Some(layer) = picked.stage.checked_sub(1) {
-            let values: Vec<f32> = picked
-                .serves
-                .iter()
-                .flat_map(|s| s.frame.choices.iter().map(|c| serve(layer, c, s.frame.residual[0])))
-                .collect();
+            let values = served_values(layer, &picked.serves);
             for (to, frame) in depart::partials(me, &picked.serves, &values, (1, 1), Combine::Exact) {
                 match to == me {
                     true => self.places[rank].board.partial(layer as u16, frame),
-                    false => self.tell(rank, to.index(), Wire::Partial(layer as u16, frame)),
+                    false => self.net.tell(rank, to.index(), Wire::Partial(layer as u16, frame)),
                 }
             }
         }
@@ -257,15 +153,7 @@ impl World {
         let mut stays = true;
         for token in &mut unit.tokens {
             let (sequence, position) = (token.sequence, token.position);
-            let mut x = match stage.checked_sub(1) {
-                None => embed(token.id, position),
-                Some(layer) => {
-                    let x = token.residual[0];
-                    let own: f32 = token.choices.iter().map(|c| serve(layer, c, x)).sum();
-                    assert_eq!(token.choices.len() + token.partials.len(), self.top_k, "each expert once");
-                    x + own + token.partials.iter().map(|p| p.1[0]).sum::<f32>()
-                }
-            };
+            let mut x = entering(token, stage, self.top_k);
             if stage == LAYERS {
                 if position + 1 >= PROMPT {
                     self.sampled(rank, sequence, position, sample(x));
@@ -278,20 +166,18 @@ impl World {
             let kv = (sequence, position, stage, made(stage, x));
             place.kv.insert((sequence, stage, position), kv.3);
             place.coherence.note(stage as u16, sequence, position);
-            let choices = choose(stage, x, self.top_k);
-            let experts: Vec<_> = choices.iter().map(|c| ExpertId(c.expert)).collect();
-            let weights: Vec<_> = choices.iter().map(|c| c.weight).collect();
             let strategy = if unit.prefill { Strategy::Vanilla } else { self.strategy };
-            let route: Route = self.table.route(strategy, LayerId::from(stage), me, &experts, &weights);
-            let (rows, stay) = depart::depart(me, token, &route, &choices, Combine::Exact, &[x]);
+            let (choices, route) = routed(&self.table, (strategy, self.top_k), (stage, me), x);
+            let residual = &[x];
+            let combine = Combine::Exact;
+            let (rows, stay) =
+                Departure { me, route: &route, choices: &choices, combine, residual }.depart(token);
             stays &= stay;
             for (to, row) in rows {
-                self.tell(rank, to.index(), Wire::Row(stage as u16, unit.prefill, row));
+                self.net.tell(rank, to.index(), Wire::Row(stage as u16, unit.prefill, row));
             }
             if self.strategy == Strategy::Coherent {
-                for to in (0..self.places.len()).filter(|to| *to != rank) {
-                    self.bulk.entry((rank, to)).or_default().push_back(kv);
-                }
+                self.net.spread(rank, self.places.len(), kv);
             }
         }
         if stage < LAYERS && stays {

@@ -6,52 +6,52 @@ use super::board::{Serve, Token};
 use crate::options::Combine;
 use exflow_placement::{Rank, Route};
 
-/// Sends a token on: returns the rows to ranks that serve it, and whether the token stays on `me`, with what the next hop needs
-/// noted in it. One that leaves while it is served here too has a row to `me` among them, as it has to any other rank.
-/// `choices` are in router order.
-pub(crate) fn depart(
-    me: Rank,
-    token: &mut Token,
-    route: &Route,
-    choices: &[Choice],
-    combine: Combine,
-    residual: &[f32],
-) -> (Vec<(Rank, RowFrame)>, bool) {
-    let expects = expected(route, combine);
-    let main = route.serving[0];
-    let stays = route.next == me;
-    let served_by = |rank: Rank| {
-        let of = choices.iter().zip(&route.serving).filter(move |(_, serving)| **serving == rank);
-        of.map(|(choice, _)| *choice).collect::<Vec<_>>()
-    };
-    let leaving = route.ranks().into_iter().filter(|rank| *rank != me || !stays);
-    let row = |to: Rank| {
-        let Token { sequence, position, edition, .. } = *token;
-        let (choices, residual) = (served_by(to), residual.to_vec());
-        (to, RowFrame { sequence, position, edition, next: route.next, main, expects, choices, residual })
-    };
-    let rows = leaving.map(row).collect();
-    if stays {
-        stay(me, token, route, choices, combine, residual);
-    }
-    (rows, stays)
+/// What a layer's router decided of a token on a rank.
+#[derive(Clone, Copy)]
+pub(crate) struct Departure<'a> {
+    pub(crate) me: Rank,
+    pub(crate) route: &'a Route,
+    /// In router order.
+    pub(crate) choices: &'a [Choice],
+    pub(crate) combine: Combine,
+    /// `[H]` behind the attention.
+    pub(crate) residual: &'a [f32],
 }
 
-/// Notes in a token that stays on `me` what its next hop needs.
-pub(crate) fn stay(
-    me: Rank,
-    token: &mut Token,
-    route: &Route,
-    choices: &[Choice],
-    combine: Combine,
-    residual: &[f32],
-) {
-    let served = choices.iter().zip(&route.serving).filter(|(_, serving)| **serving == me);
-    token.main = Some(route.serving[0]);
-    token.choices = served.map(|(choice, _)| *choice).collect();
-    token.missing = expected(route, combine);
-    token.partials.clear();
-    token.residual = residual.to_vec();
+impl Departure<'_> {
+    /// Sends a token on: returns the rows to ranks that serve it, and whether the token stays here, with what the next hop needs
+    /// noted in it. One that leaves while it is served here too has a row to this rank among them, as it has to any other.
+    pub(crate) fn depart(&self, token: &mut Token) -> (Vec<(Rank, RowFrame)>, bool) {
+        let Self { me, route, .. } = *self;
+        let (expects, main) = (expected(route, self.combine), route.serving[0]);
+        let stays = route.next == me;
+        let leaving = route.ranks().into_iter().filter(|rank| *rank != me || !stays);
+        let row = |to: Rank| {
+            let Token { sequence, position, edition, .. } = *token;
+            let (choices, residual) = (self.served_by(to), self.residual.to_vec());
+            let next = route.next;
+            (to, RowFrame { sequence, position, edition, next, main, expects, choices, residual })
+        };
+        let rows = leaving.map(row).collect();
+        if stays {
+            self.stay(token);
+        }
+        (rows, stays)
+    }
+
+    /// Notes in a token that stays here what its next hop needs.
+    pub(crate) fn stay(&self, token: &mut Token) {
+        token.main = Some(self.route.serving[0]);
+        token.choices = self.served_by(self.me);
+        token.missing = expected(self.route, self.combine);
+        token.partials.clear();
+        token.residual = self.residual.to_vec();
+    }
+
+    fn served_by(&self, rank: Rank) -> Vec<Choice> {
+        let of = self.choices.iter().zip(&self.route.serving).filter(|(_, serving)| **serving == rank);
+        of.map(|(choice, _)| *choice).collect()
+    }
 }
 
 /// One-way latencies that a token waits for at a layer: none where all its experts are where it is, one where all are

@@ -3,7 +3,9 @@
 //! requests that end at any moment. Cache slots hold numbers, so that whoever writes into a block that is not its own
 //! changes somebody's tokens. Nothing may hang, and tokens must be those of one rank.
 
-use super::board::tests::{EXPERTS, LAYERS, PROMPT, alone, attend, choose, embed, made, mix, sample, serve};
+use super::depart::{self, Departure};
+use super::made_up::{EXPERTS, LAYERS, Link, Net, Next, PROMPT};
+use super::made_up::{alone, attend, entering, made, routed, sample, served_values};
 use super::*;
 use crate::options::Combine;
 use crate::runtime::coherence::Coherence;
@@ -13,9 +15,9 @@ use crate::runtime::sequence::{Admission, BLOCK, Order, Sampled, Sequences};
 use crate::runtime::tables::Edition;
 use crate::runtime::worker::Directive;
 use board::Token;
-use exflow_placement::{ExpertId, PlacementTable, Strategy};
+use exflow_placement::{PlacementTable, Strategy};
 use proptest::prelude::*;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 
 const CONTEXT: usize = 64;
 
@@ -46,14 +48,10 @@ struct World {
     table: PlacementTable,
     strategy: Strategy,
     top_k: usize,
-    rows: BTreeMap<(usize, usize), VecDeque<Wire>>,
-    bulk: BTreeMap<(usize, usize), VecDeque<Kv>>,
+    net: Net<Wire, Kv>,
     /// By request.
     said: BTreeMap<u32, Vec<u32>>,
     preempted: usize,
-    random: u64,
-    /// Keys and values go only where nothing else can.
-    starve: bool,
 }
 
 impl World {
@@ -73,18 +71,10 @@ impl World {
             table: PlacementTable::round_robin(LAYERS, EXPERTS, ranks),
             strategy,
             top_k,
-            rows: BTreeMap::new(),
-            bulk: BTreeMap::new(),
+            net: Net::new(seed, starve),
             said: BTreeMap::new(),
             preempted: 0,
-            random: seed,
-            starve,
         }
-    }
-
-    fn draw(&mut self, below: usize) -> usize {
-        self.random = mix(&[self.random, 29]);
-        (self.random >> 7) as usize % below.max(1)
     }
 
     fn submit(&mut self, request: u32, tokens: usize) {
@@ -103,13 +93,9 @@ impl World {
         self.changed = true;
     }
 
-    fn tell(&mut self, from: usize, to: usize, wire: Wire) {
-        self.rows.entry((from, to)).or_default().push_back(wire);
-    }
-
     fn tell_all(&mut self, from: usize, note: &Note) {
         let others = (0..self.places.len()).filter(|to| *to != from);
-        others.for_each(|to| self.tell(from, to, Wire::Note(note.clone())));
+        others.for_each(|to| self.net.tell(from, to, Wire::Note(note.clone())));
     }
 
     /// Rank 0 looks at what happened and orders.
@@ -190,7 +176,7 @@ impl World {
         let whole = |layer| place.coherence.is_complete(layer as u16, id, PROMPT);
         if of_prompt && place.notes.owes(id) && (0..LAYERS).all(whole) {
             place.notes.acknowledged(id);
-            self.tell(at, home, Wire::Note(Note::Holds(id)));
+            self.net.tell(at, home, Wire::Note(Note::Holds(id)));
         }
     }
 
@@ -229,48 +215,34 @@ impl World {
     /// One random thing happens; false where nothing can.
     fn happen(&mut self) -> bool {
         self.order();
-        let full = |(link, queue): (&(usize, usize), usize)| (queue > 0).then_some(*link);
-        let rows: Vec<_> = self.rows.iter().filter_map(|(l, q)| full((l, q.len()))).collect();
-        let bulk: Vec<_> = self.bulk.iter().filter_map(|(l, q)| full((l, q.len()))).collect();
-        let ranks = self.places.len();
-        let all = rows.len() + bulk.len() + ranks;
-        let first = self.draw(all);
-        for turn in [false, true] {
-            for at in 0..all {
-                let at = (first + at) % all;
-                // Starved keys and values go in the second turn alone.
-                let is_bulk = (rows.len()..rows.len() + bulk.len()).contains(&at);
-                if turn != (is_bulk && self.starve) {
-                    continue;
+        for next in self.net.next(self.places.len()) {
+            match next {
+                Next::Row(link) => {
+                    let wire = self.net.row(link);
+                    self.arrive(link, wire);
+                    return true;
                 }
-                match at {
-                    at if at < rows.len() => {
-                        let wire = self.rows.get_mut(&rows[at]).and_then(VecDeque::pop_front).expect("full");
-                        self.arrive(rows[at], wire);
-                        return true;
-                    }
-                    _ if is_bulk => {
-                        let link = bulk[at - rows.len()];
-                        let (layer, sequence, position, value) =
-                            self.bulk.get_mut(&link).and_then(VecDeque::pop_front).expect("full");
-                        let arrived = Arrived { sequence, position, values: vec![value] };
-                        let board = &mut self.places[link.1].board;
-                        if let Some(Waiting::Kv(layer, arrived)) =
-                            board.other(sequence, Waiting::Kv(layer, arrived))
-                        {
-                            self.keep(link.1, layer, arrived);
-                        }
-                        return true;
-                    }
-                    at if self.work(at - rows.len() - bulk.len()) => return true,
-                    _ => {}
+                Next::Kv(link) => {
+                    self.hear(link);
+                    return true;
                 }
+                Next::Work(rank) if self.work(rank) => return true,
+                Next::Work(_) => {}
             }
         }
         self.changed
     }
 
-    fn arrive(&mut self, (from, to): (usize, usize), wire: Wire) {
+    fn hear(&mut self, (from, to): Link) {
+        let (layer, sequence, position, value) = self.net.kv((from, to));
+        let arrived = Arrived { sequence, position, values: vec![value] };
+        let waiting = Waiting::Kv(layer, arrived);
+        if let Some(Waiting::Kv(layer, arrived)) = self.places[to].board.other(sequence, waiting) {
+            self.keep(to, layer, arrived);
+        }
+    }
+
+    fn arrive(&mut self, (from, to): Link, wire: Wire) {
         match wire {
             Wire::Row(layer, prefill, frame) => self.places[to].board.row(layer, prefill, frame),
             Wire::Partial(layer, frame) => self.places[to].board.partial(layer, frame),
@@ -283,15 +255,11 @@ impl World {
         let Some(picked) = board.pick(|unit| lack(sequences, coherence, LAYERS, unit)) else { return false };
         let me = Rank::from(rank);
         if let Some(layer) = picked.stage.checked_sub(1) {
-            let of = |s: &board::Serve| {
-                let x = s.frame.residual[0];
-                s.frame.choices.iter().map(|c| serve(layer, c, x)).collect::<Vec<_>>()
-            };
-            let values: Vec<f32> = picked.serves.iter().flat_map(of).collect();
+            let values = served_values(layer, &picked.serves);
             for (to, frame) in depart::partials(me, &picked.serves, &values, (1, 1), Combine::Exact) {
                 match to == me {
                     true => self.places[rank].board.partial(layer as u16, frame),
-                    false => self.tell(rank, to.index(), Wire::Partial(layer as u16, frame)),
+                    false => self.net.tell(rank, to.index(), Wire::Partial(layer as u16, frame)),
                 }
             }
         }
@@ -320,15 +288,7 @@ impl World {
         let mut ends = Vec::new();
         for token in &mut unit.tokens {
             let (id, position) = (token.sequence, token.position);
-            let mut x = match stage.checked_sub(1) {
-                None => embed(token.id, position),
-                Some(layer) => {
-                    let x = token.residual[0];
-                    let own: f32 = token.choices.iter().map(|c| serve(layer, c, x)).sum();
-                    assert_eq!(token.choices.len() + token.partials.len(), self.top_k, "each expert once");
-                    x + own + token.partials.iter().map(|p| p.1[0]).sum::<f32>()
-                }
-            };
+            let mut x = entering(token, stage, self.top_k);
             if stage == LAYERS {
                 ends.push((id, position, sample(x)));
                 continue;
@@ -341,23 +301,20 @@ impl World {
             let value = made(stage, x);
             place.cache.insert((stage, slot(position)), value);
             place.coherence.note(stage as u16, id, position);
-            let choices = choose(stage, x, self.top_k);
-            let experts: Vec<_> = choices.iter().map(|c| ExpertId(c.expert)).collect();
-            let weights: Vec<_> = choices.iter().map(|c| c.weight).collect();
             let coherent =
                 self.strategy == Strategy::Coherent && !unit.prefill && place.notes.is_coherent(id);
             let strategy = if coherent { Strategy::Coherent } else { Strategy::Vanilla };
-            let route = self.table.route(strategy, LayerId::from(stage), me, &experts, &weights);
-            let (rows, stay) = depart::depart(me, token, &route, &choices, Combine::Exact, &[x]);
+            let (choices, route) = routed(&self.table, (strategy, self.top_k), (stage, me), x);
+            let residual = &[x];
+            let combine = Combine::Exact;
+            let (rows, stay) =
+                Departure { me, route: &route, choices: &choices, combine, residual }.depart(token);
             stays &= stay;
             for (to, row) in rows {
-                self.tell(rank, to.index(), Wire::Row(stage as u16, unit.prefill, row));
+                self.net.tell(rank, to.index(), Wire::Row(stage as u16, unit.prefill, row));
             }
             if self.strategy == Strategy::Coherent {
-                for to in (0..self.places.len()).filter(|to| *to != rank) {
-                    let queue = self.bulk.entry((rank, to)).or_default();
-                    queue.push_back((stage as u16, id, position, value));
-                }
+                self.net.spread(rank, self.places.len(), (stage as u16, id, position, value));
             }
         }
         match stage < LAYERS {

@@ -7,6 +7,7 @@ use super::super::stats::Waited;
 use super::super::step::Hopped;
 use super::super::worker::{Event, Worker};
 use super::board::{Picked, Token, Unit};
+use super::depart::Departure;
 use super::notes::Note;
 use super::{BULK_BYTES, BULK_HOPS, Flow, depart};
 use crate::EngineError;
@@ -166,7 +167,8 @@ impl Worker {
                 if prefill && self.replicates() {
                     // Every rank plans what the home would, and keeps its own copy of the token.
                     let route = table.route(strategy, moe_layer, home, &experts, weights);
-                    depart::stay(me, token, &Route { next: me, ..route }, &choices, combine, residual);
+                    let route = &Route { next: me, ..route };
+                    Departure { me, route, choices: &choices, combine, residual }.stay(token);
                     at += 1;
                     continue;
                 }
@@ -179,7 +181,8 @@ impl Worker {
                         self.stats.stays += u64::from(main == route.serving[0]);
                     }
                 }
-                let (leaving, stay) = depart::depart(me, token, &route, &choices, combine, residual);
+                let of = Departure { me, route: &route, choices: &choices, combine, residual };
+                let (leaving, stay) = of.depart(token);
                 stays &= stay;
                 for (to, row) in leaving {
                     if to == me {

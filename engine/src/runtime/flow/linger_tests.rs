@@ -1,6 +1,7 @@
 //! What lingering decides on made-up costs; and worlds of boards in which launches, links and lingering take (virtual) time.
 
-use super::super::board::tests::{Kv, Wire, World, alone, mix, served};
+use super::super::board::tests::{Kv, Wire, World, served};
+use super::super::made_up::{alone, mix};
 use super::*;
 use exflow_placement::Strategy;
 use proptest::prelude::*;
@@ -84,10 +85,10 @@ impl Timed {
     fn post(&mut self) {
         let time = self.now + self.times.latency;
         let mut all = Vec::new();
-        for (&(_, to), queue) in &mut self.world.rows {
+        for (&(_, to), queue) in &mut self.world.net.rows {
             all.extend(queue.drain(..).map(|wire| Event::Comes { to, wire }));
         }
-        for (&(_, to), queue) in &mut self.world.bulk {
+        for (&(_, to), queue) in &mut self.world.net.bulk {
             all.extend(queue.drain(..).map(|kv| Event::Context { to, kv }));
         }
         all.into_iter().for_each(|event| self.at(time, event));

@@ -10,6 +10,8 @@ mod depart;
 mod hop;
 mod items;
 mod linger;
+#[cfg(test)]
+mod made_up;
 mod notes;
 mod orders;
 

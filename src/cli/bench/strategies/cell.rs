@@ -27,7 +27,7 @@ pub(super) fn child(
     command.args(["--ranks", &ranks.to_string(), "--links", link.name()]);
     command.args(["--sequences", &list(sequences.iter().map(usize::to_string).collect())]);
     command.args(["-n", &args.tokens().to_string(), "-r", &args.repeats().to_string()]);
-    command.args(["--seed", &args.seed.to_string()]);
+    command.args(["--seed", &args.runs.seed.to_string()]);
     command.arg("--cell-of").arg(folder);
     if args.ablations {
         command.arg("--ablations");
@@ -40,7 +40,7 @@ pub(super) fn child(
     if args.no_auto {
         command.arg("--no-auto");
     }
-    if let Some(adapter) = &args.adapter {
+    if let Some(adapter) = &args.runs.adapter {
         command.args(["--adapter", adapter]);
     }
     let output = command
@@ -61,10 +61,10 @@ pub(super) fn run(args: &Args, folder: &Path) -> Result<(), Failure> {
     else {
         return Err(Failure::Input("a cell needs a model, a world size and a link".into()));
     };
-    let path = model_folder(model, folder, args.seed)?;
+    let path = model_folder(model, folder, args.runs.seed)?;
     let mut options = ClusterOptions::new(&path);
     options.ranks = ranks;
-    options.adapter = args.adapter.clone();
+    options.adapter = args.runs.adapter.clone();
     options.link = link.spec();
     options.transport = if options.link.is_some() { TransportKind::Quic } else { TransportKind::Local };
     let mut settings = Vec::new();
@@ -73,7 +73,7 @@ pub(super) fn run(args: &Args, folder: &Path) -> Result<(), Failure> {
         let table = table.name().into();
         settings.push(Candidate { strategy, schedule, table, placement, ablation, overlap, linger });
     }
-    let prompts = study::grid_prompts(&path, 8, args.seed)?;
+    let prompts = study::grid_prompts(&path, 8, args.runs.seed)?;
     let routes = match args.no_auto {
         true => None,
         false => Some(
@@ -88,7 +88,7 @@ pub(super) fn run(args: &Args, folder: &Path) -> Result<(), Failure> {
             link: link.name().into(),
             sequences,
             tokens: args.max_tokens as usize,
-            repeats: args.repeats as usize,
+            repeats: args.runs.repeats as usize,
         };
         rows.extend(grid.measure(&cell, &prompts)?);
     }

@@ -5,15 +5,15 @@ mod tables;
 
 use super::super::failure::Failure;
 use super::super::{flags, output};
+use super::RunFlags;
 use super::models::{Scratch, model_folder};
 use clap::ValueEnum;
 use exflow::engine::{Cluster, ClusterOptions, Linger, Overlap, Schedule, Strategy};
-use exflow::placement::{PlacementTable, SolveOptions};
+use exflow::placement::PlacementTable;
 use exflow::progress::Bars;
 use exflow::study::{self, GridRow};
 use exflow::transport::link::LinkSpec;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 /// Measures every strategy with every schedule and table, interleaved, on links to order
 #[derive(Debug, clap::Args)]
@@ -53,18 +53,8 @@ pub(crate) struct Args {
     /// Tokens to make of each prompt
     #[arg(short = 'n', long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(2..))]
     max_tokens: u32,
-    /// Measured runs of each setting
-    #[arg(short, long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
-    repeats: u32,
-    /// Time for the solver, per table
-    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = flags::duration)]
-    time_limit: Duration,
-    /// Seed of the profiled text, the solver and the synthetic model
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
-    /// Adapter: part of its name, or its number in `exflow devices` [default: the best one]
-    #[arg(long, value_name = "NAME|N")]
-    adapter: Option<String>,
+    #[command(flatten)]
+    runs: RunFlags,
     /// Neither measures links and kernels first, nor predicts, nor runs what the planner picks
     #[arg(long)]
     no_auto: bool,
@@ -221,7 +211,7 @@ impl Args {
     }
 
     fn repeats(&self) -> usize {
-        if self.quick { self.repeats.min(2) as usize } else { self.repeats as usize }
+        if self.quick { self.runs.repeats.min(2) as usize } else { self.runs.repeats as usize }
     }
 }
 
@@ -253,7 +243,7 @@ fn grid(args: &Args) -> Result<Vec<GridRow>, Failure> {
     };
     let mut rows = Vec::new();
     for model in &models {
-        let path = model_folder(model, folder.path(), args.seed)?;
+        let path = model_folder(model, folder.path(), args.runs.seed)?;
         solve_tables(args, model, &path, &ranks, folder.path())?;
         for &ranks in &ranks {
             for link in &links {
@@ -284,9 +274,9 @@ fn solve_tables(
 ) -> Result<(), Failure> {
     let bars = Bars::new();
     let mut options = ClusterOptions::new(path);
-    options.adapter = args.adapter.clone();
+    options.adapter = args.runs.adapter.clone();
     let mut cluster = Cluster::start(options, &bars)?;
-    let routes = study::grid_profile(&mut cluster, args.seed, &bars)?;
+    let routes = study::grid_profile(&mut cluster, args.runs.seed, &bars)?;
     // A table does better on the text that it was solved on than on any other: predictions are made from the rest.
     let kept = routes.tokens() - routes.tokens() / 5;
     let predicted_on = routes.slice(kept..routes.tokens());
@@ -295,8 +285,7 @@ fn solve_tables(
     let spec = cluster.spec().clone();
     for &ranks in ranks {
         for table in args.solved() {
-            let solve =
-                SolveOptions { seed: args.seed, time_limit: args.time_limit, ..SolveOptions::default() };
+            let solve = args.runs.solve();
             let mut solved = match table {
                 TableName::RoundRobin => PlacementTable::round_robin(spec.moe_layers(), spec.experts, ranks),
                 TableName::Affinity => study::grid_table(&routes, spec.experts, ranks, None, &solve)?,
