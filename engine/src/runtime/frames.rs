@@ -16,9 +16,9 @@ pub(crate) struct Choice {
     pub(crate) weight: f32,
 }
 
-/// A dispatched row.
+/// A dispatched row; one that is written borrows its residual stream.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct RowFrame {
+pub(crate) struct RowFrame<R = Vec<f32>> {
     pub(crate) sequence: u32,
     pub(crate) position: u32,
     /// Which placement table the token goes by.
@@ -31,7 +31,15 @@ pub(crate) struct RowFrame {
     pub(crate) expects: u16,
     pub(crate) choices: Vec<Choice>,
     /// `[H]` residual stream before the norm.
-    pub(crate) residual: Vec<f32>,
+    pub(crate) residual: R,
+}
+
+impl RowFrame<&[f32]> {
+    pub(crate) fn owned(self) -> RowFrame {
+        let Self { sequence, position, edition, next, main, expects, choices, residual } = self;
+        let residual = residual.to_vec();
+        RowFrame { sequence, position, edition, next, main, expects, choices, residual }
+    }
 }
 
 /// A partial on its way to the token's next residence.
@@ -73,17 +81,18 @@ impl Writer {
     }
 
     pub(crate) fn floats(&mut self, values: &[f32]) -> &mut Self {
-        values.iter().for_each(|v| self.bytes.extend_from_slice(&v.to_le_bytes()));
+        // One by one they would take twelve times as long.
+        self.bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
         self
     }
 
-    pub(crate) fn row(&mut self, row: &RowFrame) {
+    pub(crate) fn row<R: AsRef<[f32]>>(&mut self, row: &RowFrame<R>) {
         self.u32(row.sequence).u32(row.position).u16(row.edition.0).u16(row.next.0).u16(row.main.0);
         self.u16(row.expects).u16(row.choices.len() as u16);
         for choice in &row.choices {
             self.u16(choice.k).u16(choice.expert).u32(choice.weight.to_bits());
         }
-        self.floats(&row.residual);
+        self.floats(row.residual.as_ref());
     }
 
     pub(crate) fn partial(&mut self, sequence: u32, position: u32, k: u16, values: &[f32]) {
@@ -93,9 +102,7 @@ impl Writer {
     /// Keys and values of one position at one layer, in the cache's words.
     pub(crate) fn kv(&mut self, layer: u16, sequence: u32, position: u32, words: &[u32]) {
         self.u16(layer).u32(sequence).u32(position);
-        for word in words {
-            self.u32(*word);
-        }
+        self.bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
     }
 
     /// In flow a payload of rows or partials begins with what they are of.
@@ -186,7 +193,7 @@ impl<'a> Reader<'a> {
         let bytes = self.take(4 * count)?;
         let values: Vec<f32> =
             bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-        match values.iter().all(|v| v.is_finite()) {
+        match is_finite(&values) {
             true => Ok(values),
             false => Err(EngineError::Internal(format!("rank {} sent a row that is not finite", self.from))),
         }
@@ -230,7 +237,7 @@ impl<'a> Reader<'a> {
             let words: Vec<u32> =
                 words.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
             let values = cache.unpack(&words, width);
-            if values.iter().any(|v| !v.is_finite()) {
+            if !is_finite(&values) {
                 return Err(EngineError::Internal(format!(
                     "rank {} sent keys that are not finite",
                     self.from
@@ -240,6 +247,11 @@ impl<'a> Reader<'a> {
         }
         Ok(rows)
     }
+}
+
+/// Whether all are numbers; all are looked at, as one instruction then looks at several.
+fn is_finite(values: &[f32]) -> bool {
+    !values.iter().fold(false, |found, value| found | !value.is_finite())
 }
 
 #[cfg(test)]
@@ -272,8 +284,12 @@ mod tests {
     #[test]
     fn what_is_not_finite_is_refused() {
         let mut payloads = Payloads::new(1);
-        payloads.to(Rank(0)).partial(1, 2, 0, &[1.0, f32::NAN]);
-        assert!(Reader::new(&payloads.take(Rank(0)), Rank(3)).partials(2).is_err());
+        for values in [[1.0, f32::NAN], [f32::NEG_INFINITY, 2.0]] {
+            payloads.to(Rank(0)).partial(1, 2, 0, &values);
+            assert!(Reader::new(&payloads.take(Rank(0)), Rank(3)).partials(2).is_err());
+            payloads.to(Rank(0)).kv(0, 1, 2, &values.map(f32::to_bits));
+            assert!(Reader::new(&payloads.take(Rank(0)), Rank(3)).kv(2, Cache::F32).is_err());
+        }
     }
 
     #[test]

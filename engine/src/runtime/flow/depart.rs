@@ -18,17 +18,20 @@ pub(crate) struct Departure<'a> {
     pub(crate) residual: &'a [f32],
 }
 
-impl Departure<'_> {
+/// A row, and the rank that it goes to.
+pub(crate) type Leaving<'a> = (Rank, RowFrame<&'a [f32]>);
+
+impl<'a> Departure<'a> {
     /// Sends a token on: returns the rows to ranks that serve it, and whether the token stays here, with what the next hop needs
     /// noted in it. One that leaves while it is served here too has a row to this rank among them, as it has to any other.
-    pub(crate) fn depart(&self, token: &mut Token) -> (Vec<(Rank, RowFrame)>, bool) {
+    pub(crate) fn depart(&self, token: &mut Token) -> (Vec<Leaving<'a>>, bool) {
         let Self { me, route, .. } = *self;
         let (expects, main) = (expected(route, self.combine), route.serving[0]);
         let stays = route.next == me;
         let leaving = route.ranks().into_iter().filter(|rank| *rank != me || !stays);
         let row = |to: Rank| {
             let Token { sequence, position, edition, .. } = *token;
-            let (choices, residual) = (self.served_by(to), self.residual.to_vec());
+            let (choices, residual) = (self.served_by(to), self.residual);
             let next = route.next;
             (to, RowFrame { sequence, position, edition, next, main, expects, choices, residual })
         };

@@ -311,7 +311,7 @@ impl World {
                 Departure { me, route: &route, choices: &choices, combine, residual }.depart(token);
             stays &= stay;
             for (to, row) in rows {
-                self.net.tell(rank, to.index(), Wire::Row(stage as u16, unit.prefill, row));
+                self.net.tell(rank, to.index(), Wire::Row(stage as u16, unit.prefill, row.owned()));
             }
             if self.strategy == Strategy::Coherent {
                 self.net.spread(rank, self.places.len(), (stage as u16, id, position, value));

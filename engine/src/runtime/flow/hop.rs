@@ -186,7 +186,7 @@ impl Worker {
                 stays &= stay;
                 for (to, row) in leaving {
                     if to == me {
-                        flow.board.row(layer as u16, prefill, row);
+                        flow.board.row(layer as u16, prefill, row.owned());
                         continue;
                     }
                     self.payloads.to(to).begin(prefill).row(&row);

@@ -44,7 +44,7 @@ impl Stepper<'_> {
                     main: route.serving[0],
                     expects: expected(route, self.combine),
                     choices: served.map(choice).collect(),
-                    residual: routed.residual[t * stride..t * stride + hidden].to_vec(),
+                    residual: &routed.residual[t * stride..t * stride + hidden],
                 });
                 self.stats.crossings += u64::from(decode);
             }
