@@ -215,11 +215,6 @@ impl Topology {
         self.ranks.is_empty()
     }
 
-    /// Cost of a move from rank `g` to rank `h`.
-    pub fn cost_of(&self, g: Rank, h: Rank) -> f64 {
-        self.cost[g.index() * self.len() + h.index()]
-    }
-
     /// The host of a rank.
     pub fn host_of(&self, rank: Rank) -> HostId {
         self.ranks[rank.index()].host

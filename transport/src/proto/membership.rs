@@ -120,11 +120,6 @@ impl Roster {
         self.0.iter().map(|member| usize::from(member.ranks)).sum()
     }
 
-    /// The process that hosts a rank.
-    pub fn process_of(&self, rank: Rank) -> Option<usize> {
-        self.0.iter().position(|member| member.ranks().any(|hosted| hosted == rank))
-    }
-
     /// Whether a process is there.
     pub fn is_present(&self, process: usize) -> bool {
         self.0.get(process).is_some_and(|member| member.address.is_some())
