@@ -1,6 +1,7 @@
 //! Keys and values as the cache holds them (`shared/cached.wgsl`), on the CPU: for frames that carry them in that type,
 //! and for the twins.
 
+use crate::KV_BLOCK;
 use half::f16;
 
 /// How the cache holds keys and values.
@@ -36,6 +37,13 @@ impl Cache {
     pub fn stride(self, width: usize) -> usize {
         let words = self.words(width);
         if words.is_multiple_of(256) { words + 16 } else { words }
+    }
+
+    /// Where word `word` of the row of a slot is: rows of `width` values lie in blocks of [`KV_BLOCK`], part by part of `part` words,
+    /// the first of all rows of a block, then the second (`cached_row`). A part of [`Cache::stride`] words is a whole row.
+    pub fn place(self, width: usize, part: usize, (slot, word): (usize, usize)) -> usize {
+        let block = slot / KV_BLOCK * KV_BLOCK * self.stride(width);
+        block + word / part * part * KV_BLOCK + slot % KV_BLOCK * part + word % part
     }
 
     /// Words of an element of the cache, which holds four values: what a kernel takes at once.

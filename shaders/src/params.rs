@@ -28,7 +28,7 @@ params! {
     /// Parameters of `linear.wgsl`.
     Linear {
         rows: u32, k4: u32, n4: u32, w_units: u32, w_stride: u32, x_stride4: u32, x_head4: u32, y_stride4: u32, y_offset4: u32, y_head4: u32,
-        has_bias: u32, has_residual: u32, scale: f32, kept_from4: u32, turned4: u32, half4: u32,
+        has_bias: u32, has_residual: u32, scale: f32, kept_from4: u32, turned4: u32, half4: u32, part4: u32,
     }
     /// Parameters of `part_norm.wgsl`.
     PartNorm { stride4: u32, offset4: u32, part4: u32, width: u32, eps: f32 }
@@ -37,12 +37,12 @@ params! {
     /// Parameters of `place.wgsl`.
     Place {
         stride4: u32, offset4: u32, d4: u32, q_heads: u32, k_heads: u32, q_span: u32, k_span: u32, cache4: u32, appends: u32,
-        normed4: u32, normed: u32, norms_queries: u32, clips: u32, limit: f32, first: u32, half: u32, eps: f32,
+        normed4: u32, normed: u32, norms_queries: u32, clips: u32, limit: f32, first: u32, half: u32, part4: u32, eps: f32,
     }
     /// Parameters of `attention.wgsl`.
     Attention {
         group: u32, d4: u32, v4: u32, q_stride4: u32, cache_stride4: u32, v_offset4: u32, v_head4: u32,
-        table_stride: u32, window: u32, has_sinks: u32, scale: f32,
+        table_stride: u32, window: u32, has_sinks: u32, part4: u32, scale: f32,
     }
     /// Parameters of `attention_merge.wgsl`.
     AttentionMerge { v4: u32, splits: u32, window: u32, has_sinks: u32 }

@@ -5,7 +5,7 @@
 //
 // Query heads share key heads in groups. Values may be a part of the keys (a latent), a context may be cut to a
 // window, and a head may have a sink: a score that takes weight and gives no value.
-import package::shared::cached::{Cached, cached_stride, cached_texel};
+import package::shared::cached::{Cached, cached_column, cached_row, cached_texel};
 import package::shared::split::{SPLIT, add_denominator, add_values, shares};
 
 struct Params {
@@ -19,6 +19,7 @@ struct Params {
     table_stride: u32,  // blocks per row of the block table
     window: u32,        // positions that a token sees, its own included
     has_sinks: u32,
+    part4: u32,         // of a row of the cache (`cached_row`): a head's keys or values, or all
     scale: f32,
 }
 struct Query {
@@ -27,7 +28,7 @@ struct Query {
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;         // [T, q_stride/4], head h at h * d4
-// [slots, cached_stride], key head at h * d4
+// [slots] of rows (`cached_row`), key head at column h * d4
 @if(image && kv16) @group(0) @binding(2) var cache: texture_storage_2d<rg32uint, read>;
 @elif(image && kv8) @group(0) @binding(2) var cache: texture_storage_2d<r32uint, read>;
 @elif(image) @group(0) @binding(2) var cache: texture_storage_2d<rgba32uint, read>;
@@ -178,9 +179,9 @@ fn main(
     let query = queries[token];
     let first = query.position + 1u - min(query.position + 1u, p.window);
     let key_head = head / p.group;
-    let k_base = key_head * p.d4;
+    let k_base = cached_column(key_head * p.d4, p.part4);
     let q_base = token * p.q_stride4 + head * p.d4;
-    let v_base = p.v_offset4 + key_head * p.v_head4;
+    let v_base = cached_column(p.v_offset4 + key_head * p.v_head4, p.part4);
     let seen_here = span(first, query.position, group.z);
     var sums = nothing();
     @if(!split) var all = beginning(head);
@@ -200,7 +201,8 @@ fn main(
         let one = block_of(query, from_position.x / BLOCK);
         let other = block_of(query, min(tile / BLOCK + 1u, query.position / BLOCK));
         let blocks = select(vec4<u32>(one), vec4<u32>(other), here >= vec4<u32>(tile + BLOCK));
-        var rows = (blocks * BLOCK + here % BLOCK) * cached_stride(p.cache_stride4);
+        let apart = cached_row(BLOCK, p.cache_stride4, p.part4);
+        var rows = blocks * apart + here % BLOCK * p.part4;
         let products = four_products(q_base, k_base, rows, lane) * p.scale;
         let scores = select(vec4<f32>(sums.largest), products, seen);
         let largest = max(max(scores.x, scores.y), max(scores.z, scores.w));
@@ -270,9 +272,10 @@ fn main(
         let to_lane = min(LANES, query.position - tile + 1u);
         if lane >= from_lane && lane < to_lane {
             let position = tile + lane;
-            let row = (block_of(query, position / BLOCK) * BLOCK + position % BLOCK) * cached_stride(p.cache_stride4);
+            let slot = block_of(query, position / BLOCK) * BLOCK + position % BLOCK;
+            let row = cached_row(slot, p.cache_stride4, p.part4);
             rows[lane] = row;
-            let k_base = key_head * p.d4;
+            let k_base = cached_column(key_head * p.d4, p.part4);
             var sum = vec4<f32>(0.0);
             for (var d = 0u; d < p.d4; d++) {
                 sum = fma(q[q_base + d], cached(row, k_base + d), sum);
@@ -294,7 +297,7 @@ fn main(
         for (var i = from_lane; i < to_lane; i++) {
             let weight = exp(scores[i] - tile_max);
             sums.denominator += weight;
-            let v_base = p.v_offset4 + key_head * p.v_head4;
+            let v_base = cached_column(p.v_offset4 + key_head * p.v_head4, p.part4);
             for (var c = 0u; c < COLUMNS; c++) {
                 let column = c * LANES + lane;
                 if column < p.v4 {

@@ -46,7 +46,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         steps[c] = column_step(column, p.h4);
     }
     var sums: Sums;
-    product(&sums, starts, w_at, steps, p.w_units, p.i4, lane);
+    product(&sums, starts, w_at, steps, p.w_units, p.i4, lane, 2u * tile.count <= TILE_ROWS);
     for (var c = 0u; c < COLUMNS; c++) {
         let column = columns[c];
         if column >= p.h4 {

@@ -55,7 +55,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             steps[c] = column_step(column, p.i4);
         }
         var one: Sums;
-        product(&one, starts, w_at, steps, p.w_units, p.h4, lane);
+        product(&one, starts, w_at, steps, p.w_units, p.h4, lane, 2u * tile.count <= TILE_ROWS);
         if p.has_bias != 0u {
             for (var c = 0u; c < COLUMNS; c++) {
                 let bias = b1[matrix + min(columns[c], p.i4 - 1u)];

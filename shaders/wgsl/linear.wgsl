@@ -6,7 +6,7 @@ import package::shared::tile::{COLUMNS, LOADS, PerColumn, Starts, Sums, TILE_ROW
 import package::shared::weight::{column_start, column_step};
 @if(dot) import package::shared::dot::product;
 @else import package::shared::product::product; // binding 1: x [T, x_stride/4], binding 2: w [heads, N, ..]
-import package::shared::cached::{Cached, cached_stride, cached_texel, narrowed};
+import package::shared::cached::{Cached, cached_column, cached_row, cached_texel, narrowed};
 
 struct Params {
     rows: u32,          // T
@@ -26,6 +26,7 @@ struct Params {
     kept_from4: u32,    // columns from here on go to the cache
     turned4: u32,       // columns before this one turn
     half4: u32,         // half of a head, whose columns i and half + i are a pair; 0: none turns
+    part4: u32,         // of a row of the cache (`cached_row`)
 }
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(3) var<storage, read> bias: array<vec4<f32>>;     // [heads, N/4], any buffer without a bias
@@ -33,7 +34,7 @@ struct Params {
 @if(keeps) @group(0) @binding(4) var<storage, read> turns: array<vec4<f32>>; // [T, half/2] cosines and sines of two pairs
 @group(0) @binding(5) var<storage, read_write> y: array<vec4<f32>>;  // [T, y_stride/4]
 @if(keeps) @group(0) @binding(6) var<storage, read> slots: array<u32>; // [T] position within the cache
-// [slots, cached_stride]
+// [slots] of rows (`cached_row`)
 @if(keeps && image && kv16) @group(0) @binding(7) var cache: texture_storage_2d<rg32uint, write>;
 @elif(keeps && image) @group(0) @binding(7) var cache: texture_storage_2d<rgba32uint, write>;
 @elif(keeps) @group(0) @binding(7) var<storage, read_write> cache: array<Cached>;
@@ -87,8 +88,8 @@ fn column_of(group: u32, lane: u32, c: u32) -> u32 {
             if to[c] < p.n4 {
                 y[row * p.y_stride4 + to[c]] = values[c];
                 if to[c] >= p.kept_from4 {
-                    let slot = slots[row] * cached_stride(p.n4 - p.kept_from4);
-                    put(slot + to[c] - p.kept_from4, narrowed(values[c]));
+                    let begin = cached_row(slots[row], p.n4 - p.kept_from4, p.part4);
+                    put(begin + cached_column(to[c] - p.kept_from4, p.part4), narrowed(values[c]));
                 }
             }
         }
@@ -116,7 +117,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         steps[c] = column_step(column, p.n4);
     }
     var sums: Sums;
-    product(&sums, starts, w_at, steps, p.w_units, p.k4, lane);
+    product(&sums, starts, w_at, steps, p.w_units, p.k4, lane, false);
     @if(keeps) {
         keep(&sums, columns, first, last);
     }

@@ -2,7 +2,7 @@
 // queries and keys, and keys and values into the paged cache, rounded to its type. One workgroup a (row, part): a part is
 // a head, or all heads of a kind where they are normed as one; parts of queries come first, then those of keys, then
 // those of values. With no heads of queries and keys a part is a whole row of the cache, which is only written.
-import package::shared::cached::{Cached, cached_stride, cached_texel, narrowed, step_of, steps};
+import package::shared::cached::{Cached, cached_column, cached_row, cached_texel, narrowed, step_of, steps};
 import package::shared::row::{LANES, PER_LANE, STRETCHES, Stretches, total};
 
 struct Params {
@@ -22,6 +22,7 @@ struct Params {
     limit: f32,    // of the clamp, on both sides
     first: u32,    // first column of a head that turns
     half: u32,     // pairs (first + i, first + half + i) that turn; 0: none
+    part4: u32,    // of a row of the cache (`cached_row`)
     eps: f32,
 }
 @group(0) @binding(0) var<uniform> p: Params;
@@ -30,7 +31,7 @@ struct Params {
 @group(0) @binding(3) var<storage, read> turns: array<vec2<f32>>;    // [T, half] cosine, sine
 @group(0) @binding(4) var<storage, read> slots: array<u32>;          // [T] position within the cache
 @group(0) @binding(5) var<storage, read_write> x: array<vec4<f32>>;  // [T, stride4]
-// [slots, cached_stride]
+// [slots] of rows (`cached_row`)
 @if(image && kv16) @group(0) @binding(6) var cache: texture_storage_2d<rg32uint, write>;
 @elif(image && kv8) @group(0) @binding(6) var cache: texture_storage_2d<r32uint, write>;
 @elif(image) @group(0) @binding(6) var cache: texture_storage_2d<rgba32uint, write>;
@@ -79,7 +80,8 @@ fn turn(base: u32, heads: u32, row: u32, lane: u32) {
 
 // vec4s `base ..` of x to those from `column` on of a row of the cache.
 fn append(base: u32, count4: u32, row: u32, column: u32, lane: u32) {
-    let to = slots[row] * cached_stride(p.cache4);
+    let to = cached_row(slots[row], p.cache4, p.part4);
+    // With scales, a row is one part.
     @if(kv8) {
         for (var block = lane; 8u * block < count4; block += LANES) {
             let end = min(8u * block + 8u, count4);
@@ -97,7 +99,7 @@ fn append(base: u32, count4: u32, row: u32, column: u32, lane: u32) {
     }
     @else {
         for (var c = lane; c < count4; c += LANES) {
-            put(to + column + c, narrowed(x[base + c]));
+            put(to + cached_column(column + c, p.part4), narrowed(x[base + c]));
         }
     }
 }

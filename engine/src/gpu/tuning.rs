@@ -261,17 +261,33 @@ impl Cut<'_> {
         self.variant(self.tuned.map(|of| &*of.linear), rows, by_rule)
     }
 
-    /// The variant for matrices that have `rows` rows each on average: tiles are cut for each, and their rests are work
-    /// that is thrown away.
+    /// The variant for matrices that have `rows` rows each on average, of which some have twice as many, or (0) one at most: tiles are
+    /// cut for each, and what a tile lacks, or its first half where it is in that, is work that is thrown away.
     pub(crate) fn each(&self, rows: usize) -> Variant {
-        let by_rule = match rows {
-            0..2 => RowTile::One,
-            2 => RowTile::Two,
-            3..=5 => RowTile::Four,
-            64.. if self.form.weights == Weights::F32 => RowTile::Sixteen,
+        let by_rule = match (rows, self.passes_halves_over()) {
+            (0, _) | (1, false) => RowTile::One,
+            (1, true) | (2, false) => RowTile::Two,
+            (2..=3, true) | (3..=5, false) => RowTile::Four,
+            (64.., _) if self.form.weights == Weights::F32 => RowTile::Sixteen,
             _ => RowTile::Eight,
         };
-        self.variant(self.tuned.map(|of| &*of.experts), rows, by_rule)
+        self.variant(self.tuned.map(|of| &*of.experts).filter(|_| rows > 0), rows, by_rule)
+    }
+
+    /// The variant for so many rows, of which each of so many matrices has one at least.
+    pub(crate) fn shared_by(&self, rows: usize, matrices: usize) -> Variant {
+        self.each(match matrices {
+            all if all == rows => 0,
+            // None has twice the average.
+            1 if self.passes_halves_over() => rows.div_ceil(2),
+            _ => rows / matrices.max(1),
+        })
+    }
+
+    /// Whether the second half of a tile costs nothing where its rows are not there, so that a tile pays for twice the average: on CPUs,
+    /// where loading and widening weights is most of the work.
+    fn passes_halves_over(&self) -> bool {
+        self.is_cpu && !self.form.fast
     }
 
     fn variant(&self, measured: Option<&[TileUpTo]>, rows: usize, by_rule: RowTile) -> Variant {
@@ -338,7 +354,9 @@ mod tests {
         assert_eq!(rows, [Rows::BytesAsF32, Rows::Bytes, Rows::BytesAsF32]);
         let rules = Cut::rules(Form::new(Weights::F32, true), true);
         assert_eq!([1, 2, 3, 6, 9].map(|rows| rules.linear(rows).tile_rows()), [1, 2, 4, 8, 16]);
-        assert_eq!([1, 2, 5, 63, 64].map(|rows| rules.each(rows).tile_rows()), [1, 2, 4, 8, 16]);
+        assert_eq!([0, 1, 3, 4, 64].map(|rows| rules.each(rows).tile_rows()), [1, 2, 4, 8, 16]);
+        let gpu = Cut::rules(Form::new(Weights::F32, true), false);
+        assert_eq!([0, 1, 2, 5, 63, 64].map(|rows| gpu.each(rows).tile_rows()), [1, 1, 2, 4, 8, 16]);
         let shown = FormTuning::by_rule(Form::new(Weights::F16, true), true, true);
         assert_eq!(shown.linear.iter().map(|of| of.tile).collect::<Vec<_>>(), [1, 2, 4, 8, 8, 8]);
         assert_eq!(shown.check(Form::new(Weights::F16, false)), Ok(()));

@@ -22,7 +22,7 @@ impl PairList {
     ) -> Self {
         pairs.sort_by_key(|pair| pair.expert);
         let distinct = pairs.chunk_by(|a, b| a.expert == b.expert).count();
-        let variant = cut.each(pairs.len() / distinct.max(1));
+        let variant = cut.shared_by(pairs.len(), distinct);
         let mut tiles = Vec::new();
         let mut first = 0;
         for group in pairs.chunk_by(|a, b| a.expert == b.expert) {

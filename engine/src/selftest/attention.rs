@@ -29,7 +29,12 @@ impl Bench {
             let cache4 = if has_sinks == 1 { cache4.next_multiple_of(128) } else { cache4 };
             let q_stride4 = heads * d4 + cache4;
             let (q, slots) = (v.floats(rows * 4 * q_stride4), 2 * blocks * KV_BLOCK);
-            let (packed, cache) = self.cache(variant, &v.floats(slots * 4 * cache4), 4 * cache4)?;
+            // Head by head where their rows are no more than that, as in a decoder.
+            let form = variant.cache;
+            let heads_alone = !latent && d4 == v4 && has_sinks == 0 && form != exflow_shaders::Cache::Q8;
+            let whole = form.stride(4 * cache4) / form.texel_words() as usize;
+            let part4 = if heads_alone { d4 } else { whole };
+            let (packed, cache) = self.cache(variant, &v.floats(slots * 4 * cache4), (4 * cache4, part4))?;
             let sinks = v.floats(heads);
             let p = params::Attention {
                 group: group as u32,
@@ -42,6 +47,7 @@ impl Bench {
                 table_stride: blocks as u32,
                 window,
                 has_sinks,
+                part4: part4 as u32,
                 scale: 0.4,
             };
             let mut expected = vec![0.0; rows * heads * 4 * p.v4 as usize];

@@ -3,7 +3,7 @@
 use super::{Bench, H, H4, N, N4, Values, WIDTH, error};
 use crate::EngineError;
 use exflow_shaders::params::{self, Draw};
-use exflow_shaders::{Kernel, NO_SLOT, Rows, Variant, reference};
+use exflow_shaders::{Cache, Kernel, NO_SLOT, Rows, Variant, reference};
 
 impl Bench {
     pub(super) fn embed(&self, variant: Variant, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
@@ -181,6 +181,7 @@ impl Bench {
                 kept_from4: (heads * d4) as u32,
                 turned4: if half4 > 0 { ((heads + 1) * d4) as u32 } else { 0 },
                 half4: half4 as u32,
+                part4: d4 as u32,
                 ..Default::default()
             };
             let mut expected = vec![0.0; rows * 4 * n4];
@@ -195,6 +196,7 @@ impl Bench {
                 cache4: cache4 as u32,
                 appends: 1,
                 half: 4 * half4 as u32,
+                part4: d4 as u32,
                 ..Default::default()
             };
             let (parts, form, words) = (heads + 2, variant.cache, 80 * variant.cache.stride(4 * cache4));
@@ -266,7 +268,11 @@ impl Bench {
             let d4 = p.d4 as usize;
             let cache4 = (heads - p.q_heads as usize) * d4;
             let stride4 = heads * d4 + 2;
-            let p = params::Place { stride4: stride4 as u32, cache4: cache4 as u32, ..p };
+            // Rows in parts of a head, or whole.
+            let form = variant.cache;
+            let whole = form.stride(4 * cache4) / form.texel_words() as usize;
+            let part4 = if form == Cache::Q8 || parts == 3 { whole } else { d4 } as u32;
+            let p = params::Place { stride4: stride4 as u32, cache4: cache4 as u32, part4, ..p };
             let mut x = v.floats(rows * 4 * stride4);
             for column in (p.normed as usize)..4 * p.normed4 as usize {
                 for head in 0..heads {
@@ -279,8 +285,7 @@ impl Bench {
             let turns = v.floats(2 * rows * (p.half as usize).max(1));
             let turns: Vec<[f32; 2]> = turns.chunks_exact(2).map(|t| [t[0], t[1]]).collect();
             let mut expected = x.clone();
-            let words = 80 * variant.cache.stride(4 * cache4);
-            let form = variant.cache;
+            let words = 80 * form.stride(4 * cache4);
             let lists = (&q_weight[..], &k_weight[..], &turns[..], &slots[..]);
             reference::place(
                 &p,

@@ -187,14 +187,24 @@ impl Bench {
         Ok((buffer, values))
     }
 
-    /// Rows of `width` values as the variant's cache holds them, and the numbers that they stand for.
-    fn cache(&self, variant: Variant, rows: &[f32], width: usize) -> Result<(Buffer, Vec<f32>), EngineError> {
+    /// Rows of `width` values as the variant's cache holds them, in parts of `part4` elements, and the numbers that they stand for.
+    fn cache(
+        &self,
+        variant: Variant,
+        rows: &[f32],
+        (width, part4): (usize, usize),
+    ) -> Result<(Buffer, Vec<f32>), EngineError> {
         let form = variant.cache;
-        let mut words: Vec<Vec<u32>> = rows.chunks_exact(width).map(|row| form.pack(row)).collect();
-        let values = words.iter().flat_map(|row| form.unpack(row, width)).collect();
+        let packed: Vec<Vec<u32>> = rows.chunks_exact(width).map(|row| form.pack(row)).collect();
+        let values = packed.iter().flat_map(|row| form.unpack(row, width)).collect();
         // What lies between rows counts nothing.
-        words.iter_mut().for_each(|row| row.resize(form.stride(width), f32::NAN.to_bits()));
-        let words = words.concat();
+        let mut words = vec![f32::NAN.to_bits(); packed.len() * form.stride(width)];
+        let part = part4 * form.texel_words() as usize;
+        for (slot, row) in packed.iter().enumerate() {
+            for (i, word) in row.iter().enumerate() {
+                words[form.place(width, part, (slot, i))] = *word;
+            }
+        }
         let buffer = match (variant.image, form) {
             (false, _) => self.up(&words)?,
             (true, Cache::F32) => self.gpu.image_of::<4>("selftest", bytemuck::pod_collect_to_vec(&words)),

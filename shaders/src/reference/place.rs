@@ -46,9 +46,11 @@ pub fn place(
             }
         }
         if p.appends != 0 {
-            let (from, words) = (row * stride + offset + q_heads * d, form.words(width));
-            cache[slot as usize * form.stride(width)..][..words]
-                .copy_from_slice(&form.pack(&x[from..][..width]));
+            let from = row * stride + offset + q_heads * d;
+            let part = p.part4 as usize * form.texel_words() as usize;
+            for (i, word) in form.pack(&x[from..][..width]).into_iter().enumerate() {
+                cache[form.place(width, part, (slot as usize, i))] = word;
+            }
         }
     }
 }

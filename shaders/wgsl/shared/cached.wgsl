@@ -13,6 +13,20 @@ fn cached_stride(width4: u32) -> u32 {
     return elements + select(0u, LINE, elements % (16u * LINE) == 0u);
 }
 
+// Rows of a block.
+const ROWS: u32 = 16u;
+
+// Where the row of a slot begins. Rows of `width4` vec4s lie in blocks of 16, part by part of `part4` elements: the first part of all
+// rows of a block, then the second, and so on, so that a head reads what lies together. A part of `cached_stride` elements is a whole row.
+fn cached_row(slot: u32, width4: u32, part4: u32) -> u32 {
+    return slot / ROWS * ROWS * cached_stride(width4) + slot % ROWS * part4;
+}
+
+// How far behind that its element `column` is.
+fn cached_column(column: u32, part4: u32) -> u32 {
+    return column / part4 * ROWS * part4 + column % part4;
+}
+
 // Elements in 64 bytes.
 @if(kv16) const LINE: u32 = 8u;
 @elif(kv8) const LINE: u32 = 16u;

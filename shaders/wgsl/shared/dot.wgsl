@@ -142,7 +142,7 @@ fn add_block(sums: ptr<function, Sums>, held: ptr<function, Held>, starts: Start
     }
 }
 
-// As in `product.wgsl`.
+// As in `product.wgsl`, but that it takes as long for few rows: they are dear to round, not to multiply.
 fn product(
     sums: ptr<function, Sums>,
     starts: Starts,
@@ -151,6 +151,7 @@ fn product(
     units: u32,
     k4: u32,
     lane: u32,
+    few: bool,
 ) {
     var matrix = Matrix(columns, steps);
     let part = lane % 8u / TILE_ROWS % PARTS;

@@ -29,9 +29,9 @@ struct From {
     part: u32,
 }
 
-// vec4 `k + i` of the rows of x times the weights there. `i` is a constant, so that what depends on it alone is none of
-// the loop's work.
-fn add_vec4(sums: ptr<function, Sums>, held: ptr<function, Held>, lane: From, k: u32, i: u32, k4: u32) {
+// vec4 `k + i` of the first `rows` rows of x times the weights there. `i` and `rows` are constants, so that what depends on them
+// alone is none of the loop's work.
+fn add_vec4(sums: ptr<function, Sums>, held: ptr<function, Held>, lane: From, k: u32, i: u32, k4: u32, rows: u32) {
     var lane_from = lane;
     if i % PARTS == 0u {
         // Weights beyond the row's end are 0: any value stands for those of x there.
@@ -55,7 +55,7 @@ fn add_vec4(sums: ptr<function, Sums>, held: ptr<function, Held>, lane: From, k:
             @if(q8 || q4 || mx4) wide[c][j] *= (*held).scales[c][j];
         }
     }
-    for (var r = 0u; r < TILE_ROWS; r++) {
+    for (var r = 0u; r < rows; r++) {
         let from_lane = i % PARTS * TILE_ROWS + r;
         @if(subgroup) let row = subgroupShuffle((*held).rows[from_lane / 8u], from_lane % 8u);
         @else let row = (*held).rows[r];
@@ -67,38 +67,26 @@ fn add_vec4(sums: ptr<function, Sums>, held: ptr<function, Held>, lane: From, k:
 }
 
 // TURN4 vec4s of k. They are written out: a loop that a driver does not unroll copies all sums at each turn.
-fn turn(sums: ptr<function, Sums>, held: ptr<function, Held>, lane: From, k: u32, k4: u32) {
-    add_vec4(sums, held, lane, k, 0u, k4);
+fn turn(sums: ptr<function, Sums>, held: ptr<function, Held>, lane: From, k: u32, k4: u32, rows: u32) {
+    add_vec4(sums, held, lane, k, 0u, k4, rows);
     @if(turn2 || turn4 || turn8) {
-        add_vec4(sums, held, lane, k, 1u, k4);
+        add_vec4(sums, held, lane, k, 1u, k4, rows);
     }
     @if(turn4 || turn8) {
-        add_vec4(sums, held, lane, k, 2u, k4);
-        add_vec4(sums, held, lane, k, 3u, k4);
+        add_vec4(sums, held, lane, k, 2u, k4, rows);
+        add_vec4(sums, held, lane, k, 3u, k4, rows);
     }
     @if(turn8) {
-        add_vec4(sums, held, lane, k, 4u, k4);
-        add_vec4(sums, held, lane, k, 5u, k4);
-        add_vec4(sums, held, lane, k, 6u, k4);
-        add_vec4(sums, held, lane, k, 7u, k4);
+        add_vec4(sums, held, lane, k, 4u, k4, rows);
+        add_vec4(sums, held, lane, k, 5u, k4, rows);
+        add_vec4(sums, held, lane, k, 6u, k4, rows);
+        add_vec4(sums, held, lane, k, 7u, k4, rows);
     }
 }
 
-// Adds rows of x times rows of w to the sums. `starts` are the vec4s of x at which this lane's rows begin, `columns`
-// and `steps` where its columns begin in w and how far units are from each other (`column_start`, `column_step`). The
-// first `units` of a row hold the weights of 4 * k4 columns of x and zeros up to whole blocks.
-fn product(
-    sums: ptr<function, Sums>,
-    starts: Starts,
-    columns: PerColumn,
-    steps: PerColumn,
-    units: u32,
-    k4: u32,
-    lane: u32,
-) {
-    let from_where = From(starts, columns, steps, lane % 8u / TILE_ROWS % PARTS);
+// Turns up to vec4 `end` of k, for the first `rows` rows.
+fn add_all(sums: ptr<function, Sums>, from_where: From, units: u32, end: u32, k4: u32, rows: u32) {
     var held: Held;
-    let end = units * UNIT4;
     @if(q8 || q4 || mx4) {
         var lane_from = from_where;
         for (var first = 0u; first < end; first += 8u * BLOCK4) {
@@ -117,13 +105,39 @@ fn product(
                         held.scales[c][j] = scale_of(eight[c][j], block);
                     }
                 }
-                turn(sums, &held, from_where, k, k4);
+                turn(sums, &held, from_where, k, k4, rows);
             }
         }
     }
     @else {
         for (var k = 0u; k < end; k += TURN4) {
-            turn(sums, &held, from_where, k, k4);
+            turn(sums, &held, from_where, k, k4, rows);
         }
+    }
+}
+
+// Adds rows of x times rows of w to the sums; `few`: of a tile no more than half of the rows are there, and the others' sums are
+// left alone. `starts` are the vec4s of x at which this lane's rows begin, `columns`
+// and `steps` where its columns begin in w and how far units are from each other (`column_start`, `column_step`). The
+// first `units` of a row hold the weights of 4 * k4 columns of x and zeros up to whole blocks.
+fn product(
+    sums: ptr<function, Sums>,
+    starts: Starts,
+    columns: PerColumn,
+    steps: PerColumn,
+    units: u32,
+    k4: u32,
+    lane: u32,
+    few: bool,
+) {
+    let from_where = From(starts, columns, steps, lane % 8u / TILE_ROWS % PARTS);
+    let end = units * UNIT4;
+    @if(one) {
+        add_all(sums, from_where, units, end, k4, TILE_ROWS);
+    }
+    // Loops of no turns in place of a branch, of which lavapipe works on both sides.
+    @else {
+        add_all(sums, from_where, units, select(end, 0u, few), k4, TILE_ROWS);
+        add_all(sums, from_where, units, select(0u, end, few), k4, TILE_ROWS / 2u);
     }
 }

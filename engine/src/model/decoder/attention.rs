@@ -98,6 +98,7 @@ impl Decoder {
             kept_from4: attention.q4() as u32,
             turned4: (turned * attention.d4()) as u32,
             half4: attention.rope.as_ref().map_or(0, |rope| rope.pairs() / 4) as u32,
+            part4: self.cache_part4() as u32,
             ..product.of_rows(self.spec.h4(), n4, rows)
         };
         let variant =
@@ -203,6 +204,7 @@ impl Decoder {
             limit: attention.clip.unwrap_or(0.0),
             first: attention.latent.map_or(0, |latent| latent.kv_rank.next_multiple_of(4)) as u32,
             half: attention.rope.as_ref().map_or(0, |rope| rope.pairs()) as u32,
+            part4: self.cache_part4() as u32,
             eps: attention.latent.map_or(self.spec.norm.eps, |latent| latent.eps),
         };
         let kinds = if attention.latent.is_some() { 1 } else { 2 };
@@ -234,6 +236,7 @@ impl Decoder {
             k_span: 1,
             cache4: width4,
             appends: 1,
+            part4: self.cache_part4() as u32,
             ..params::Place::default()
         };
         let absent = self.absent();
@@ -264,6 +267,7 @@ impl Decoder {
             table_stride: blocks as u32,
             window,
             has_sinks: u32::from(sinks.is_some()),
+            part4: self.cache_part4() as u32,
             scale: attention.scale,
         };
         let variant = Variant { values: Values::of(attention.value_dim), ..self.cache_lanes() };

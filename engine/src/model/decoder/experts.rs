@@ -43,7 +43,8 @@ impl Decoder {
             return;
         };
         let pairs = rows * spec.top_k;
-        let tile = self.expert_cut().each(pairs / spec.experts);
+        // Several rows may share an expert, however many experts there are.
+        let tile = self.expert_cut().each((pairs / spec.experts).max(usize::from(rows > 1)));
         let variant = Variant { activation: spec.expert.activation, ..tile };
         // Of a single row the router wrote the lists.
         if rows > 1 {

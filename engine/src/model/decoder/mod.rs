@@ -70,6 +70,14 @@ impl Decoder {
         Ok(())
     }
 
+    /// Elements of the cache's rows that lie together for all rows of a block: those of a head's keys or values, or whole rows where the
+    /// two are of different sizes, in one, or with scales behind them.
+    pub(crate) fn cache_part4(&self) -> usize {
+        let (of, form) = (&self.spec.attention, self.cache_form);
+        let alike = of.latent.is_none() && of.d4() == of.v4() && form != Cache::Q8;
+        if alike { of.d4() } else { form.stride(4 * of.cache4()) / form.texel_words() as usize }
+    }
+
     /// How keys and values travel: values of a token and layer, and their form.
     pub(crate) fn kv_wire(&self) -> (usize, Cache) {
         match &self.remade {

@@ -17,7 +17,8 @@ impl Decoder {
             self.warm_up_step(&mut r, rows, shares);
         }
         self.scratch.has_draws.set(false);
-        for (layer, each) in (0..self.spec.layers).flat_map(|layer| EXPERT_ROWS.map(|each| (layer, each))) {
+        let each = || std::iter::once(0).chain(EXPERT_ROWS);
+        for (layer, each) in (0..self.spec.layers).flat_map(|layer| each().map(move |each| (layer, each))) {
             let pairs = ExpertBatch {
                 first_pair: 0,
                 pairs: 1,

@@ -169,12 +169,27 @@ impl Stepper<'_> {
         let decoder = &*self.decoder;
         let mut r = decoder.record();
         decoder.append_arrived(&mut r, layer, arrived);
-        for position in positions {
-            let slot = u64::from(self.slot(sequence, position)?);
-            r.read::<u32>(&decoder.cache[layer], slot * 4 * form.stride(width) as u64, form.words(width));
+        // Whole blocks, in which rows lie part by part.
+        let words = BLOCK * form.stride(width);
+        let part = decoder.cache_part4() * form.texel_words() as usize;
+        let slots = positions.map(|position| Ok(self.slot(sequence, position)? as usize));
+        let slots = slots.collect::<Result<Vec<_>, EngineError>>()?;
+        let blocks: Vec<&[usize]> = slots.chunk_by(|a, b| a / BLOCK == b / BLOCK).collect();
+        for of_block in &blocks {
+            let first = (of_block[0] / BLOCK * words) as u64;
+            r.read::<u32>(&decoder.cache[layer], 4 * first, words);
         }
-        let rows = r.submit()?.fetch()?;
-        Ok(rows.into_iter().map(|bytes| super::words(Some(bytes))).collect())
+        let read = r.submit()?.fetch()?;
+        let mut rows = Vec::with_capacity(slots.len());
+        for (of_block, bytes) in blocks.into_iter().zip(read) {
+            let block = super::words(Some(bytes));
+            let row = |slot: usize| {
+                let at = |word| block[form.place(width, part, (slot % BLOCK, word))];
+                (0..form.words(width)).map(at).collect()
+            };
+            rows.extend(of_block.iter().map(|&slot| row(slot)));
+        }
+        Ok(rows)
     }
 
     /// Puts the rows' keys and values with what is to be sent to the rest of the layer's domain.
