@@ -1,7 +1,7 @@
 //! Text to profile on: documents and what the model itself writes, in passages, some kept back.
 
 use super::StudyError;
-use exflow_engine::{Cluster, ModelSpec, Progress, Request};
+use exflow_engine::{Cluster, ModelSpec, Progress, Request, Sampling};
 use exflow_placement::Rng;
 
 /// Every so many passages one is kept back: never profiled, only scored.
@@ -11,8 +11,9 @@ const SHORTEST: usize = 8;
 /// Fewer passages than this cannot be split into profile and held-out text.
 const LEAST_PASSAGES: usize = HOLD_OUT_EVERY;
 
-/// Tokens between two that are drawn at random.
-const NUDGE_EVERY: usize = 16;
+/// Of own text: as people commonly let models write. The likeliest tokens alone soon go round in circles, and equal
+/// beginnings would give equal text.
+const TEMPERATURE: f32 = 0.7;
 
 /// What the writing of own text is called while it runs.
 const STAGE: &str = "write text to profile";
@@ -35,7 +36,7 @@ pub struct OwnText {
     pub sequences: usize,
     /// Most tokens of each.
     pub tokens: usize,
-    /// Seed of the tokens that keep greedy text from going round in circles.
+    /// Seed of the tokens that are drawn.
     pub seed: u64,
 }
 
@@ -100,8 +101,7 @@ pub fn passages(ids: &[u32], longest: usize, spec: &ModelSpec) -> Vec<Vec<u32>> 
         .collect()
 }
 
-/// Greedy text, with a token drawn at random put in every [`NUDGE_EVERY`] tokens: a small model that always takes
-/// the likeliest token soon repeats itself, and equal beginnings would give equal text.
+/// Text that the model writes on from the beginnings, taken in turn.
 fn write_own(
     cluster: &mut Cluster,
     own: &OwnText,
@@ -112,33 +112,19 @@ fn write_own(
     }
     let codec = cluster.text()?;
     let beginnings = own.beginnings.iter().map(|text| codec.encode(text)).collect::<Result<Vec<_>, _>>()?;
-    let mut written: Vec<Vec<u32>> =
-        (0..own.sequences).map(|i| beginnings[i % beginnings.len()].clone()).collect();
-    let mut dice = Rng::new(own.seed);
-    let total = (own.sequences * own.tokens) as u64;
-    let longest = own.tokens.min(cluster.spec().max_positions.saturating_sub(NUDGE_EVERY + 1));
-    for round in 0..longest / NUDGE_EVERY {
-        let requests: Vec<Request> =
-            written.iter().map(|ids| nudged(ids, cluster.spec(), &mut dice)).collect();
-        if requests.iter().any(|r| r.prompt_ids.len() + NUDGE_EVERY > cluster.spec().max_positions) {
-            break;
-        }
-        let mut done = (round * NUDGE_EVERY * own.sequences) as u64;
-        let run = cluster.generate(&requests, &mut |_| {
-            done += 1;
-            progress.update(STAGE, done.min(total.saturating_sub(1)), total, "tokens");
-        })?;
-        written = run.sequences.into_iter().map(|done| [done.prompt_ids, done.output_ids].concat()).collect();
-    }
-    progress.update(STAGE, total, total, "tokens"); // what ended early counts as done
-    Ok(written)
-}
-
-fn nudged(ids: &[u32], spec: &ModelSpec, dice: &mut Rng) -> Request {
-    let drawn = dice.below(spec.vocab_size) as u32;
-    let mut prompt_ids = ids.to_vec();
-    if !spec.eos.contains(&drawn) {
-        prompt_ids.push(drawn);
-    }
-    Request { prompt_ids, max_tokens: NUDGE_EVERY - 1, ignore_eos: true, ..Request::default() }
+    let (mut dice, longest) = (Rng::new(own.seed), cluster.spec().max_positions);
+    let mut request = |prompt_ids: &Vec<u32>| Request {
+        prompt_ids: prompt_ids.clone(),
+        max_tokens: own.tokens.min(longest.saturating_sub(prompt_ids.len())).max(1),
+        ignore_eos: true,
+        sampling: Sampling { temperature: TEMPERATURE, seed: dice.next_u64(), ..Sampling::default() },
+        ..Request::default()
+    };
+    let requests: Vec<Request> = beginnings.iter().cycle().take(own.sequences).map(&mut request).collect();
+    let (mut done, total) = (0, requests.iter().map(|request| request.max_tokens as u64).sum());
+    let run = cluster.generate(&requests, &mut |_| {
+        done += 1;
+        progress.update(STAGE, done, total, "tokens");
+    })?;
+    Ok(run.sequences.into_iter().map(|done| [done.prompt_ids, done.output_ids].concat()).collect())
 }

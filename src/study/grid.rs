@@ -8,10 +8,12 @@ use exflow_engine::{
     RunStats, Schedule, Strategy, TokenTime,
 };
 use serde::{Deserialize, Serialize};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Tokens of the run that warms each cluster up; it is not measured.
 const WARM_UP: usize = 6;
+/// A run says the same again until it took so long: within tenths of a second it matters which core a thread woke on.
+const SHORTEST_RUN: Duration = Duration::from_millis(600);
 
 /// Bytes per decode token, by class.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
@@ -208,19 +210,21 @@ impl Grid {
         };
         for repeat in 0..cell.repeats.max(1) {
             for (Entry { setting, cluster, .. }, runs) in entries.iter_mut().zip(&mut runs) {
-                let mut spoken = Vec::new();
-                let mut rates = Vec::new();
-                for group in &groups {
-                    let (times, stats, outputs) = run(cluster, group)?;
-                    rates.push(1.0 / rate(&times).max(1e-9));
-                    runs.take(&times, stats);
-                    spoken.extend(outputs);
+                let (began, mut rates) = (Instant::now(), Vec::new());
+                while rates.is_empty() || began.elapsed() < SHORTEST_RUN {
+                    let mut spoken = Vec::new();
+                    for group in &groups {
+                        let (times, stats, outputs) = run(cluster, group)?;
+                        rates.push(rate(&times));
+                        runs.take(&times, stats);
+                        spoken.extend(outputs);
+                    }
+                    match &said {
+                        None => said = Some(spoken),
+                        Some(first) => agree(first, &spoken, setting, repeat)?,
+                    }
                 }
-                runs.rates.push(rates.len() as f64 / rates.iter().sum::<f64>());
-                match &said {
-                    None => said = Some(spoken),
-                    Some(first) => agree(first, &spoken, setting, repeat)?,
-                }
+                runs.rates.push(of_mean_time(&rates));
             }
         }
         Ok(entries.iter().zip(runs).map(|(entry, runs)| runs.row(cell, entry)).collect())
@@ -290,6 +294,11 @@ fn rate(times: &Times) -> f64 {
     within(begin, end) / (end - begin).max(1e-9)
 }
 
+/// What rates come to for the same work one after the other.
+pub(super) fn of_mean_time(rates: &[f64]) -> f64 {
+    rates.len() as f64 / rates.iter().map(|rate| 1.0 / rate.max(1e-9)).sum::<f64>().max(1e-9)
+}
+
 fn agree(
     first: &[Vec<u32>],
     said: &[Vec<u32>],
@@ -306,7 +315,6 @@ fn agree(
     Ok(())
 }
 
-/// The value below which a share of the sorted values lies.
 /// The value that `share` of them are not above; 0 of none. Sorts them.
 pub(super) fn quantile(values: &mut [f64], share: f64) -> f64 {
     values.sort_by(f64::total_cmp);

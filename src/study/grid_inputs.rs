@@ -31,21 +31,24 @@ const MEASURED: [&str; 8] = [
     "To build the program",
 ];
 
-/// Sequences and tokens of what the model writes to be profiled on.
-const OWN_TEXT: (usize, usize) = (40, 96);
+/// Sequences that the model writes to be profiled on.
+const OWN_SEQUENCES: usize = 40;
+/// Tokens of each that tables are solved on.
+pub const SOLVED_ON: usize = 96;
 /// Tokens of a prompt for a model without a tokenizer.
 const DRAWN_PROMPT: usize = 6;
 
-/// Routes of text that the model writes itself, or of drawn tokens where it has no tokenizer.
+/// Routes of text of so many tokens a sequence that the model writes itself, or of drawn tokens where it has no tokenizer.
 ///
 /// # Errors
 /// What the engine refuses.
 pub fn grid_profile(
     cluster: &mut Cluster,
+    tokens: usize,
     seed: u64,
     progress: &dyn Progress,
 ) -> Result<RoutingTrace, StudyError> {
-    own_routes(cluster, OWN_TEXT, seed, progress)
+    own_routes(cluster, (OWN_SEQUENCES, tokens), seed, progress)
 }
 
 /// The same for so many sequences of so many tokens.

@@ -25,7 +25,9 @@ pub use figures::{Study, markdown_table, text_table};
 pub use files::{load_affinity, read_documents, save_affinity};
 pub use gathering::{GatherError, Gathered};
 pub use grid::{Cell, ClassBytes, Grid, GridRow, decode_rate};
-pub use grid_inputs::{BEGINNINGS, SyntheticModel, chain_table, grid_profile, grid_prompts, grid_table};
+pub use grid_inputs::{
+    BEGINNINGS, SOLVED_ON, SyntheticModel, chain_table, grid_profile, grid_prompts, grid_table,
+};
 pub use held_out::{BalanceScore, HeldOut, balances, held_out, keep_back};
 pub use moves::{Gaps, MovePauses, move_pauses};
 pub use paper::{Evidence, RoutingHistory, StudyOptions, paper_checks};

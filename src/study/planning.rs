@@ -1,5 +1,6 @@
 //! Planning a run: what a world measured, what its model routes, and what each setting will make of both.
 
+use super::grid::of_mean_time;
 use super::{StudyError, decode_rate, grid_inputs};
 use exflow_engine::plan::{Load, Measurements, Prediction, Setting, Shape, Workload, predict};
 use exflow_engine::{Cluster, Combine, Linger, Overlap, Progress, Request, RoutingTrace, Schedule, Strategy};
@@ -15,9 +16,9 @@ const OWN_TEXT: (usize, usize) = (16, 24);
 /// Tokens of each sequence in a trial, and before it, while everything is still to be made for the first time.
 const TRIAL: usize = 12;
 const TRIAL_WARM_UP: usize = 3;
-/// A trial is repeated until so much time has passed, at most so often; the median counts.
+/// A trial is repeated until so much time has passed: single ones of a small model are over in less than a scheduler's
+/// moods last.
 const TRIAL_TIME: Duration = Duration::from_millis(1500);
-const TRIAL_RUNS: usize = 5;
 
 /// A way to run.
 #[derive(Debug, Clone)]
@@ -128,14 +129,13 @@ impl Planner {
             };
             cluster.generate(&requests(0, TRIAL_WARM_UP), &mut |_| {})?;
             let (began, mut rates) = (Instant::now(), Vec::new());
-            while rates.is_empty() || (began.elapsed() < TRIAL_TIME && rates.len() < TRIAL_RUNS) {
+            while rates.is_empty() || began.elapsed() < TRIAL_TIME {
                 rates.push(decode_rate(cluster, &requests(rates.len(), TRIAL))?);
             }
-            rates.sort_by(f64::total_cmp);
             let (combine, groups) = (self.combine, &self.groups[..]);
             let setting = Setting { strategy, schedule, combine, table: &table, groups };
             let work = Workload { routes: &self.routes, sequences };
-            let load = Load::of(&self.measured, &self.shape, work, setting, rates[rates.len() / 2]);
+            let load = Load::of(&self.measured, &self.shape, work, setting, of_mean_time(&rates));
             self.measured.loads.push(load);
         }
         Ok(())
