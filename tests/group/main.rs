@@ -12,7 +12,9 @@ mod relay;
 
 use common::tiny::{Folder, Tiny};
 use common::{request, root, tokens};
-use exflow::engine::{Cluster, ClusterOptions, Feed, NoProgress, PlacementSource, Rank, Schedule, Strategy};
+use exflow::engine::{
+    Cluster, ClusterOptions, Feed, NoProgress, PlacementSource, Rank, Schedule, Strategy, TransportKind,
+};
 use exflow::placement::{Affinity, PlacementTable};
 use harness::{Group, Worker, err};
 use std::net::UdpSocket;
@@ -157,6 +159,25 @@ fn a_world_of_processes_measures_itself_and_changes_how_it_runs() {
         let output = worker.end();
         assert!(output.status.success(), "a worker ends with rank 0: {}", err(&output));
     }
+}
+
+/// Two ranks that begin a latency apart must not take turns at finding and at waiting for each other's part: each would
+/// time an exchange as none or as two latencies.
+#[test]
+fn an_exchange_of_two_ranks_takes_one_latency() {
+    let folder = tiny();
+    let options = ClusterOptions {
+        ranks: 2,
+        transport: TransportKind::Quic,
+        link: Some("latency=40ms".parse().expect("a link")),
+        ..ClusterOptions::new(folder.path())
+    };
+    common::prepare();
+    let measured = Cluster::start(options, &NoProgress).expect("a cluster").measure().expect("measured");
+    let latency = measured.links[0][1].latency_s;
+    assert!(latency >= 0.04, "{latency}");
+    let of_latency = measured.exchange_s / latency;
+    assert!((0.6..1.5).contains(&of_latency), "{of_latency}");
 }
 
 #[test]
