@@ -20,4 +20,17 @@ fn every_kernel_agrees_with_its_twin_on_every_adapter() {
     assert_eq!(seen.len(), Kernel::ALL.len());
     // Sums of floats in another order differ a little; where nothing does, nothing was compared.
     assert!(checks.iter().any(|check| check.kernel == "linear" && check.max_error > 0.0));
+    for device in engine::devices() {
+        let ran = |check: &&KernelCheck| {
+            check.adapter == device.name && check.case.contains("matrix units") && check.max_error > 0.0
+        };
+        let count = checks.iter().filter(ran).count();
+        match device.matrix_side {
+            Some(_) => assert!(count > 0, "{}: nothing ran on its matrix units", device.name),
+            None => {
+                eprintln!("{}: skipped: adapter offers no cooperative matrices", device.name);
+                assert_eq!(count, 0);
+            }
+        }
+    }
 }

@@ -5,8 +5,8 @@ mod common;
 
 use common::{Setup, generate, request, root};
 use exflow::engine::{
-    Cluster, ClusterOptions, Dtype, Feed, KvDtype, KvWire, LogitsDump, NoProgress, Numerics, Quant, Schedule,
-    Strategy,
+    self, Cluster, ClusterOptions, Dtype, Feed, KvDtype, KvWire, LogitsDump, NoProgress, Numerics, Quant,
+    Schedule, Strategy,
 };
 use exflow_placement::npy::{self, Array};
 use safetensors::SafeTensors;
@@ -248,8 +248,63 @@ fn fast_numerics_stay_near_the_exact_ones_and_give_the_same_bits_on_any_number_o
             assert!(bits(&together) == bits(&alone), "{name} {quant:?}: 3 ranks, {schedule}, {feed}");
         }
     }
-    let error = start("olmoe", None, Numerics::Fast, one).err().expect("it is refused");
-    assert!(error.is_input() && error.to_string().contains("--numerics fast"), "{error}");
+    if engine::devices()[0].matrix_side.is_none() {
+        let error = start("olmoe", None, Numerics::Fast, one).err().expect("it is refused");
+        assert!(error.is_input() && error.to_string().contains("--numerics fast"), "{error}");
+    }
+}
+
+/// Matrices in f32 and f16 on matrix units: a little off the exact products, by the same bits wherever a token is, however many
+/// are fed at once and on however many ranks.
+#[test]
+fn matrix_units_stay_near_the_exact_products_and_give_a_row_the_same_bits_in_any_batch() {
+    common::prepare();
+    if engine::devices()[0].matrix_side.is_none() {
+        eprintln!("skipped: adapter offers no cooperative matrices");
+        return;
+    }
+    let fixtures = root().join("tests/parity/fixtures");
+    // Families of every kind of attention and expert: what has MXFP4 has bytes beside.
+    for (name, dtype, limit) in [
+        ("olmoe", Dtype::F32, 0.02),
+        ("olmoe", Dtype::F16, 0.02),
+        ("qwen3_moe", Dtype::F16, 0.02),
+        ("deepseek_v2", Dtype::F32, 0.02),
+        ("deepseek_v2", Dtype::F16, 0.02),
+        ("gpt_oss", Dtype::F16, 0.02),
+        ("gpt_oss_mxfp4", Dtype::F16, 0.25),
+    ] {
+        let prompt = Expected::read(&fixtures.join(name)).ids("prompt");
+        let dump = |numerics: Numerics, ranks: usize, schedule: Schedule, feed: Feed| {
+            let mut options = ClusterOptions::new(fixtures.join(name));
+            (options.dtype, options.numerics) = (dtype, numerics);
+            (options.ranks, options.schedule) = (ranks, schedule);
+            let mut cluster = Cluster::start(options, &NoProgress).unwrap_or_else(|e| panic!("{name}: {e}"));
+            let logits = cluster.logits(&prompt, feed).expect("logits").logits;
+            let request = request(&prompt, 1);
+            let sides = cluster.generate(&[request], &mut |_| {}).expect("a token").stats.matrix_units;
+            let uses = numerics == Numerics::Fast;
+            assert!(
+                sides.len() == ranks && sides.iter().all(|side| (*side > 0) == uses),
+                "{name}: {sides:?}"
+            );
+            logits
+        };
+        let bits = |logits: &[f32]| logits.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        let exact = dump(Numerics::Exact, 1, Schedule::Rounds, Feed::Decode);
+        let fast = dump(Numerics::Fast, 1, Schedule::Rounds, Feed::Decode);
+        let worst = exact.iter().zip(&fast).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        eprintln!("{name} {dtype}: off by {worst}");
+        assert!(worst > 0.0 && worst < limit, "{name} {dtype}: off by {worst}");
+        for (ranks, schedule, feed) in [
+            (1, Schedule::Rounds, Feed::Prefill),
+            (3, Schedule::Rounds, Feed::Decode),
+            (3, Schedule::Flow, Feed::Prefill),
+        ] {
+            let other = dump(Numerics::Fast, ranks, schedule, feed);
+            assert!(bits(&other) == bits(&fast), "{name} {dtype}: {ranks} ranks, {schedule}, {feed}");
+        }
+    }
 }
 
 /// `folder` with the numbers that its MXFP4 blocks stand for in their place.

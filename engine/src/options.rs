@@ -176,7 +176,7 @@ words! {
         /// f32 throughout, in one stated order.
         Exact = "exact",
         /// Where matrices share scales (`--quant`, MXFP4) rows are rounded to bytes, 32 columns to a scale, and bytes are
-        /// multiplied as such.
+        /// multiplied as such; other matrices and their rows are rounded to f16 where the adapter has matrix units to multiply them.
         Fast = "fast"
     }
 }

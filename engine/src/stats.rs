@@ -102,6 +102,8 @@ pub struct RunStats {
     pub combine: String,
     /// `exact` or `fast`.
     pub numerics: String,
+    /// `[R]` rows and columns of the matrices of f16 that a rank's matrix units make products of; 0: it uses none.
+    pub matrix_units: Vec<u64>,
     /// World size.
     pub ranks: usize,
     /// `home` or `replicated`.
@@ -213,6 +215,7 @@ pub(crate) fn summarise(
         transport: options.transport.to_string(),
         combine: options.combine.to_string(),
         numerics: options.numerics.to_string(),
+        matrix_units: reports.iter().map(|r| r.matrix_side).collect(),
         ranks: options.ranks,
         prefill: options.prefill.to_string(),
         domain: options.domain.to_string(),

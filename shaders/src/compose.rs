@@ -2,8 +2,9 @@
 //! how kernel text is put together.
 
 use crate::Cache;
-use crate::kernel::{Activation, Kernel, RowTile, Rows, SHARED, Values, Variant, Weights};
+use crate::kernel::{Kernel, SHARED};
 use crate::reflect::{self, Binding};
+use crate::variant::{Activation, Cooperative, RowTile, Rows, Values, Variant, Weights};
 use std::borrow::Cow;
 use wesl::syntax::{ModulePath, PathOrigin};
 use wesl::{CompileOptions, EscapeMangler, Feature, Features, VirtualResolver};
@@ -48,9 +49,10 @@ pub fn module(kernel: Kernel, variant: Variant) -> Result<Module, ComposeError> 
     let ir = naga::front::wgsl::parse_str(&wgsl).map_err(|e| invalid(e.emit_to_string(&wgsl)))?;
     // f16 in pairs, as WGSL itself has it (`unpack2x16float`): no device lacks it that wgpu runs on.
     let mut capabilities = naga::valid::Capabilities::SHADER_FLOAT16_IN_FLOAT32;
-    capabilities.set(naga::valid::Capabilities::SUBGROUP, variant.subgroup || kernel.needs_matrix_units());
+    let on_units = variant.matrix_side(kernel).is_some();
+    capabilities.set(naga::valid::Capabilities::SUBGROUP, variant.subgroup || on_units);
     let units = naga::valid::Capabilities::COOPERATIVE_MATRIX | naga::valid::Capabilities::SHADER_FLOAT16;
-    capabilities.set(units, kernel.needs_matrix_units());
+    capabilities.set(units, on_units);
     naga::valid::Validator::new(naga::valid::ValidationFlags::all(), capabilities)
         .validate(&ir)
         .map_err(|e| invalid(e.emit_to_string(&wgsl)))?;
@@ -79,13 +81,17 @@ fn compose(kernel: Kernel, variant: Variant) -> Result<String, ComposeError> {
     Ok(compiled.syntax.to_string())
 }
 
-fn flags(variant: Variant) -> [(&'static str, bool); 26] {
+fn flags(variant: Variant) -> [(&'static str, bool); 30] {
     [
         ("one", variant.tile == RowTile::One),
         ("tile2", variant.tile == RowTile::Two),
         ("tile4", variant.tile == RowTile::Four),
         ("tile8", variant.tile == RowTile::Eight),
         ("tile16", variant.tile == RowTile::Sixteen),
+        ("tile32", variant.tile == RowTile::ThirtyTwo),
+        ("tile64", variant.tile == RowTile::SixtyFour),
+        ("coop", variant.cooperative != Cooperative::No),
+        ("coop16", variant.cooperative == Cooperative::Sixteen),
         ("turn2", variant.turn4() == 2),
         ("turn4", variant.turn4() == 4),
         ("turn8", variant.turn4() == 8),
@@ -136,6 +142,21 @@ mod tests {
             let module = module(kernel, Variant::default()).expect("composes");
             assert_eq!(module.params_size as usize, params::size_of(kernel), "{}", kernel.name());
         }
+    }
+
+    #[test]
+    fn matrix_units_take_the_workgroup_memory_that_is_asked_for() {
+        let bytes = |variant: Variant| {
+            let text = module(Kernel::Linear, variant).expect("composes").wgsl;
+            let ir = naga::front::wgsl::parse_str(&text).expect("parses");
+            let mut layouter = naga::proc::Layouter::default();
+            layouter.update(ir.to_ctx()).expect("lays out");
+            let shared =
+                ir.global_variables.iter().filter(|(_, of)| of.space == naga::AddressSpace::WorkGroup);
+            shared.map(|(_, of)| layouter[of.ty].size).sum::<u32>()
+        };
+        let on_units = Kernel::Linear.variants().into_iter().filter(|of| of.cooperative != Cooperative::No);
+        assert_eq!(on_units.map(bytes).max(), Some(crate::COOPERATIVE_BYTES));
     }
 
     #[test]

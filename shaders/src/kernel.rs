@@ -1,6 +1,7 @@
-//! The list of kernels and their variants.
+//! The list of kernels, and which of their variants there are.
 
 use crate::Cache;
+use crate::variant::{Activation, Cooperative, RowTile, Rows, Values, Variant, Weights};
 
 /// A kernel; its text is `wgsl/{name}.wgsl`, its twin `src/reference/{name}.rs`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -39,219 +40,6 @@ pub enum Kernel {
     Probe,
     /// What its matrix units allow, with [`RowTile::Eight`] or [`RowTile::Sixteen`] rows and columns; no part of a step.
     MatrixProbe,
-}
-
-/// What a kernel is specialised by besides `override` numbers. Variants that differ in
-/// `tile`, `subgroup`, `image` or `values` alone give equal bits, and so do both kinds of rows in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
-pub struct Variant {
-    /// Rows that a lane works on at once (matrix kernels only; others ignore it).
-    pub tile: RowTile,
-    /// What stands between an expert's matrices (`expert_up` only; others ignore it).
-    pub activation: Activation,
-    /// How weights lie (kernels of matrices only; others ignore it).
-    pub weights: Weights,
-    /// How many columns the values of a head have at most (`attention` only; others ignore it).
-    pub values: Values,
-    /// The rows are queries, keys and values, of which the last two go into the cache besides (`linear` only; others
-    /// ignore it).
-    pub keeps: bool,
-    /// A workgroup for each split of a context, for [`Kernel::AttentionMerge`] to merge (`attention` only; others ignore it).
-    pub split: bool,
-    /// How the cache holds keys and values (`place`, `attention` and a `linear` that keeps only; others ignore it).
-    pub cache: Cache,
-    /// Lanes hand each other what they loaded or summed, in subgroups of eight or more (`norm`, `router`, `place`, `attention`
-    /// and matrix kernels; others ignore it).
-    pub subgroup: bool,
-    /// What products are of (matrix kernels whose weights share scales; others ignore it).
-    pub rows: Rows,
-    /// The matrix, or the cache, is a texture (matrix kernels, `embed`, `place`, `attention`; others ignore it).
-    pub image: bool,
-}
-
-/// How many rows a lane of a matrix kernel works on at once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
-pub enum RowTile {
-    /// 1.
-    #[default]
-    One,
-    /// 2.
-    Two,
-    /// 4.
-    Four,
-    /// 8.
-    Eight,
-    /// 16.
-    Sixteen,
-}
-
-impl RowTile {
-    /// Every size.
-    pub const ALL: [RowTile; 5] = [Self::One, Self::Two, Self::Four, Self::Eight, Self::Sixteen];
-
-    /// How many.
-    pub fn rows(self) -> usize {
-        match self {
-            Self::One => 1,
-            Self::Two => 2,
-            Self::Four => 4,
-            Self::Eight => 8,
-            Self::Sixteen => 16,
-        }
-    }
-}
-
-/// How many columns the values of a head have at most: so many fit into the registers of `attention.wgsl`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
-pub enum Values {
-    /// 32 with subgroups, as [`Values::Usual`] without.
-    Slim,
-    /// 64 with subgroups, as [`Values::Usual`] without.
-    Narrow,
-    /// 128, as most models have it.
-    Usual,
-    /// 256.
-    #[default]
-    Medium,
-    /// 512.
-    Wide,
-}
-
-impl Values {
-    /// The least that holds `columns`.
-    pub fn of(columns: usize) -> Self {
-        match columns {
-            0..=32 => Self::Slim,
-            33..=64 => Self::Narrow,
-            65..=128 => Self::Usual,
-            129..=256 => Self::Medium,
-            _ => Self::Wide,
-        }
-    }
-}
-
-/// How a matrix lies in its buffer (`shared/weight.wgsl`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
-pub enum Weights {
-    /// 4 bytes a weight.
-    #[default]
-    F32,
-    /// 2 bytes a weight.
-    F16,
-    /// A byte a weight, and an f16 scale for 32 of them.
-    Q8,
-    /// Half a byte a weight, and an f16 scale for 32 of them.
-    Q4,
-    /// MXFP4: a number of four bits (E2M1) a weight, and a power of two for 32 of them, here a bf16.
-    Mx4,
-}
-
-impl Weights {
-    /// Every way.
-    pub const ALL: [Weights; 5] = [Self::F32, Self::F16, Self::Q8, Self::Q4, Self::Mx4];
-
-    /// Weights in a unit of 16 bytes.
-    pub fn per_unit(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 => 8,
-            Self::Q8 => 16,
-            Self::Q4 | Self::Mx4 => 32,
-        }
-    }
-
-    /// Whether 32 weights share a scale.
-    pub fn has_scales(self) -> bool {
-        matches!(self, Self::Q8 | Self::Q4 | Self::Mx4)
-    }
-
-    /// Units that hold the weights of a row of `columns` columns, and units from a row to the next: behind the
-    /// weights stand eight scales a unit.
-    pub fn units(self, columns: usize) -> (usize, usize) {
-        let blocks = columns.div_ceil(WEIGHT_BLOCK);
-        let units = blocks * WEIGHT_BLOCK / self.per_unit();
-        (units, units + if self.has_scales() { blocks.div_ceil(8) } else { 0 })
-    }
-}
-
-/// What the rows of a product are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
-pub enum Rows {
-    /// As they come.
-    #[default]
-    F32,
-    /// Rounded to bytes, 32 columns to a scale, which are multiplied four at a time.
-    Bytes,
-    /// Rounded in the same way and multiplied as f32: the same bits.
-    BytesAsF32,
-}
-
-/// Weights that share a scale, and up to which rows are padded.
-pub const WEIGHT_BLOCK: usize = 32;
-
-/// Units in a row of a texture that holds a matrix.
-pub const IMAGE_WIDTH: usize = 1 << 14;
-
-/// vec4s of columns that a lane of a matrix kernel makes.
-pub const LANE_COLUMNS4: usize = 2;
-
-/// What stands between the matrices of an expert or of a dense FFN.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
-pub enum Activation {
-    /// GELU in its tanh form: one matrix before it.
-    #[default]
-    Gelu,
-    /// `silu(gate) * up`: two matrices.
-    SwiGlu,
-    /// gpt_oss's GLU with clamped inputs: two matrices.
-    ClampedGlu,
-}
-
-impl Activation {
-    /// Matrices before it.
-    pub fn matrices(self) -> usize {
-        if self == Activation::Gelu { 1 } else { 2 }
-    }
-}
-
-impl Variant {
-    /// Rows that a lane of a matrix kernel works on at once.
-    pub fn tile_rows(self) -> usize {
-        self.tile.rows()
-    }
-
-    /// What is left of it where `kernel` differs.
-    pub fn of(self, kernel: Kernel) -> Self {
-        let tile = if kernel.is_tiled() || kernel.needs_matrix_units() { self.tile } else { RowTile::One };
-        let rounds = kernel.has_weights() && self.weights.has_scales();
-        Self {
-            tile,
-            rows: if rounds { self.rows } else { Rows::F32 },
-            activation: if kernel == Kernel::ExpertUp { self.activation } else { Activation::default() },
-            weights: match kernel {
-                Kernel::Probe if self.weights == Weights::Q8 => Weights::Q8,
-                _ if kernel.has_weights() => self.weights,
-                _ => Weights::F32,
-            },
-            values: if kernel == Kernel::Attention { self.values } else { Values::default() },
-            cache: match kernel {
-                Kernel::Place | Kernel::Attention => self.cache,
-                Kernel::Linear if self.keeps => self.cache,
-                _ => Cache::F32,
-            },
-            keeps: self.keeps && kernel == Kernel::Linear,
-            split: self.split && kernel == Kernel::Attention,
-            subgroup: self.subgroup && kernel.hands_over(),
-            image: self.image && kernel.takes_textures(),
-        }
-    }
-
-    /// vec4s of k that a turn of a matrix kernel's loop takes: what lanes load at once, whole units, and a whole block
-    /// where it shares a scale.
-    pub(crate) fn turn4(&self) -> usize {
-        let parts = if self.subgroup { 8usize.div_ceil(self.tile_rows()) } else { 1 };
-        if self.weights.has_scales() { WEIGHT_BLOCK / 4 } else { parts.max(self.weights.per_unit() / 4) }
-    }
 }
 
 impl Kernel {
@@ -304,9 +92,9 @@ impl Kernel {
         matches!(self, Kernel::Linear | Kernel::ExpertPermute | Kernel::ExpertUp | Kernel::ExpertDown)
     }
 
-    /// Whether the kernel multiplies whole matrices: few adapters, and back ends for Vulkan and Metal alone, can.
-    pub fn needs_matrix_units(self) -> bool {
-        self == Kernel::MatrixProbe
+    /// Whether the kernel has variants for matrix units.
+    pub fn is_cooperative(self) -> bool {
+        self.has_weights()
     }
 
     /// Whether a binding may be a texture instead of a buffer.
@@ -395,9 +183,14 @@ impl Kernel {
             let floats = floats.map(|v| Variant { rows: Rows::BytesAsF32, ..v });
             std::iter::once(base).chain(all).chain(buffers).chain(without).chain(floats)
         };
-        let tiles = |base: Variant| RowTile::ALL.iter().map(move |&tile| Variant { tile, ..base });
+        let tiles = |base: Variant| {
+            let of_groups = [RowTile::ThirtyTwo, RowTile::SixtyFour];
+            RowTile::ALL.into_iter().chain(of_groups).map(move |tile| Variant { tile, ..base })
+        };
         match self {
-            _ if self.has_weights() => bases.into_iter().flat_map(alike).collect(),
+            _ if self.has_weights() => {
+                bases.into_iter().flat_map(alike).chain(self.cooperative_variants()).collect()
+            }
             _ if self.is_tiled() => bases.into_iter().flat_map(tiles).collect(),
             Kernel::Embed => vec![plain, Variant { image: true, ..plain }],
             Kernel::MatrixProbe => {
@@ -406,6 +199,34 @@ impl Kernel {
             Kernel::Norm | Kernel::Router => vec![plain, Variant { subgroup: true, ..plain }],
             _ => bases,
         }
+    }
+
+    /// Those on matrix units, of which those that differ in tile and texture alone follow each other.
+    fn cooperative_variants(self) -> Vec<Variant> {
+        let activations: &[Activation] = match self {
+            Kernel::ExpertUp => &[Activation::Gelu, Activation::SwiGlu, Activation::ClampedGlu],
+            _ => &[Activation::Gelu],
+        };
+        let mut all = Vec::new();
+        for cooperative in [Cooperative::Eight, Cooperative::Sixteen] {
+            for (weights, &activation) in [Weights::F32, Weights::F16]
+                .into_iter()
+                .flat_map(|weights| activations.iter().map(move |activation| (weights, activation)))
+            {
+                for tile in cooperative.tiles().into_iter().flatten() {
+                    let with = |image| Variant {
+                        cooperative,
+                        weights,
+                        activation,
+                        tile,
+                        image,
+                        ..Variant::default()
+                    };
+                    all.extend([with(false), with(true)]);
+                }
+            }
+        }
+        all
     }
 
     /// Whether `override WORKGROUP` sets the kernel's workgroup size; the others fix it, as their order of
@@ -453,12 +274,13 @@ pub fn texts() -> impl Iterator<Item = &'static str> {
 }
 
 /// Texts that kernels import, by name under `shared/`.
-pub(crate) const SHARED: [(&str, &str); 10] = [
+pub(crate) const SHARED: [(&str, &str); 11] = [
     ("weight", include_str!("../wgsl/shared/weight.wgsl")),
     ("matrix", include_str!("../wgsl/shared/matrix.wgsl")),
     ("cached", include_str!("../wgsl/shared/cached.wgsl")),
     ("product", include_str!("../wgsl/shared/product.wgsl")),
     ("dot", include_str!("../wgsl/shared/dot.wgsl")),
+    ("cooperative", include_str!("../wgsl/shared/cooperative.wgsl")),
     ("tile", include_str!("../wgsl/shared/tile.wgsl")),
     ("activation", include_str!("../wgsl/shared/activation.wgsl")),
     ("split", include_str!("../wgsl/shared/split.wgsl")),

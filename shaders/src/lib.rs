@@ -10,14 +10,16 @@ mod kernel;
 pub mod params;
 pub mod reference;
 mod reflect;
+mod variant;
 
 pub use cached::Cache;
 pub use compose::{ComposeError, Module, module};
-pub use kernel::{
-    Activation, IMAGE_WIDTH, Kernel, LANE_COLUMNS4, RowTile, Rows, Values, Variant, WEIGHT_BLOCK, Weights,
-    texts,
-};
+pub use kernel::{Kernel, texts};
 pub use reflect::{Access, Binding};
+pub use variant::{
+    Activation, COOPERATIVE_BYTES, COOPERATIVE_SUBGROUPS, Cooperative, IMAGE_WIDTH, LANE_COLUMNS4, RowTile,
+    Rows, Values, Variant, WEIGHT_BLOCK, Weights,
+};
 
 /// Positions per block of the paged KV cache, as `attention.wgsl` has it.
 pub const KV_BLOCK: usize = 16;

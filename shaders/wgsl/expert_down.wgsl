@@ -1,7 +1,8 @@
 // partial[slot] = weight * scale * (w2[expert] a[pair] (+ b2[expert])), a workgroup per (tile of pairs, group of columns).
 import package::shared::tile::{COLUMNS, LOADS, PerColumn, Starts, Sums, TILE_ROWS, row_of};
 import package::shared::weight::{column_start, column_step};
-@if(dot) import package::shared::dot::product;
+@if(coop) import package::shared::cooperative::{Lane, TILE_COLUMNS4, block_at, product, product_at, starts};
+@elif(dot) import package::shared::dot::product;
 @else import package::shared::product::product; // binding 1: a [pairs, I/4], binding 2: w2 [experts, H, ..]
 import package::shared::pair::{Pair, Tile};
 
@@ -24,7 +25,7 @@ struct Params {
 
 override WORKGROUP: u32 = 32u;
 
-@compute @workgroup_size(WORKGROUP)
+@if(!coop) @compute @workgroup_size(WORKGROUP)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let tile = tiles[p.first_tile + group.x];
     let expert = tile.expert - p.first_expert;
@@ -62,5 +63,44 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 partials[pair.slot * p.h4 + column] = pair.weight * p.scale * (sums[c][r] + bias);
             }
         }
+    }
+}
+
+// On matrix units a workgroup makes its tile together.
+@if(coop) @compute @workgroup_size(WORKGROUP)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(local_invocation_index) index: u32,
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(num_subgroups) subgroups: u32,
+    @builtin(subgroup_invocation_id) within: u32,
+    @builtin(subgroup_size) width: u32,
+) {
+    let tile = tiles[p.first_tile + group.x];
+    let expert = tile.expert - p.first_expert;
+    if expert >= p.experts {
+        return;
+    }
+    for (var r = index; r < TILE_ROWS; r += WORKGROUP) {
+        starts[r] = (tile.first + min(r, tile.count - 1u)) * p.i4;
+    }
+    let column = group.y * TILE_COLUMNS4;
+    let matrix = expert * p.h4 * 4u * p.w_stride;
+    let blocks = array(
+        block_at(matrix, column, p.w_stride, p.h4),
+        block_at(matrix, column + TILE_COLUMNS4 / 2u, p.w_stride, p.h4),
+    );
+    product(Lane(index, WORKGROUP, subgroup, subgroups, within, width), blocks, p.w_units, p.i4);
+    for (var i = index; i < tile.count * TILE_COLUMNS4; i += WORKGROUP) {
+        let to = column + i % TILE_COLUMNS4;
+        if to >= p.h4 {
+            continue;
+        }
+        let pair = pairs[tile.first + i / TILE_COLUMNS4];
+        var sum = product_at(i / TILE_COLUMNS4, i % TILE_COLUMNS4);
+        if p.has_bias != 0u {
+            sum += b2[expert * p.h4 + to];
+        }
+        partials[pair.slot * p.h4 + to] = pair.weight * p.scale * sum;
     }
 }

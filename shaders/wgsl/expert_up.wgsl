@@ -2,7 +2,8 @@
 // activation takes two products: w1 holds an expert's gate rows, then its up rows.
 import package::shared::tile::{COLUMNS, LOADS, PerColumn, Starts, Sums, TILE_ROWS, row_of};
 import package::shared::weight::{column_start, column_step};
-@if(dot) import package::shared::dot::product;
+@if(coop) import package::shared::cooperative::{Lane, TILE_COLUMNS4, block_at, product, product_at, starts};
+@elif(dot) import package::shared::dot::product;
 @else import package::shared::product::product; // binding 1: x [.., H/4] normed rows, binding 2: w1 [experts, MATRICES, I, ..]
 import package::shared::pair::{Pair, Tile};
 import package::shared::activation::{clamped_glu, gelu, swiglu};
@@ -28,7 +29,7 @@ override WORKGROUP: u32 = 32u;
 @if(swiglu || clamped_glu) const MATRICES: u32 = 2u;
 @else const MATRICES: u32 = 1u;
 
-@compute @workgroup_size(WORKGROUP)
+@if(!coop) @compute @workgroup_size(WORKGROUP)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let tile = tiles[p.first_tile + group.x];
     let expert = tile.expert - p.first_expert;
@@ -78,5 +79,51 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 a[(tile.first + r) * p.i4 + columns[c]] = value;
             }
         }
+    }
+}
+
+// On matrix units a workgroup makes its tile together: of two matrices a block of columns each.
+@if(coop) @compute @workgroup_size(WORKGROUP)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(local_invocation_index) index: u32,
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(num_subgroups) subgroups: u32,
+    @builtin(subgroup_invocation_id) within: u32,
+    @builtin(subgroup_size) width: u32,
+) {
+    let tile = tiles[p.first_tile + group.x];
+    let expert = tile.expert - p.first_expert;
+    if expert >= p.experts {
+        return;
+    }
+    for (var r = index; r < TILE_ROWS; r += WORKGROUP) {
+        starts[r] = pairs[tile.first + min(r, tile.count - 1u)].row * p.h4;
+    }
+    const COLUMNS4: u32 = TILE_COLUMNS4 / MATRICES;
+    let column = group.y * COLUMNS4;
+    let units = p.i4 * 4u * p.w_stride; // of a matrix
+    let matrix = expert * MATRICES * units;
+    @if(swiglu || clamped_glu) let second = block_at(matrix + units, column, p.w_stride, p.i4);
+    @else let second = block_at(matrix, column + TILE_COLUMNS4 / 2u, p.w_stride, p.i4);
+    let lane = Lane(index, WORKGROUP, subgroup, subgroups, within, width);
+    product(lane, array(block_at(matrix, column, p.w_stride, p.i4), second), p.w_units, p.h4);
+    for (var i = index; i < tile.count * COLUMNS4; i += WORKGROUP) {
+        let row = i / COLUMNS4;
+        let to = column + i % COLUMNS4;
+        if to >= p.i4 {
+            continue;
+        }
+        var sums: array<vec4<f32>, MATRICES>;
+        for (var m = 0u; m < MATRICES; m++) {
+            sums[m] = product_at(row, m * COLUMNS4 + i % COLUMNS4);
+            if p.has_bias != 0u {
+                sums[m] += b1[(expert * MATRICES + m) * p.i4 + to];
+            }
+        }
+        @if(swiglu) let value = swiglu(sums[0], sums[1]);
+        @elif(clamped_glu) let value = clamped_glu(sums[0], sums[1], p.limit);
+        @else let value = gelu(sums[0]);
+        a[(tile.first + row) * p.i4 + to] = value;
     }
 }

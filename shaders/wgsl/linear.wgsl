@@ -4,7 +4,8 @@
 // keys by their positions and puts keys and values into the cache, rounded to its type, as `place.wgsl` does it.
 import package::shared::tile::{COLUMNS, LOADS, PerColumn, Starts, Sums, TILE_ROWS, row_of};
 import package::shared::weight::{column_start, column_step};
-@if(dot) import package::shared::dot::product;
+@if(coop) import package::shared::cooperative::{Lane, TILE_COLUMNS4, block_at, product, product_at, starts};
+@elif(dot) import package::shared::dot::product;
 @else import package::shared::product::product; // binding 1: x [T, x_stride/4], binding 2: w [heads, N, ..]
 import package::shared::cached::{Cached, cached_column, cached_row, cached_texel, narrowed};
 
@@ -97,7 +98,7 @@ fn column_of(group: u32, lane: u32, c: u32) -> u32 {
 }
 
 // Tiles of rows along x, which is the fastest: those of the same columns follow each other and find the weights in a cache.
-@compute @workgroup_size(WORKGROUP)
+@if(!coop) @compute @workgroup_size(WORKGROUP)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let head = group.z;
     let first = group.x * TILE_ROWS;
@@ -142,5 +143,48 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 }
             }
         }
+    }
+}
+
+// On matrix units a workgroup makes its tile together.
+@if(coop) @compute @workgroup_size(WORKGROUP)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(local_invocation_index) index: u32,
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(num_subgroups) subgroups: u32,
+    @builtin(subgroup_invocation_id) within: u32,
+    @builtin(subgroup_size) width: u32,
+) {
+    let lane = Lane(index, WORKGROUP, subgroup, subgroups, within, width);
+    let head = group.z;
+    let first = group.x * TILE_ROWS;
+    let rows = min(TILE_ROWS, p.rows - first);
+    for (var r = index; r < TILE_ROWS; r += WORKGROUP) {
+        starts[r] = (first + min(r, rows - 1u)) * p.x_stride4 + head * p.x_head4;
+    }
+    let matrix = head * p.n4 * 4u * p.w_stride;
+    let column = group.y * TILE_COLUMNS4;
+    let blocks = array(
+        block_at(matrix, column, p.w_stride, p.n4),
+        block_at(matrix, column + TILE_COLUMNS4 / 2u, p.w_stride, p.n4),
+    );
+    product(lane, blocks, p.w_units, p.k4);
+    for (var i = index; i < rows * TILE_COLUMNS4; i += WORKGROUP) {
+        let row = i / TILE_COLUMNS4;
+        let to = column + i % TILE_COLUMNS4;
+        if to >= p.n4 {
+            continue;
+        }
+        var value = product_at(row, i % TILE_COLUMNS4);
+        if p.has_bias != 0u {
+            value += bias[head * p.n4 + to];
+        }
+        value *= p.scale;
+        let at = (first + row) * p.y_stride4 + p.y_offset4 + head * p.y_head4 + to;
+        if p.has_residual != 0u {
+            value += residual[at];
+        }
+        y[at] = value;
     }
 }

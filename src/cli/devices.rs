@@ -104,6 +104,10 @@ fn describe(device: &DeviceReport) -> String {
     if !device.features.is_empty() {
         let _ = write!(text, "\n   {}", device.features.join(" "));
     }
+    if let Some(side) = device.matrix_side {
+        let by = if device.kind == "cpu" { ", which its driver emulates" } else { "" };
+        let _ = write!(text, "\n   matrix units of {side} by {side}{by}: used by --numerics fast");
+    }
     let _ = write!(text, "\n   kernels: {}", kernels(device));
     if let Some(note) = &device.tuning.note {
         let _ = write!(text, " (a file of measurements is ignored: {note})");
@@ -175,6 +179,7 @@ fn as_json(device: &DeviceReport) -> serde_json::Value {
         "memory": device.memory,
         "subgroup": device.subgroup,
         "features": device.features,
+        "matrix_side": device.matrix_side,
         "kernels": device.tuning,
         "compiled_kernels": device.kept,
         "lp_num_threads": launch_threads(device),

@@ -202,6 +202,9 @@ fn summary(run: &Generation) -> String {
             100.0 * stats.stay_rate
         ));
     }
+    if let Some(side) = stats.matrix_units.iter().find(|side| **side > 0) {
+        text.push_str(&format!("; products in f16 on matrix units of {side} by {side}"));
+    }
     let peak = stats.kv_peak_bytes.iter().copied().max().unwrap_or(0);
     text.push_str(&format!(
         "; K/V at most {:.1} MB a rank, texts of up to {} tokens fit",

@@ -3,7 +3,7 @@
 use super::seconds;
 use crate::EngineError;
 use crate::gpu::{Gpu, Recording, Usage};
-use exflow_shaders::{Kernel, LANE_COLUMNS4, RowTile, Variant, Weights, params};
+use exflow_shaders::{Kernel, RowTile, Variant, Weights, params};
 use serde::Serialize;
 
 /// What an adapter was measured to do, by kernels.
@@ -33,7 +33,7 @@ pub struct DeviceRates {
 /// # Errors
 /// No such adapter, or one that fails.
 pub fn bench_device(adapter: Option<&str>) -> Result<DeviceRates, EngineError> {
-    rates(&Gpu::open_with_matrix_units(adapter)?)
+    rates(&Gpu::open_with_matrix_units(adapter, 0)?)
 }
 
 /// Vec4s that are read and written: 32 MiB, beyond most caches.
@@ -118,7 +118,7 @@ fn read_rate(gpu: &Gpu, form: Weights, side4: usize) -> Result<f64, EngineError>
     let out = gpu.buffer("its product", 16 * side4 as u64, Usage::Storage)?;
     let p = super::square_product(form, side4, 1);
     let variant = gpu.cut(form).linear(1);
-    let groups = [1, (side4 as u32).div_ceil(LANE_COLUMNS4 as u32).div_ceil(gpu.workgroup()), 1];
+    let groups = [1, gpu.matrix_groups(Kernel::Linear, variant, side4), 1];
     let buffers = [&row, &matrix, &row, &row, &out];
     let time = seconds(gpu, &out, &|r| r.launch(Kernel::Linear, variant, &p, &buffers, groups))?;
     Ok(16.0 * units as f64 / time)

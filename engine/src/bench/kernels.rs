@@ -5,7 +5,8 @@ use super::seconds;
 use crate::gpu::{Gpu, Recording};
 use crate::model::ModelSpec;
 use crate::model::decoder::{Decoder, Piece};
-use crate::weights::{ModelWeights, Store};
+use crate::selftest::open_fast;
+use crate::weights::{ModelWeights, Store, form_of};
 use crate::{ClusterOptions, EngineError, Numerics};
 use exflow_placement::ExpertId;
 use serde::Serialize;
@@ -17,6 +18,8 @@ pub struct KernelRate {
     pub piece: &'static str,
     /// T.
     pub rows: usize,
+    /// What multiplies: `lanes` or `matrix units`.
+    pub on: &'static str,
     /// Microseconds.
     pub us: f64,
     /// Operations per second, two for a multiply-add.
@@ -39,9 +42,12 @@ pub fn bench_kernels(
 ) -> Result<(DeviceRates, Vec<KernelRate>), EngineError> {
     let spec = ModelSpec::read(&options.model)?;
     let store = Store::open(&options.model)?;
-    let mut gpu = Gpu::open(options.adapter.as_deref(), 0)?;
+    let (wanted, form) = (options.adapter.as_deref(), form_of(options.dtype, options.quant));
+    let mut gpu = match options.numerics {
+        Numerics::Exact => Gpu::open(wanted, 0)?,
+        Numerics::Fast => open_fast(wanted, 0, (form, spec.expert.activation))?,
+    };
     gpu.limit_chunks(options.chunk_bytes);
-    gpu.set_fast(options.numerics == Numerics::Fast);
     let limits = rates(&gpu)?;
     let all: Vec<Vec<ExpertId>> =
         (0..spec.moe_layers()).map(|_| (0..spec.experts).map(ExpertId::from).collect()).collect();
@@ -68,15 +74,18 @@ pub fn bench_kernels(
             let rate = reads.iter().find(|of| of.form == form).map_or(f64::INFINITY, |of| of.best(bytes));
             let mut once = decoder.record();
             record(&mut once);
+            let on_units = decoder.piece_cooperates(piece);
+            let rate_of = if on_units { limits.matrix_flops } else { None };
             let limits = [
                 ("bytes", bytes / rate),
-                ("operations", flops / limits.f32_flops),
+                ("operations", flops / rate_of.unwrap_or(limits.f32_flops)),
                 ("launches", once.launches() as f64 * limits.launch_us / 1e6),
             ];
             let (bound, least) = limits.into_iter().max_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or_default();
             measured.push(KernelRate {
                 piece: piece.name(),
                 rows,
+                on: if on_units { "matrix units" } else { "lanes" },
                 us: 1e6 * time,
                 flops: flops / time,
                 bytes_per_s: bytes / time,

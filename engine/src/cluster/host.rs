@@ -8,6 +8,7 @@ use crate::model::ModelSpec;
 use crate::model::decoder::Decoder;
 use crate::options::{ClusterOptions, Numerics, Progress};
 use crate::runtime::{BLOCK, Command, Event, Outlet, Stock, Worker, WorkerOptions};
+use crate::selftest::open_fast;
 use crate::weights::{self, ModelWeights, Shelf, Store};
 use exflow_placement::{ExpertId, LayerId, PlacementTable, Rank};
 use exflow_transport::Communicator;
@@ -232,13 +233,16 @@ impl Loader<'_> {
     }
 
     fn whole(&self, rank: Rank, local: usize, held: Vec<Vec<ExpertId>>) -> Result<Decoder, EngineError> {
-        let mut gpu = Gpu::open(self.options.adapter_of(local), local)?;
+        let held_as = (self.options.dtype, self.options.quant);
+        let (wanted, form) = (self.options.adapter_of(local), weights::form_of(held_as.0, held_as.1));
+        let mut gpu = match self.options.numerics {
+            Numerics::Exact => Gpu::open(wanted, local)?,
+            Numerics::Fast => open_fast(wanted, local, (form, self.spec.expert.activation))?,
+        };
         gpu.limit_chunks(self.options.chunk_bytes);
         gpu.set_draws(self.options.draws_on_device);
-        gpu.set_fast(self.options.numerics == Numerics::Fast);
         let total = self.spec.elements(held.iter().map(Vec::len).sum());
         let mut read = self.counter(format!("load rank {rank}"), total);
-        let held_as = (self.options.dtype, self.options.quant);
         let weights = ModelWeights::load(self.spec, self.store, &gpu, &held, held_as, &mut read)?;
         let cache = (self.plan.cache_blocks * BLOCK, self.options.kv_dtype.into());
         let decoder = Decoder::new(gpu, self.spec.clone(), weights, cache)?;

@@ -141,15 +141,22 @@ pub(crate) fn check_options(options: &ClusterOptions) -> Result<(), EngineError>
     }
 }
 
-/// Whether there are products that another kind of numerics would form in another way.
+/// Whether there are products that another kind of numerics would form in another way: of matrices with scales, or any on
+/// matrix units that this process has.
 pub(crate) fn check_numerics(options: &ClusterOptions, spec: &ModelSpec) -> Result<(), EngineError> {
-    let has_scales = options.quant.is_some() || spec.packed_experts;
-    match options.numerics {
-        Numerics::Fast if !has_scales => Err(EngineError::usage(
-            format!("--numerics fast changes nothing about matrices in {}", options.dtype),
+    if options.numerics == Numerics::Exact || options.quant.is_some() || spec.packed_experts {
+        return Ok(());
+    }
+    let adapters = crate::gpu::chosen((0..options.ranks).map(|local| options.adapter_of(local)))?;
+    match adapters.iter().find(|adapter| adapter.matrix_side.is_none()) {
+        None => Ok(()),
+        Some(adapter) => Err(EngineError::usage(
+            format!(
+                "--numerics fast changes nothing about matrices in {} on {}, which offers no matrix units",
+                options.dtype, adapter.name
+            ),
             "add --quant q8_0 or q4_0, whose blocks it multiplies as bytes, or leave it out",
         )),
-        _ => Ok(()),
     }
 }
 

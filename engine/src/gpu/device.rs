@@ -7,7 +7,7 @@ use super::recording::Ahead;
 use super::report::Candidate;
 use super::tuning::{Cut, Form, Tuning};
 use crate::EngineError;
-use exflow_shaders::Weights;
+use exflow_shaders::{COOPERATIVE_BYTES, COOPERATIVE_SUBGROUPS, Cooperative, Kernel, Variant, Weights};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -45,6 +45,9 @@ pub(crate) struct Gpu {
     fast: bool,
     /// Rows and columns of the matrices that its matrix units multiply, where this device may use them.
     matrix_side: Option<usize>,
+    /// What products are made on where numerics are fast.
+    cooperative: Cooperative,
+    largest_subgroup: u32,
 }
 
 /// Bytes that may wait for their way to the device; fewer where that is the host's own memory, as what was once waiting there
@@ -64,13 +67,13 @@ impl Gpu {
 
     /// Opens one, where it has them with its matrix units: wgpu calls what they take an experiment, so that devices that
     /// do without them are made without.
-    pub(crate) fn open_with_matrix_units(wanted: Option<&str>) -> Result<Self, EngineError> {
-        Self::open_as(wanted, 0, true)
+    pub(crate) fn open_with_matrix_units(wanted: Option<&str>, rank: usize) -> Result<Self, EngineError> {
+        Self::open_as(wanted, rank, true)
     }
 
     fn open_as(wanted: Option<&str>, rank: usize, with_units: bool) -> Result<Self, EngineError> {
         let Candidate { adapter, report } = super::report::choose(wanted, rank)?;
-        let matrix_side = if with_units { matrix_side(&adapter) } else { None };
+        let matrix_side = report.matrix_side.filter(|_| with_units);
         let units = matrix_side.is_some();
         let Idle { device, queue, pipelines, kept, failure, .. } =
             idle::take(report.index, &report.name, units)
@@ -101,6 +104,8 @@ impl Gpu {
             draws: report.kind != "cpu",
             fast: false,
             matrix_side,
+            cooperative: Cooperative::No,
+            largest_subgroup: report.subgroup.map_or(1, |(_, largest)| largest),
             failure,
             next_buffer_id: AtomicU64::new(0),
             uploading: AtomicU64::new(0),
@@ -191,14 +196,39 @@ impl Gpu {
         self.matrix_side
     }
 
+    /// Has products of matrices in f32 and f16 be made on its matrix units where numerics are fast.
+    pub(crate) fn use_matrix_units(&mut self) {
+        self.cooperative = self.matrix_side.map_or(Cooperative::No, Cooperative::of_side);
+    }
+
+    /// What products are made on where numerics are fast.
+    pub(crate) fn cooperative(&self) -> Cooperative {
+        self.cooperative
+    }
+
+    /// Lanes of a workgroup that makes a variant's products.
+    pub(super) fn lanes(&self, variant: Variant) -> u32 {
+        match variant.cooperative {
+            Cooperative::No => self.workgroup(),
+            _ => COOPERATIVE_SUBGROUPS * self.largest_subgroup,
+        }
+    }
+
+    /// Workgroups of a matrix kernel along `n4` vec4s of columns.
+    pub(crate) fn matrix_groups(&self, kernel: Kernel, variant: Variant, n4: usize) -> u32 {
+        n4.div_ceil(variant.group_columns4(kernel, self.workgroup() as usize)) as u32
+    }
+
     /// How matrices in this form are worked on.
     pub(crate) fn cut(&self, form: Weights) -> Cut<'_> {
+        let cooperates = self.fast && !form.has_scales();
+        let cooperative = if cooperates { self.cooperative } else { Cooperative::No };
         let form = Form::new(form, self.fast);
-        Cut { form, is_cpu: self.is_cpu, tuned: self.tuning.get(&form.name()) }
+        Cut { form, is_cpu: self.is_cpu, tuned: self.tuning.get(&form.name()), cooperative }
     }
 
     /// Whether matrices in this form are textures, where they fit into one.
-    pub(super) fn wants_textures(&self, form: Weights) -> bool {
+    pub(crate) fn wants_textures(&self, form: Weights) -> bool {
         self.cut(form).tuned.map_or(self.is_cpu, |of| of.textures)
     }
 
@@ -256,8 +286,11 @@ impl Drop for Gpu {
 
 /// Rows and columns of the largest matrices of f16 that an adapter's matrix units multiply and add in f32, of those that
 /// kernels can ask for.
-fn matrix_side(adapter: &wgpu::Adapter) -> Option<usize> {
+pub(super) fn matrix_side(adapter: &wgpu::Adapter) -> Option<usize> {
     use wgpu::CooperativeScalarType::{F16, F32};
+    let (limits, lanes) = (adapter.limits(), COOPERATIVE_SUBGROUPS * adapter.get_info().subgroup_max_size);
+    let fits = COOPERATIVE_BYTES <= limits.max_compute_workgroup_storage_size
+        && lanes <= limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x);
     let needed = MATRIX_FEATURES | wgpu::Features::SUBGROUP;
     let offered = adapter.cooperative_matrix_properties();
     let has = |side: u32| {
@@ -266,7 +299,7 @@ fn matrix_side(adapter: &wgpu::Adapter) -> Option<usize> {
         })
     };
     let side = [16, 8].into_iter().find(|&side| has(side))?;
-    adapter.features().contains(needed).then_some(side as usize)
+    (fits && adapter.features().contains(needed)).then_some(side as usize)
 }
 
 /// What kernels of matrix units need besides subgroups.
@@ -279,8 +312,8 @@ fn make(adapter: &wgpu::Adapter, name: &str, matrix_units: bool) -> Result<Idle,
         wgpu::DeviceType::Cpu => wgpu::MemoryHints::MemoryUsage,
         _ => wgpu::MemoryHints::Performance,
     };
-    // SAFETY: what wgpu asks for is that its defects are reckoned with. The one kernel that uses matrix units is compared with
-    // its twin by `exflow selftest`, in which it says what the adapter made of it.
+    // SAFETY: what wgpu asks for is that its defects are reckoned with. Kernels that use matrix units are compared with
+    // their twins before a model's products are made by them.
     let experimental_features = match matrix_units {
         true => unsafe { wgpu::ExperimentalFeatures::enabled() },
         false => wgpu::ExperimentalFeatures::disabled(),

@@ -118,7 +118,7 @@ impl Gpu {
             bind_group_layouts: &[Some(&layout)],
             immediate_size: 0,
         });
-        let workgroup = [("WORKGROUP", f64::from(self.workgroup()))];
+        let workgroup = [("WORKGROUP", f64::from(self.lanes(variant)))];
         let raw = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label: Some(kernel.name()),
             layout: Some(&pipeline_layout),

@@ -26,6 +26,8 @@ pub struct DeviceReport {
     pub subgroup: Option<(u32, u32)>,
     /// Its memory, where its interface tells.
     pub memory: Option<super::DeviceMemory>,
+    /// Rows and columns of the matrices of f16 that its matrix units multiply and add in f32, where kernels can ask for them.
+    pub matrix_side: Option<usize>,
     /// Optional features that matter here.
     pub features: Vec<String>,
     /// Where its compiled kernels are kept, where its interface offers that.
@@ -165,6 +167,7 @@ fn report(index: usize, adapter: &wgpu::Adapter) -> DeviceReport {
         max_buffer_bytes: limits.max_buffer_size,
         subgroup: (info.subgroup_max_size > 0).then_some((info.subgroup_min_size, info.subgroup_max_size)),
         features: known.iter().filter(|(f, _)| has.contains(*f)).map(|(_, n)| (*n).to_owned()).collect(),
+        matrix_side: super::device::matrix_side(adapter),
         kept: super::kept::report(&info).filter(|_| has.contains(wgpu::Features::PIPELINE_CACHE)),
         memory: super::memory::of(adapter, info.device_type == wgpu::DeviceType::Cpu),
         name: info.name,

@@ -3,7 +3,7 @@
 
 use super::kept;
 use crate::EngineError;
-use exflow_shaders::{RowTile, Rows, Variant, Weights};
+use exflow_shaders::{Cooperative, RowTile, Rows, Variant, Weights};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -244,6 +244,8 @@ pub(crate) struct Cut<'a> {
     pub(super) is_cpu: bool,
     /// As measured; `None`: the rules below.
     pub(super) tuned: Option<&'a FormTuning>,
+    /// What products are made on; all of them, as a row has other bits elsewhere.
+    pub(crate) cooperative: Cooperative,
 }
 
 impl Cut<'_> {
@@ -291,6 +293,11 @@ impl Cut<'_> {
     }
 
     fn variant(&self, measured: Option<&[TileUpTo]>, rows: usize, by_rule: RowTile) -> Variant {
+        if let Some([few, many]) = self.cooperative.tiles() {
+            let tile = if rows > few.rows() { many } else { few };
+            let (weights, cooperative) = (self.form.weights, self.cooperative);
+            return Variant { tile, weights, cooperative, ..Variant::default() };
+        }
         let found = measured.and_then(|tiles| tiles.iter().find(|of| rows <= of.rows).or(tiles.last()));
         let tile = found.and_then(|of| row_tile(of.tile)).unwrap_or(by_rule);
         let subgroup = self.tuned.is_none_or(|of| of.subgroups);
@@ -311,7 +318,7 @@ impl Cut<'_> {
 impl Cut<'static> {
     /// The rules for matrices in this form, on a CPU or on something else.
     pub(crate) fn rules(form: Form, is_cpu: bool) -> Self {
-        Self { form, is_cpu, tuned: None }
+        Self { form, is_cpu, tuned: None, cooperative: Cooperative::No }
     }
 }
 
@@ -352,6 +359,11 @@ mod tests {
         // Against the rules, which take bytes for one row and f32 for four.
         let rows = [1, 8, 64].map(|rows| fast.linear(rows).rows);
         assert_eq!(rows, [Rows::BytesAsF32, Rows::Bytes, Rows::BytesAsF32]);
+        // Matrix units have tiles of their own, whatever was measured of lanes.
+        let units = Cut { cooperative: Cooperative::Sixteen, ..cut };
+        assert_eq!([1, 16, 17, 500].map(|rows| units.linear(rows).tile_rows()), [16, 16, 64, 64]);
+        assert_eq!([1, 16, 17, 500].map(|rows| units.each(rows).tile_rows()), [16, 16, 64, 64]);
+        assert!(units.linear(1).cooperative == Cooperative::Sixteen && !units.linear(1).subgroup);
         let rules = Cut::rules(Form::new(Weights::F32, true), true);
         assert_eq!([1, 2, 3, 6, 9].map(|rows| rules.linear(rows).tile_rows()), [1, 2, 4, 8, 16]);
         assert_eq!([0, 1, 3, 4, 64].map(|rows| rules.each(rows).tile_rows()), [1, 2, 4, 8, 16]);

@@ -77,6 +77,8 @@ pub(crate) struct RankStats {
     pub(crate) kv_peak_blocks: u64,
     /// Kernels that were made in between: some step waited for each.
     pub(crate) kernels_made: u64,
+    /// Rows and columns of the matrices that matrix units make its products of; 0: it uses none.
+    pub(crate) matrix_side: u64,
     /// Bytes that the device has allocated then.
     pub(crate) memory_bytes: Option<u64>,
 }

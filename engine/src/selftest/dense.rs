@@ -1,9 +1,10 @@
 //! Kernels that every row passes: embedding, norms, products, head.
 
-use super::{Bench, H, H4, N, N4, Values, WIDTH, error};
+use super::{Bench, H, H4, N4, Values, WIDTH, error};
 use crate::EngineError;
 use exflow_shaders::params::{self, Draw};
-use exflow_shaders::{Cache, Kernel, NO_SLOT, Rows, Variant, reference};
+use exflow_shaders::reference::{self, Factors};
+use exflow_shaders::{Cache, Cooperative, Kernel, NO_SLOT, Variant};
 
 impl Bench {
     pub(super) fn embed(&self, variant: Variant, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
@@ -116,42 +117,41 @@ impl Bench {
         if variant.keeps {
             return self.linear_kept(variant, rows, v);
         }
+        // More than one workgroup makes.
+        let n4 = if variant.cooperative == Cooperative::No { N4 } else { 3 * N4 };
+        let n = 4 * n4;
         // Whole rows with all that may be added; then two heads on parts of rows.
         for heads in [1, 2] {
             let (x_stride4, y_offset4) = if heads == 1 { (H4, 0) } else { (2 * H4 + 1, 3) };
-            let y_stride4 = heads * N4 + y_offset4;
+            let y_stride4 = heads * n4 + y_offset4;
             let x = v.floats(rows * 4 * x_stride4);
-            let (weights, w) = self.matrix(variant, &v.floats(heads * N * H), (N, H))?;
-            let (bias, residual) = (v.floats(heads * N), v.floats(rows * 4 * y_stride4));
+            let (weights, w) = self.matrix(variant, &v.floats(heads * n * H), (n, H))?;
+            let (bias, residual) = (v.floats(heads * n), v.floats(rows * 4 * y_stride4));
             let p = params::Linear {
                 rows: rows as u32,
                 k4: H4 as u32,
-                n4: N4 as u32,
+                n4: n4 as u32,
                 w_units: variant.weights.units(H).0 as u32,
                 w_stride: variant.weights.units(H).1 as u32,
                 x_stride4: x_stride4 as u32,
                 x_head4: H4 as u32,
                 y_stride4: y_stride4 as u32,
                 y_offset4: y_offset4 as u32,
-                y_head4: N4 as u32,
+                y_head4: n4 as u32,
                 has_bias: 1,
                 has_residual: u32::from(heads == 1),
                 scale: 0.75,
                 ..Default::default()
             };
             let mut expected = vec![0.0; rows * 4 * y_stride4];
-            reference::linear(
-                &p,
-                (heads, variant.rows != Rows::F32),
-                &x,
-                &w,
-                &bias,
-                &residual,
-                &mut expected,
-            );
+            reference::linear(&p, (heads, Factors::from(variant)), &x, &w, &bias, &residual, &mut expected);
             let out = self.up(&vec![0f32; expected.len()])?;
             let buffers = [&self.up(&x)?, &weights, &self.up(&bias)?, &self.up(&residual)?, &out];
-            let groups = [rows.div_ceil(variant.tile_rows()) as u32, self.matrix_columns(N4), heads as u32];
+            let groups = [
+                rows.div_ceil(variant.tile_rows()) as u32,
+                self.matrix_groups(Kernel::Linear, variant, n4),
+                heads as u32,
+            ];
             let got = self.run(Kernel::Linear, variant, &p, &buffers, groups, expected.len())?;
             worst = worst.max(error(&expected, &got));
         }
@@ -185,7 +185,7 @@ impl Bench {
                 ..Default::default()
             };
             let mut expected = vec![0.0; rows * 4 * n4];
-            reference::linear(&p, (1, variant.rows != Rows::F32), &x, &w, &bias, &[], &mut expected);
+            reference::linear(&p, (1, Factors::from(variant)), &x, &w, &bias, &[], &mut expected);
             let place = params::Place {
                 stride4: n4 as u32,
                 d4: d4 as u32,
@@ -211,7 +211,11 @@ impl Bench {
             let from = [&self.up(&x)?, &weights, &self.up(&bias)?];
             let to = [&self.up(&turns)?, &y, &self.up(&slots)?, &out];
             let buffers = [&from[..], &to].concat();
-            let groups = [rows.div_ceil(variant.tile_rows()) as u32, self.matrix_columns(n4), 1];
+            let groups = [
+                rows.div_ceil(variant.tile_rows()) as u32,
+                self.matrix_groups(Kernel::Linear, variant, n4),
+                1,
+            ];
             let got = self.run::<_, u32>(Kernel::Linear, variant, &p, &buffers, groups, words)?;
             let mut made = self.read(&y, expected.len())?;
             worst = worst.max(error(&expected, &made));
@@ -367,7 +371,6 @@ impl Bench {
         Ok(if got == expected { 0.0 } else { 1.0 })
     }
 
-    /// The side that the device offers; nothing where it offers none, or another.
     pub(super) fn matrix_probe(
         &self,
         variant: Variant,
@@ -375,9 +378,6 @@ impl Bench {
         v: &mut Values,
     ) -> Result<f64, EngineError> {
         let side = variant.tile_rows();
-        if self.gpu.matrix_side() != Some(side) {
-            return Ok(0.0);
-        }
         // Small whole numbers: sums are exact in any order.
         let factors: Vec<f32> = v.below(9, 2 * side * side).iter().map(|&n| n as f32 - 4.0).collect();
         let halves: Vec<u16> = factors.iter().map(|&v| half::f16::from_f32(v).to_bits()).collect();

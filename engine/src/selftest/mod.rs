@@ -1,15 +1,18 @@
 //! Every kernel against its twin on the CPU, on the devices of this machine.
 
 mod attention;
+mod cooperative;
 mod dense;
 mod moe;
+
+pub(crate) use cooperative::open_fast;
 
 use crate::EngineError;
 use crate::gpu::{Buffer, Gpu, Recording, devices};
 use crate::weights::pack;
 use bytemuck::Pod;
 use exflow_shaders::params::Tile;
-use exflow_shaders::{Cache, Kernel, LANE_COLUMNS4, RowTile, Rows, Variant, Weights};
+use exflow_shaders::{Cache, Cooperative, Kernel, RowTile, Rows, Variant, Weights};
 use serde::Serialize;
 use std::cell::RefCell;
 
@@ -43,7 +46,7 @@ pub fn selftest(adapter: Option<&str>, sink: &mut dyn FnMut(&KernelCheck)) -> Re
     }
     let mut all = true;
     for name in wanted {
-        let bench = Bench { gpu: Gpu::open_with_matrix_units(Some(&name))?, last: RefCell::default() };
+        let bench = Bench::new(Gpu::open_with_matrix_units(Some(&name), 0)?);
         for kernel in Kernel::ALL {
             for rows in [1, 7, 64, 65] {
                 let mut bits = None;
@@ -51,7 +54,8 @@ pub fn selftest(adapter: Option<&str>, sink: &mut dyn FnMut(&KernelCheck)) -> Re
                     let mut check = bench.check(kernel, variant, rows)?;
                     let got = bench.last.take();
                     let plain = variant.tile == RowTile::One && variant.rows != Rows::BytesAsF32;
-                    if plain && !variant.subgroup && !variant.image && !variant.split {
+                    let first = variant.cooperative.tiles().is_some_and(|[few, _]| variant.tile == few);
+                    if (plain || first) && !variant.subgroup && !variant.image && !variant.split {
                         bits = Some(got);
                     } else if kernel.sums_alike() && bits.as_ref() != Some(&got) {
                         (check.max_error, check.passed) = (f64::INFINITY, false);
@@ -68,6 +72,9 @@ pub fn selftest(adapter: Option<&str>, sink: &mut dyn FnMut(&KernelCheck)) -> Re
 
 /// f32 sums of a few hundred terms, in another order or with another rounding of `exp`.
 const TOLERANCE: f64 = 2e-5;
+
+/// Of products on matrix units: factors are rounded to f16, to the nearest or, as some devices do, towards 0.
+const HALF_TOLERANCE: f64 = 2e-3;
 
 struct Bench {
     gpu: Gpu,
@@ -103,9 +110,19 @@ const H: usize = 4 * H4;
 const N: usize = 4 * N4;
 
 impl Bench {
+    fn new(gpu: Gpu) -> Self {
+        Self { gpu, last: RefCell::default() }
+    }
+
     fn check(&self, kernel: Kernel, variant: Variant, rows: usize) -> Result<KernelCheck, EngineError> {
         let mut values = Values(kernel as u64 * 1000 + rows as u64);
+        let offered = variant.matrix_side(kernel).is_none_or(|side| self.gpu.matrix_side() == Some(side));
+        let tolerance = if variant.cooperative == Cooperative::No { TOLERANCE } else { HALF_TOLERANCE };
         let max_error = match kernel {
+            _ if !offered => {
+                self.last.take();
+                0.0
+            }
             Kernel::Embed => self.embed(variant, rows, &mut values)?,
             Kernel::Norm => self.norm(variant, rows, &mut values)?,
             Kernel::PartNorm => self.part_norm(rows, &mut values)?,
@@ -155,7 +172,10 @@ impl Bench {
         if variant.image {
             variant_text += ", texture";
         }
-        if kernel.needs_matrix_units() && self.gpu.matrix_side() != Some(variant.tile_rows()) {
+        if let Some(side) = variant.cooperative.side() {
+            variant_text += &format!(", matrix units of {side}");
+        }
+        if !offered {
             variant_text += ": not offered";
         }
         Ok(KernelCheck {
@@ -163,8 +183,8 @@ impl Bench {
             kernel: kernel.name().to_owned(),
             case: format!("{rows} rows{variant_text}"),
             max_error,
-            tolerance: TOLERANCE,
-            passed: max_error <= TOLERANCE,
+            tolerance,
+            passed: max_error <= tolerance,
         })
     }
 
@@ -237,8 +257,8 @@ impl Bench {
         (width4 as u32).div_ceil(self.gpu.workgroup())
     }
 
-    fn matrix_columns(&self, n4: usize) -> u32 {
-        self.columns(n4.div_ceil(LANE_COLUMNS4))
+    fn matrix_groups(&self, kernel: Kernel, variant: Variant, n4: usize) -> u32 {
+        self.gpu.matrix_groups(kernel, variant, n4)
     }
 }
 

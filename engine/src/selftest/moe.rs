@@ -5,7 +5,8 @@ use crate::EngineError;
 use crate::gpu::{Buffer, Recording};
 use bytemuck::Pod;
 use exflow_shaders::params::{self, Pair, Tile, score};
-use exflow_shaders::{Kernel, Rows, Variant, reference};
+use exflow_shaders::reference::{self, Factors};
+use exflow_shaders::{Kernel, Variant};
 
 impl Bench {
     pub(super) fn router(&self, variant: Variant, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
@@ -142,10 +143,10 @@ impl Bench {
                 };
                 let (weights, w1) = self.matrix(variant, &w1[of(matrices * N * H)], (N, H))?;
                 let b1 = &b1[of(matrices * N)];
-                let kind = (variant.activation, variant.rows != Rows::F32);
+                let kind = (variant.activation, Factors::from(variant));
                 reference::expert_up(&p, kind, &pairs, &tiles, &x, &w1, b1, &mut expected);
                 let buffers = [&self.up(&x)?, &weights, &lists.0, &lists.1, &self.up(b1)?, &out];
-                let groups = [tiles.len() as u32, self.matrix_columns(N4), 1];
+                let groups = [tiles.len() as u32, self.matrix_groups(Kernel::ExpertUp, variant, N4), 1];
                 got = self.run(Kernel::ExpertUp, variant, &p, &buffers, groups, rows * N)?;
             }
             worst = worst.max(error(&expected, &got));
@@ -186,7 +187,7 @@ impl Bench {
                 let (weights, w2) = self.matrix(variant, &w2[of(H * N)], (H, N))?;
                 let b2 = &b2[of(H)];
                 reference::expert_down(
-                    (&p, variant.rows != Rows::F32),
+                    (&p, Factors::from(variant)),
                     &pairs,
                     &tiles,
                     &a,
@@ -195,7 +196,7 @@ impl Bench {
                     &mut expected,
                 );
                 let buffers = [&self.up(&a)?, &weights, &lists.0, &lists.1, &self.up(b2)?, &out];
-                let groups = [tiles.len() as u32, self.matrix_columns(H4), 1];
+                let groups = [tiles.len() as u32, self.matrix_groups(Kernel::ExpertDown, variant, H4), 1];
                 got = self.run(Kernel::ExpertDown, variant, &p, &buffers, groups, rows * H)?;
             }
             worst = worst.max(error(&expected, &got));

@@ -302,7 +302,7 @@ pub(super) fn pack_as(
 }
 
 /// How matrices lie on the device.
-pub(super) fn form_of(dtype: Dtype, quant: Option<Quant>) -> Weights {
+pub(crate) fn form_of(dtype: Dtype, quant: Option<Quant>) -> Weights {
     match (quant, dtype) {
         (Some(Quant::Q8_0), _) => Weights::Q8,
         (Some(Quant::Q4_0), _) => Weights::Q4,

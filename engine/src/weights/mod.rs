@@ -20,7 +20,7 @@ pub(crate) use assembly::Assembly;
 pub(crate) use attention::{AttentionWeights, LatentWeights};
 pub(crate) use chunks::Chunk;
 pub(crate) use experts::{Ffn, PackedExperts, Shelf};
-pub(crate) use layers::{Dense, LayerFfn, LayerWeights, Matrix, ModelWeights, Norm};
+pub(crate) use layers::{Dense, LayerFfn, LayerWeights, Matrix, ModelWeights, Norm, form_of};
 pub(crate) use store::Store;
 #[cfg(test)]
 pub(crate) use store::header;

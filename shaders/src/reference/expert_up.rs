@@ -1,13 +1,13 @@
-use super::{activate, dot, seen};
+use super::{Factors, activate, dot};
 use crate::Activation;
 use crate::params::{ExpertUp, Pair, Tile};
 
 /// `a[pair] = activation(w1[expert] x[row] (+ b1[expert]))` for the pairs of `tiles`; `w1` `[experts, matrices, I, H]`.
-/// Rows of `x` are rounded to bytes where `rounds`.
+/// Products are of `factors`.
 #[allow(clippy::too_many_arguments, reason = "one per binding")]
 pub fn expert_up(
     p: &ExpertUp,
-    (activation, rounds): (Activation, bool),
+    (activation, factors): (Activation, Factors),
     pairs: &[Pair],
     tiles: &[Tile],
     x: &[f32],
@@ -15,6 +15,7 @@ pub fn expert_up(
     b1: &[f32],
     a: &mut [f32],
 ) {
+    let w1 = factors.weights(w1);
     let (h, i, matrices) = (p.h4 as usize * 4, p.i4 as usize * 4, activation.matrices());
     for tile in &tiles[p.first_tile as usize..] {
         let expert = tile.expert.wrapping_sub(p.first_expert);
@@ -22,7 +23,7 @@ pub fn expert_up(
             continue;
         }
         for index in tile.first as usize..(tile.first + tile.count) as usize {
-            let input = seen(&x[pairs[index].row as usize * h..][..h], rounds);
+            let input = factors.row(&x[pairs[index].row as usize * h..][..h]);
             for column in 0..i {
                 let product = |matrix: usize| {
                     let row = (expert as usize * matrices + matrix) * i + column;

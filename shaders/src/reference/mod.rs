@@ -9,6 +9,7 @@ mod embed;
 mod expert_down;
 mod expert_permute;
 mod expert_up;
+mod halved;
 mod linear;
 mod matrix_probe;
 mod norm;
@@ -28,6 +29,7 @@ pub use embed::embed;
 pub use expert_down::expert_down;
 pub use expert_permute::expert_permute;
 pub use expert_up::expert_up;
+pub use halved::halved;
 pub use linear::linear;
 pub use matrix_probe::matrix_probe;
 pub use norm::norm;
@@ -39,17 +41,53 @@ pub use router::router;
 pub use sample::{drawn, sample};
 pub use shared_gate::shared_gate;
 
-use crate::Activation;
+use crate::{Activation, Cooperative, Rows, Variant};
 use std::borrow::Cow;
+
+/// What products are of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Factors {
+    /// Rows and weights as they are.
+    Whole,
+    /// Rows rounded to bytes (`shared/dot.wgsl`).
+    Bytes,
+    /// Rows and weights rounded to f16 (`shared/cooperative.wgsl`).
+    Halves,
+}
+
+impl From<Variant> for Factors {
+    fn from(variant: Variant) -> Self {
+        match (variant.cooperative, variant.rows) {
+            (Cooperative::No, Rows::F32) => Self::Whole,
+            (Cooperative::No, _) => Self::Bytes,
+            _ => Self::Halves,
+        }
+    }
+}
+
+impl Factors {
+    /// A row as a product sees it.
+    fn row(self, row: &[f32]) -> Cow<'_, [f32]> {
+        match self {
+            Self::Whole => Cow::Borrowed(row),
+            Self::Bytes => Cow::Owned(rounded(row)),
+            Self::Halves => Cow::Owned(halved(row)),
+        }
+    }
+
+    /// Weights as a product sees them.
+    fn weights(self, weights: &[f32]) -> Cow<'_, [f32]> {
+        let half = |weight: &f32| half::f16::from_f32(weight.clamp(-65_504.0, 65_504.0)).to_f32();
+        match self {
+            Self::Halves => Cow::Owned(weights.iter().map(half).collect()),
+            _ => Cow::Borrowed(weights),
+        }
+    }
+}
 
 /// `x . w` with k ascending, one fused multiply-add each: the stated order of every matrix product.
 fn dot(x: &[f32], w: &[f32]) -> f32 {
     x.iter().zip(w).fold(0.0, |sum, (&x, &w)| x.mul_add(w, sum))
-}
-
-/// A row as a product sees it.
-fn seen(row: &[f32], rounds: bool) -> Cow<'_, [f32]> {
-    if rounds { Cow::Owned(rounded(row)) } else { Cow::Borrowed(row) }
 }
 
 /// GELU in GPT-2's tanh form.

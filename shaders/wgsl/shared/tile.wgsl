@@ -1,9 +1,12 @@
 // What one lane of a matrix kernel makes: TILE_ROWS rows of COLUMNS vec4s of columns. Every sum is formed in the same
-// order whatever the tile, so that a row has the same bits in a batch of any size.
+// order whatever the tile, so that a row has the same bits in a batch of any size. On matrix units (`cooperative.wgsl`) TILE_ROWS
+// are those of a workgroup, 8 to 64 of them; expert lists are cut by either.
 @if(tile2) const TILE_ROWS: u32 = 2u;
 @elif(tile4) const TILE_ROWS: u32 = 4u;
 @elif(tile8) const TILE_ROWS: u32 = 8u;
 @elif(tile16) const TILE_ROWS: u32 = 16u;
+@elif(tile32) const TILE_ROWS: u32 = 32u;
+@elif(tile64) const TILE_ROWS: u32 = 64u;
 @else const TILE_ROWS: u32 = 1u;
 const COLUMNS: u32 = 2u;
 

@@ -12,7 +12,8 @@ use std::fmt::Write;
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "A launch must read its weights (at the best rate of products of one row with as large or larger matrices in the\n\
-                        same form, bound alike), do its operations (at the rate of f32 on registers) and be launched; whichever\n\
+                        same form, bound alike), do its operations (at the rate of f32 on registers, or of the matrix units that make\n\
+                        it with --numerics fast) and be launched; whichever\n\
                         takes longest binds it, and its share is that time over the measured one.\n\n\
                         Example:\n  exflow bench kernels -m examples/models/gpt-moe-16e --rows 1 8 128 --format md"
 )]
@@ -41,14 +42,15 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
 }
 
 fn table(measured: &[KernelRate]) -> String {
-    let mut text = "| piece | rows | µs | GFLOP/s | GB/s | bound by | share |\n".to_owned();
-    text += "|---|---:|---:|---:|---:|---|---:|\n";
+    let mut text = "| piece | rows | made on | µs | GFLOP/s | GB/s | bound by | share |\n".to_owned();
+    text += "|---|---:|---|---:|---:|---:|---|---:|\n";
     for rate in measured {
         let _ = writeln!(
             text,
-            "| {} | {} | {:.0} | {:.2} | {:.2} | {} | {:.0} % |",
+            "| {} | {} | {} | {:.0} | {:.2} | {:.2} | {} | {:.0} % |",
             rate.piece,
             rate.rows,
+            rate.on,
             rate.us,
             rate.flops / 1e9,
             rate.bytes_per_s / 1e9,

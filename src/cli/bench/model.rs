@@ -44,6 +44,8 @@ struct Line {
     batch: u32,
     tokens_per_s: f64,
     stddev: f64,
+    /// Rows and columns of the matrices that matrix units made its products of; 0: lanes made them.
+    matrix_units: u64,
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
@@ -71,7 +73,13 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
             output::text(&text)
         }
         TableFormat::Text => {
-            let of = |l: &Line| format!("{}: {:.2} ± {:.2} tokens/s\n", l.test, l.tokens_per_s, l.stddev);
+            let units = |l: &Line| match l.matrix_units {
+                0 => String::new(),
+                side => format!(", on matrix units of {side} by {side}"),
+            };
+            let of = |l: &Line| {
+                format!("{}: {:.2} ± {:.2} tokens/s{}\n", l.test, l.tokens_per_s, l.stddev, units(l))
+            };
             output::text(&lines.iter().map(of).collect::<String>())
         }
     }
@@ -94,11 +102,12 @@ fn test(
         ..Request::default()
     };
     let requests: Vec<Request> = (0..args.batch as usize).map(request).collect();
-    let mut rates = Vec::new();
+    let (mut rates, mut matrix_units) = (Vec::new(), 0);
     for repeat in 0..=args.repeats {
         let stats = cluster.generate(&requests, &mut |_| {})?.stats;
         let rate =
             if make == 1 { (prompt * requests.len()) as f64 / stats.seconds } else { stats.tokens_per_s };
+        matrix_units = stats.matrix_units.iter().copied().max().unwrap_or(0);
         if repeat > 0 {
             rates.push(rate);
         }
@@ -106,5 +115,5 @@ fn test(
     let mean = rates.iter().sum::<f64>() / rates.len() as f64;
     let squares: f64 = rates.iter().map(|r| (r - mean).powi(2)).sum();
     let stddev = (squares / (rates.len() as f64 - 1.0).max(1.0)).sqrt();
-    Ok(Line { test, batch: args.batch, tokens_per_s: mean, stddev })
+    Ok(Line { test, batch: args.batch, tokens_per_s: mean, stddev, matrix_units })
 }

@@ -5,7 +5,7 @@ use crate::gpu::{Buffer, Recording};
 use crate::model::scratch::Projecting;
 use crate::model::{LatentSpec, QkNorm};
 use crate::weights::{AttentionWeights, LatentWeights};
-use exflow_shaders::{ATTENTION_SPLIT, Cache, KV_BLOCK, Kernel, Values, Variant, params};
+use exflow_shaders::{ATTENTION_SPLIT, Cache, Cooperative, KV_BLOCK, Kernel, Values, Variant, params};
 
 /// Sees every position.
 const NO_WINDOW: u32 = u32::MAX;
@@ -76,8 +76,8 @@ impl Decoder {
         }
     }
 
-    /// Whether the product that makes queries, keys and values can put them where they belong: nothing stands between but
-    /// positions, whose pairs are half a head apart, and no columns of several lanes share a scale.
+    /// Whether the product that makes queries, keys and values can put them where they belong: lanes make it for themselves, nothing
+    /// stands between but positions, whose pairs are half a head apart, and no columns of several lanes share a scale.
     fn keeps(&self, layer: usize) -> bool {
         let (attention, w) = (&self.spec.attention, &self.layer(layer).attention);
         let plain = attention.latent.is_none() && attention.clip.is_none() && w.qk_norm.is_none();
@@ -86,7 +86,8 @@ impl Decoder {
         });
         // One text reads the matrix and writes the cache: both are textures, or none is.
         let alike = w.qkv.weight.buffer.is_image() == self.cache[layer].is_image();
-        plain && turns && alike && self.cache_form != Cache::Q8
+        let alone = self.gpu.cut(w.qkv.weight.form).cooperative == Cooperative::No;
+        plain && turns && alike && alone && self.cache_form != Cache::Q8
     }
 
     /// Queries, keys and values in one launch, all where they belong.
@@ -104,7 +105,8 @@ impl Decoder {
         let variant =
             Variant { keeps: true, cache: self.cache_form, ..self.gpu.cut(product.weight.form).linear(rows) };
         let bias = product.bias.unwrap_or(self.absent());
-        let groups = [rows.div_ceil(variant.tile_rows()) as u32, self.matrix_columns(n4), 1];
+        let across = self.gpu.matrix_groups(Kernel::Linear, variant, n4);
+        let groups = [rows.div_ceil(variant.tile_rows()) as u32, across, 1];
         let from = [within.normed, &product.weight.buffer, bias];
         let to = [within.turns, within.qkv, within.slots, &self.cache[layer]];
         r.launch(Kernel::Linear, variant, &p, &[&from[..], &to].concat(), groups);

@@ -43,17 +43,16 @@ impl Decoder {
             return;
         };
         let pairs = rows * spec.top_k;
-        // Several rows may share an expert, however many experts there are.
-        let tile = self.expert_cut().each((pairs / spec.experts).max(usize::from(rows > 1)));
-        let variant = Variant { activation: spec.expert.activation, ..tile };
+        let variant = self.expert_variant(rows);
+        let [up_groups, down_groups] = self.expert_groups(variant);
         // Of a single row the router wrote the lists.
         if rows > 1 {
             let p = params::ExpertPermute {
                 pairs: pairs as u32,
                 top_k: spec.top_k as u32,
                 experts: spec.experts as u32,
-                up_groups: self.matrix_columns(spec.expert.i4()),
-                down_groups: self.matrix_columns(spec.h4()),
+                up_groups,
+                down_groups,
             };
             let lists = [&s.chosen[index], &s.weights[index], &s.pairs_list, &s.tiles, &s.launches];
             r.launch(Kernel::ExpertPermute, variant, &p, &lists, [1, 1, 1]);
@@ -64,6 +63,24 @@ impl Decoder {
             let buffers = self.down_buffers(ffn);
             r.launch_indirect(Kernel::ExpertDown, variant, &down, &buffers, (&s.launches, 12));
         }
+    }
+
+    /// The variant for a layer's experts, which `rows` rows choose among.
+    pub(super) fn expert_variant(&self, rows: usize) -> Variant {
+        let spec = &self.spec;
+        // Several rows may share an expert, however many experts there are.
+        let each = (rows * spec.top_k / spec.experts.max(1)).max(usize::from(rows > 1));
+        Variant { activation: spec.expert.activation, ..self.expert_cut().each(each) }
+    }
+
+    /// Workgroups along the columns of the experts' two launches.
+    pub(super) fn expert_groups(&self, variant: Variant) -> [u32; 2] {
+        self.ffn_groups(variant, self.spec.expert.i4())
+    }
+
+    fn ffn_groups(&self, variant: Variant, i4: usize) -> [u32; 2] {
+        let of = |(kernel, n4)| self.gpu.matrix_groups(kernel, variant, n4);
+        [(Kernel::ExpertUp, i4), (Kernel::ExpertDown, self.spec.h4())].map(of)
     }
 
     /// A batch of uploaded pairs and tiles through an FFN of the layer.
@@ -95,10 +112,9 @@ impl Decoder {
             Variant { activation: ffn.spec.activation, weights: ffn.up.weight.form, ..batch.variant };
         let (up, down) = self.ffn_params(ffn, batch.first_tile, experts);
         let tiles = batch.tiles as u32;
-        let groups = [tiles, self.matrix_columns(ffn.spec.i4()), 1];
-        r.launch(Kernel::ExpertUp, variant, &up, &self.up_buffers(ffn), groups);
-        let groups = [tiles, self.matrix_columns(self.spec.h4()), 1];
-        r.launch(Kernel::ExpertDown, variant, &down, &self.down_buffers(ffn), groups);
+        let [up_groups, down_groups] = self.ffn_groups(variant, ffn.spec.i4());
+        r.launch(Kernel::ExpertUp, variant, &up, &self.up_buffers(ffn), [tiles, up_groups, 1]);
+        r.launch(Kernel::ExpertDown, variant, &down, &self.down_buffers(ffn), [tiles, down_groups, 1]);
     }
 
     fn ffn_params(

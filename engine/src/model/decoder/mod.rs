@@ -15,7 +15,7 @@ use crate::model::ModelSpec;
 use crate::model::scratch::{Remade, Scratch};
 use crate::weights::{Dense, LayerFfn, LayerWeights, Matrix, ModelWeights, Norm};
 use exflow_shaders::params::score;
-use exflow_shaders::{Cache, Kernel, LANE_COLUMNS4, Variant, params};
+use exflow_shaders::{Cache, Kernel, Variant, params};
 
 /// One rank's part of a model, on its device.
 pub(crate) struct Decoder {
@@ -111,11 +111,6 @@ impl Decoder {
         (width4 as u32).div_ceil(self.gpu.workgroup())
     }
 
-    /// Workgroups of a matrix kernel along `n4` vec4s of columns.
-    fn matrix_columns(&self, n4: usize) -> u32 {
-        self.columns(n4.div_ceil(LANE_COLUMNS4))
-    }
-
     fn layer(&self, layer: usize) -> &LayerWeights {
         &self.weights.layers[layer]
     }
@@ -168,6 +163,7 @@ impl Decoder {
             crate::model::Score::Sigmoid => (score::SIGMOID, 0.0),
             crate::model::Score::Sparsemixer(threshold) => (score::SPARSEMIXER, threshold),
         };
+        let [up_groups, down_groups] = self.expert_groups(self.expert_variant(rows));
         let p = params::Router {
             width: spec.hidden as u32,
             h4: spec.h4() as u32,
@@ -185,8 +181,8 @@ impl Decoder {
             scale: of.scale,
             threshold,
             lists: u32::from(rows == 1),
-            up_groups: self.matrix_columns(spec.expert.i4()),
-            down_groups: self.matrix_columns(spec.h4()),
+            up_groups,
+            down_groups,
         };
         let (pairs, tiles, launches) = (&s.pairs_list, &s.tiles, &s.launches);
         let (chosen, weights) = (&s.chosen[index], &s.weights[index]);
@@ -339,7 +335,8 @@ impl Decoder {
         };
         let absent = self.absent();
         let (bias, residual) = (product.bias.unwrap_or(absent), product.residual.unwrap_or(absent));
-        let groups = [rows.div_ceil(variant.tile_rows()) as u32, self.matrix_columns(n4), heads as u32];
+        let across = self.gpu.matrix_groups(Kernel::Linear, variant, n4);
+        let groups = [rows.div_ceil(variant.tile_rows()) as u32, across, heads as u32];
         r.launch(Kernel::Linear, variant, &p, &[x, &product.weight.buffer, bias, residual, y], groups);
     }
 }

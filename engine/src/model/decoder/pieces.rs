@@ -4,7 +4,7 @@ use super::{Decoder, Product};
 use crate::gpu::Recording;
 use crate::weights::{Ffn, LayerFfn, Matrix};
 use exflow_shaders::params::Query;
-use exflow_shaders::{KV_BLOCK, Weights};
+use exflow_shaders::{Cooperative, KV_BLOCK, Weights};
 
 /// A launch, or a few that belong together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,6 +107,12 @@ impl Decoder {
             Piece::Experts => self.weights.expert_form(),
             Piece::Norm | Piece::Attention | Piece::Router => Weights::F32,
         }
+    }
+
+    /// Whether a piece is a product that matrix units make.
+    pub(crate) fn piece_cooperates(&self, piece: Piece) -> bool {
+        let is_product = matches!(piece, Piece::Projection | Piece::Output | Piece::Experts | Piece::Head);
+        is_product && self.gpu.cut(self.piece_form(piece)).cooperative != Cooperative::No
     }
 
     /// Operations of a piece, and the bytes of weights and cache that it cannot but read.
