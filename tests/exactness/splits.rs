@@ -143,6 +143,7 @@ fn counted_as_it_went(
     let mut decoded = 0;
     let (mut stays, mut crossings, mut nearest_home) = (0, 0, 0);
     let mut load = vec![0; ranks];
+    let mut sent = (some.len() == 1).then(|| Sent::by(strategy, base.shape.hidden, stats));
     for s in some {
         let dump = &base.routes[s];
         let at = |t: usize, l: usize| &dump.layers[l].experts[t * k..(t + 1) * k];
@@ -157,6 +158,9 @@ fn counted_as_it_went(
         for t in steps {
             for l in 0..layers {
                 let here = rank_of(l, at(t, l)[0]);
+                if let Some(sent) = &mut sent {
+                    sent.layer(at(t, l).iter().map(|e| rank_of(l, *e)));
+                }
                 if l > 0 {
                     let stayed = rank_of(l - 1, at(t, l - 1)[0]) == here;
                     stays += usize::from(stayed);
@@ -193,6 +197,11 @@ fn counted_as_it_went(
     let (all, each) = (&stats.bytes, &stats.decode_bytes_per_token);
     let row = (4 * base.shape.hidden) as f64;
     let dispatched = each.dispatch * decoded as f64;
+    // A sequence that is alone begins on rank 0 and shares no frame; for k > 1, a token's next residence is its own test.
+    if let Some(sent) = sent.filter(|_| !flow && (strategy == Strategy::Vanilla || k == 1)) {
+        let measured = [dispatched, each.combine * decoded as f64].map(f64::round);
+        assert_eq!(measured, [sent.dispatch, sent.combine], "{what}: bytes are those of the routes");
+    }
     match strategy {
         Strategy::Vanilla => {
             assert_eq!(all.kv, 0, "{what}: K/V stays at home");
@@ -219,6 +228,45 @@ fn counted_as_it_went(
         "{what}: two counts of one run"
     );
     assert!((0..ranks).all(|r| stats.traffic[r][r] == 0), "{what}: a rank sends itself nothing");
+}
+
+/// Bytes that a lone sequence sends in rounds, as its routes and the frames' layout say.
+struct Sent {
+    strategy: Strategy,
+    residual: usize,
+    ranks: usize,
+    /// Of every frame; memory has none.
+    header: usize,
+    residence: usize,
+    dispatch: f64,
+    combine: f64,
+}
+
+impl Sent {
+    fn by(strategy: Strategy, hidden: usize, stats: &RunStats) -> Self {
+        let header = if stats.transport == "quic" { 40 } else { 0 };
+        let (residual, ranks) = (4 * hidden, stats.ranks);
+        Self { strategy, residual, ranks, header, residence: 0, dispatch: 0.0, combine: 0.0 }
+    }
+
+    /// One layer, whose choices are served by these ranks.
+    fn layer(&mut self, serving: impl Iterator<Item = usize>) {
+        let mut choices = vec![0; self.ranks];
+        serving.for_each(|rank| choices[rank] += 1);
+        let away = choices.iter().enumerate().filter(|(rank, n)| *rank != self.residence && **n > 0);
+        let away: Vec<(usize, usize)> = away.map(|(rank, n)| (rank, *n)).collect();
+        // Each rank sends each other one a frame, be it empty.
+        let frames = self.header * self.ranks * (self.ranks - 1);
+        let rows: usize = away.iter().map(|(_, n)| 18 + 8 * n + self.residual).sum();
+        self.dispatch += (frames + rows) as f64;
+        match self.strategy {
+            Strategy::Vanilla => {
+                let partials: usize = away.iter().map(|(_, n)| n * (10 + self.residual)).sum();
+                self.combine += (frames + partials) as f64;
+            }
+            Strategy::Coherent => self.residence = away.first().map_or(self.residence, |(rank, _)| *rank),
+        }
+    }
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {
