@@ -41,6 +41,8 @@ impl From<BytesByClass<f64>> for ClassBytes {
 pub struct GridRow {
     /// `bundled`, `synthetic-gqa` or a folder.
     pub model: String,
+    /// Experts that a token takes.
+    pub top_k: usize,
     /// World size.
     pub ranks: usize,
     /// Sequences that decode at once.
@@ -343,6 +345,7 @@ impl Runs {
         let of = |figure: fn(&RunStats) -> f64| stats.map_or(0.0, figure);
         GridRow {
             model: cell.model.clone(),
+            top_k: entry.cluster.spec().top_k,
             ranks,
             sequences: cell.sequences,
             link: cell.link.clone(),

@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 pub struct StrategyFacts {
     /// `bundled`, `synthetic-gqa` or a folder.
     pub model: String,
+    /// Experts that a token takes; 0 where the file does not tell.
+    pub top_k: usize,
     /// R.
     pub ranks: usize,
     /// Sequences at once.

@@ -30,7 +30,7 @@ pub(super) fn one_exchange(found: &Gathered) -> CheckFacts {
     let settings = found.benches.iter().filter(|bench| bench.model.top_k == 1).flat_map(|b| &b.settings);
     let mut counted: Vec<(String, f64)> =
         settings.map(|s| (s.strategy.clone(), s.exchanges_per_layer)).collect();
-    let rounds = found.strategies.iter().filter(|row| row.schedule == "rounds" && row.ranks > 1);
+    let rounds = top_1(&found.strategies).filter(|row| row.schedule == "rounds" && row.ranks > 1);
     counted.extend(rounds.map(|row| (row.strategy.clone(), row.exchanges_per_layer)));
     let of = |strategy: &str| -> Vec<f64> {
         counted.iter().filter(|(name, _)| name == strategy).map(|(_, exchanges)| *exchanges).collect()
@@ -82,7 +82,7 @@ pub(super) fn volume_law(found: &Gathered, evidence: &Evidence<'_>) -> CheckFact
 fn measured_in_rows(rows: &[StrategyFacts]) -> Option<[f64; 2]> {
     let bytes = |row: &StrategyFacts| row.bytes_per_token.dispatch + row.bytes_per_token.combine;
     let mut ratios: Vec<[f64; 2]> = Vec::new();
-    for vanilla in rows.iter().filter(|row| row.strategy == "vanilla" && row.table == "round_robin") {
+    for vanilla in top_1(rows).filter(|row| row.strategy == "vanilla" && row.table == "round_robin") {
         let beside = |table: &str| {
             let same = |row: &&StrategyFacts| {
                 row.strategy == "coherent" && row.table == table && row.schedule == vanilla.schedule
@@ -97,6 +97,11 @@ fn measured_in_rows(rows: &[StrategyFacts]) -> Option<[f64; 2]> {
     }
     let mean = |at: usize| ratios.iter().map(|ratio| ratio[at]).sum::<f64>() / ratios.len() as f64;
     (!ratios.is_empty()).then(|| [mean(0), mean(1)])
+}
+
+/// What the paper claims of tokens that take one expert.
+fn top_1(rows: &[StrategyFacts]) -> impl Iterator<Item = &StrategyFacts> {
+    rows.iter().filter(|row| row.top_k <= 1)
 }
 
 fn same_setting(a: &StrategyFacts, b: &StrategyFacts) -> bool {
