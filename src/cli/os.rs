@@ -4,7 +4,6 @@
 use std::path::Path;
 
 /// Comes back when the user or the system asks this process to end: Ctrl-C anywhere, SIGTERM too on Unix.
-#[cfg(feature = "server")]
 pub(crate) async fn asked_to_end() {
     tokio::select! {
         () = interrupted() => {}
@@ -12,14 +11,27 @@ pub(crate) async fn asked_to_end() {
     }
 }
 
-#[cfg(feature = "server")]
+/// Calls `then`, from a thread of its own, when the user or the system asks this process to end; nothing else ends it by
+/// such a wish any more.
+///
+/// # Errors
+/// Of making the thread, or what waits for signals.
+pub(crate) fn when_asked_to_end(then: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    let wait = move || {
+        runtime.block_on(asked_to_end());
+        then();
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(wait).map(drop)
+}
+
 async fn interrupted() {
     if tokio::signal::ctrl_c().await.is_err() {
         std::future::pending::<()>().await; // a system that has no such thing
     }
 }
 
-#[cfg(all(feature = "server", unix))]
+#[cfg(unix)]
 async fn terminated() {
     use tokio::signal::unix::{SignalKind, signal};
     match signal(SignalKind::terminate()) {
@@ -28,7 +40,7 @@ async fn terminated() {
     }
 }
 
-#[cfg(all(feature = "server", not(unix)))]
+#[cfg(not(unix))]
 async fn terminated() {
     std::future::pending().await
 }

@@ -28,6 +28,14 @@ pub(crate) fn json<T: Serialize>(value: &T) -> Result<(), Failure> {
     Ok(stdout.flush()?)
 }
 
+/// One JSON document on a line of its own, for a program that reads while others are to come.
+pub(crate) fn json_line<T: Serialize>(value: &T) -> Result<(), Failure> {
+    let mut stdout = io::stdout().lock();
+    serde_json::to_writer(&mut stdout, value)?;
+    writeln!(stdout)?;
+    Ok(stdout.flush()?)
+}
+
 /// Text as it is.
 pub(crate) fn text(text: &str) -> Result<(), Failure> {
     let mut stdout = io::stdout().lock();

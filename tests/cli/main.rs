@@ -3,6 +3,8 @@
 mod bench;
 #[path = "../common/mod.rs"]
 mod common;
+#[cfg(unix)]
+mod grid;
 mod models;
 
 use common::tiny::{Folder, Tiny};

@@ -1,61 +1,54 @@
-//! One cell of the grid, in a process of its own: drivers may keep something of every device that a process ever had.
+//! What a process of the grid's does: it solves the tables of a model, or measures one cell.
 
 use super::super::super::failure::Failure;
 use super::super::super::output;
 use super::super::models::model_folder;
-use super::{Args, LinkName, TableName, routes_path, table_path};
-use exflow::engine::{ClusterOptions, Linger, NoProgress, RoutingTrace, Schedule, Strategy, TransportKind};
+use super::{Args, TableName, routes_path, table_path};
+use exflow::engine::{Cluster, ClusterOptions, NoProgress, RoutingTrace, TransportKind};
 use exflow::placement::PlacementTable;
-use exflow::study::{self, Candidate, Cell, Grid, GridRow};
+use exflow::progress::Bars;
+use exflow::study::{self, Candidate, Cell, Grid};
 use std::path::Path;
-use std::process::{Command, Stdio};
 
-/// Measures a cell in a process of its own.
-pub(super) fn child(
-    args: &Args,
-    model: &str,
-    ranks: usize,
-    link: LinkName,
-    sequences: &[usize],
-    folder: &Path,
-) -> Result<Vec<GridRow>, Failure> {
-    let failed = |what: String| Failure::Run(format!("{model}, {ranks} ranks, {link}: {what}"));
-    let this = std::env::current_exe().map_err(|e| failed(format!("no path of this program: {e}")))?;
-    let list = |items: Vec<String>| items.join(",");
-    let mut command = Command::new(this);
-    command.args(["bench", "strategies", "--format", "json", "--models", model]);
-    command.args(["--ranks", &ranks.to_string(), "--links", link.name()]);
-    command.args(["--sequences", &list(sequences.iter().map(usize::to_string).collect())]);
-    command.args(["-n", &args.tokens().to_string(), "-r", &args.repeats().to_string()]);
-    command.args(["--seed", &args.runs.seed.to_string()]);
-    command.arg("--cell-of").arg(folder);
-    if args.ablations {
-        command.arg("--ablations");
-    } else {
-        command.args(["--strategies", &list(args.strategies.iter().map(Strategy::to_string).collect())]);
-        command.args(["--schedules", &list(args.schedules.iter().map(Schedule::to_string).collect())]);
-        command.args(["--lingers", &list(args.lingers.iter().map(Linger::to_string).collect())]);
-        command.args(["--tables", &list(args.tables.iter().map(TableName::to_string).collect())]);
+/// Solves a model's tables, for every world size.
+pub(super) fn solve(args: &Args, folder: &Path) -> Result<(), Failure> {
+    let Some(model) = args.models.first() else {
+        return Err(Failure::Input("tables are those of a model".into()));
+    };
+    let bars = Bars::new();
+    let mut options = ClusterOptions::new(model_folder(model, folder, args.runs.seed)?);
+    options.adapter = args.runs.adapter.clone();
+    let mut cluster = Cluster::start(options, &bars)?;
+    let routes = study::grid_profile(&mut cluster, study::SOLVED_ON, args.runs.seed, &bars)?;
+    // A table does better on the text that it was solved on than on any other, and tokens stay more or less often as a
+    // text grows longer: predictions are made from other text, as long as what is measured.
+    let other = args.runs.seed.wrapping_add(1);
+    let predicted_on = study::grid_profile(&mut cluster, args.tokens(), other, &bars)?;
+    predicted_on.save_npy(&routes_path(folder, model)).map_err(|e| Failure::Run(e.to_string()))?;
+    let spec = cluster.spec().clone();
+    for &ranks in &args.ranks {
+        for table in args.solved() {
+            let solve = args.runs.solve();
+            let mut solved = match table {
+                TableName::RoundRobin => PlacementTable::round_robin(spec.moe_layers(), spec.experts, ranks),
+                TableName::Affinity => study::grid_table(&routes, spec.experts, ranks, None, &solve)?,
+                TableName::Chain => study::chain_table(&routes, spec.experts, ranks, &solve)?,
+                TableName::Replicas => {
+                    let even = spec.experts.div_ceil(ranks);
+                    let slots = even + even.div_ceil(2);
+                    study::grid_table(&routes, spec.experts, ranks, Some(slots), &solve)?
+                }
+            };
+            solved.model_digest = Some(spec.digest.clone());
+            solved.source = Some(table.name().into());
+            solved.save(&table_path(folder, model, ranks, table))?;
+        }
     }
-    if args.no_auto {
-        command.arg("--no-auto");
-    }
-    if let Some(adapter) = &args.runs.adapter {
-        command.args(["--adapter", adapter]);
-    }
-    let output = command
-        .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
-        .output()
-        .map_err(|e| failed(format!("the cell's process did not start: {e}")))?;
-    if !output.status.success() {
-        return Err(failed("its process failed; the reason stands above".into()));
-    }
-    serde_json::from_slice(&output.stdout).map_err(|e| failed(format!("its result cannot be read: {e}")))
+    Ok(())
 }
 
-/// The child's part: one model, world size and link.
-pub(super) fn run(args: &Args, folder: &Path) -> Result<(), Failure> {
+/// Measures one model, world size and link; a line of JSON for each number of sequences, as soon as it is there.
+pub(super) fn measure(args: &Args, folder: &Path) -> Result<(), Failure> {
     let (Some(model), Some(&ranks), Some(&link)) =
         (args.models.first(), args.ranks.first(), args.links.first())
     else {
@@ -81,7 +74,6 @@ pub(super) fn run(args: &Args, folder: &Path) -> Result<(), Failure> {
         ),
     };
     let mut grid = Grid::start(&options, settings, routes, &prompts, &NoProgress)?;
-    let mut rows = Vec::new();
     for &sequences in &args.sequences {
         let cell = Cell {
             model: model.clone(),
@@ -90,7 +82,7 @@ pub(super) fn run(args: &Args, folder: &Path) -> Result<(), Failure> {
             tokens: args.max_tokens as usize,
             repeats: args.runs.repeats as usize,
         };
-        rows.extend(grid.measure(&cell, &prompts)?);
+        output::json_line(&grid.measure(&cell, &prompts)?)?;
     }
-    output::json(&rows)
+    Ok(())
 }

@@ -1,17 +1,15 @@
 //! `exflow bench strategies`: the grid of strategies, schedules, tables, links, ranks and sequences.
 
 mod cell;
+mod child;
+mod course;
 mod tables;
 
 use super::super::failure::Failure;
-use super::super::{flags, output};
+use super::super::flags;
 use super::RunFlags;
-use super::models::{Scratch, model_folder};
 use clap::ValueEnum;
-use exflow::engine::{Cluster, ClusterOptions, Linger, Overlap, Schedule, Strategy};
-use exflow::placement::PlacementTable;
-use exflow::progress::Bars;
-use exflow::study::{self, GridRow};
+use exflow::engine::{Linger, Overlap, Schedule, Strategy};
 use exflow::transport::link::LinkSpec;
 use std::path::{Path, PathBuf};
 
@@ -21,6 +19,8 @@ use std::path::{Path, PathBuf};
     after_help = "Each cell (model, ranks, link) runs in a process of its own, one rank per host on the shaped links: what each\n\
                         rank sends is delayed and slowed. All settings of a cell take turns and must say the same tokens; `auto` is what\n\
                         the planner picks from measurements taken in the cell, which also predict every other row.\n\
+                        A cell that fails is named and the others go on; Ctrl-C ends the run with what is finished. Either way the\n\
+                        last line says what is missing, and the exit code is not 0.\n\
                         docs/METHODOLOGY.md defines the figures.\n\n\
                         Example:\n  exflow bench strategies --ranks 4 --sequences 8 --links wan,local --format json"
 )]
@@ -69,9 +69,15 @@ pub(crate) struct Args {
     /// How the result is written
     #[arg(long, value_enum, default_value = "md")]
     format: Format,
-    /// Solved tables of the parent process, whose cell this one measures
+    /// File that is written anew whenever more is finished, in place of stdout at the end
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// Folder of the parent process, with its tables, whose cell this one measures
     #[arg(long, value_name = "DIR", hide = true)]
     cell_of: Option<PathBuf>,
+    /// Solves the tables of the parent's model in place of measuring
+    #[arg(long, requires = "cell_of", hide = true)]
+    solve: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -223,36 +229,9 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         return Err(Failure::Input("--sequences 0: use at least 1".into()));
     }
     if let Some(folder) = &args.cell_of {
-        return cell::run(args, folder);
+        return if args.solve { cell::solve(args, folder) } else { cell::measure(args, folder) };
     }
-    let rows = grid(args)?;
-    match args.format {
-        Format::Json => output::json(&rows),
-        Format::Md => output::text(&tables::markdown(&rows)),
-        Format::Html => output::text(&tables::html(&rows)),
-    }
-}
-
-/// Solves the tables, then measures each cell in a process of its own: drivers may keep something of every device that
-/// a process ever had.
-fn grid(args: &Args) -> Result<Vec<GridRow>, Failure> {
-    let folder = Scratch::new("strategies")?;
-    let (models, ranks, sequences, links) = match args.quick {
-        true => (vec!["bundled".to_owned()], vec![4], vec![8], vec![LinkName::Local, LinkName::Wan]),
-        false => (args.models.clone(), args.ranks.clone(), args.sequences.clone(), args.links.clone()),
-    };
-    let mut rows = Vec::new();
-    for model in &models {
-        let path = model_folder(model, folder.path(), args.runs.seed)?;
-        solve_tables(args, model, &path, &ranks, folder.path())?;
-        for &ranks in &ranks {
-            for link in &links {
-                output::note(&format!("{model}, {ranks} ranks, {link}"));
-                rows.extend(cell::child(args, model, ranks, *link, &sequences, folder.path())?);
-            }
-        }
-    }
-    Ok(rows)
+    course::run(args)
 }
 
 fn table_path(folder: &Path, model: &str, ranks: usize, table: TableName) -> PathBuf {
@@ -263,43 +242,4 @@ fn table_path(folder: &Path, model: &str, ranks: usize, table: TableName) -> Pat
 /// The routes that predictions are made from.
 fn routes_path(folder: &Path, model: &str) -> PathBuf {
     table_path(folder, model, 0, TableName::RoundRobin).with_extension("npy")
-}
-
-fn solve_tables(
-    args: &Args,
-    model: &str,
-    path: &Path,
-    ranks: &[usize],
-    folder: &Path,
-) -> Result<(), Failure> {
-    let bars = Bars::new();
-    let mut options = ClusterOptions::new(path);
-    options.adapter = args.runs.adapter.clone();
-    let mut cluster = Cluster::start(options, &bars)?;
-    let routes = study::grid_profile(&mut cluster, study::SOLVED_ON, args.runs.seed, &bars)?;
-    // A table does better on the text that it was solved on than on any other, and tokens stay more or less often as a
-    // text grows longer: predictions are made from other text, as long as what is measured.
-    let other = args.runs.seed.wrapping_add(1);
-    let predicted_on = study::grid_profile(&mut cluster, args.tokens(), other, &bars)?;
-    predicted_on.save_npy(&routes_path(folder, model)).map_err(|e| Failure::Run(e.to_string()))?;
-    let spec = cluster.spec().clone();
-    for &ranks in ranks {
-        for table in args.solved() {
-            let solve = args.runs.solve();
-            let mut solved = match table {
-                TableName::RoundRobin => PlacementTable::round_robin(spec.moe_layers(), spec.experts, ranks),
-                TableName::Affinity => study::grid_table(&routes, spec.experts, ranks, None, &solve)?,
-                TableName::Chain => study::chain_table(&routes, spec.experts, ranks, &solve)?,
-                TableName::Replicas => {
-                    let even = spec.experts.div_ceil(ranks);
-                    let slots = even + even.div_ceil(2);
-                    study::grid_table(&routes, spec.experts, ranks, Some(slots), &solve)?
-                }
-            };
-            solved.model_digest = Some(spec.digest.clone());
-            solved.source = Some(table.name().into());
-            solved.save(&table_path(folder, model, ranks, table))?;
-        }
-    }
-    Ok(())
 }

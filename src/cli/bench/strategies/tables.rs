@@ -122,7 +122,7 @@ fn by_cell(rows: &[GridRow]) -> Vec<(String, Vec<&GridRow>)> {
     cells
 }
 
-pub(super) fn markdown(rows: &[GridRow]) -> String {
+pub(super) fn markdown(rows: &[GridRow], missing: &[String]) -> String {
     let mut text = String::new();
     for (name, of) in by_cell(rows) {
         let _ = writeln!(text, "### {name}\n");
@@ -138,16 +138,19 @@ pub(super) fn markdown(rows: &[GridRow]) -> String {
         }
         text.push('\n');
     }
+    if !missing.is_empty() {
+        let _ = writeln!(text, "Missing: {}.", missing.join("; "));
+    }
     text
 }
 
-pub(super) fn html(rows: &[GridRow]) -> String {
+pub(super) fn html(rows: &[GridRow], missing: &[String]) -> String {
     let mut text = String::from(
         "<!doctype html><meta charset=\"utf-8\"><title>exflow bench strategies</title>\n\
          <style>body{font:14px sans-serif}td,th{padding:2px 8px;text-align:right}td:first-child{text-align:left}</style>\n",
     );
+    let escape = |text: &str| text.replace('&', "&amp;").replace('<', "&lt;");
     for (name, of) in by_cell(rows) {
-        let escape = |text: &str| text.replace('&', "&amp;").replace('<', "&lt;");
         let line = |cells: &[String], tag: &str| -> String {
             let cells: String = cells.iter().map(|c| format!("<{tag}>{}</{tag}>", escape(c))).collect();
             format!("<tr>{cells}</tr>\n")
@@ -160,6 +163,9 @@ pub(super) fn html(rows: &[GridRow]) -> String {
         let _ = writeln!(text, "<h2>{}</h2>", escape(&name));
         text += &table(&COLUMNS, of.iter().map(|row| cells(rows, row).to_vec()).collect());
         text += &table(&TIMES, of.iter().map(|row| times(row).to_vec()).collect());
+    }
+    if !missing.is_empty() {
+        let _ = writeln!(text, "<p>Missing: {}.</p>", escape(&missing.join("; ")));
     }
     text
 }
