@@ -10,7 +10,6 @@ mod figures;
 mod files;
 mod gathering;
 mod grid;
-mod grid_inputs;
 mod held_out;
 mod moves;
 mod paper;
@@ -24,9 +23,9 @@ pub use error::StudyError;
 pub use figures::{Study, markdown_table, text_table};
 pub use files::{load_affinity, read_documents, save_affinity};
 pub use gathering::{GatherError, Gathered};
-pub use grid::{Cell, ClassBytes, Grid, GridRow, decode_rate};
-pub use grid_inputs::{
-    BEGINNINGS, SOLVED_ON, SyntheticModel, chain_table, grid_profile, grid_prompts, grid_table,
+pub use grid::{
+    BEGINNINGS, BesideBest, Cell, ClassBytes, Grid, GridRow, SOLVED_ON, SyntheticModel, chain_table,
+    decode_rate, grid_profile, grid_prompts, grid_table,
 };
 pub use held_out::{BalanceScore, HeldOut, balances, held_out, keep_back};
 pub use moves::{Gaps, MovePauses, move_pauses};

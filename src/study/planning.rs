@@ -1,7 +1,7 @@
 //! Planning a run: what a world measured, what its model routes, and what each setting will make of both.
 
-use super::grid::of_mean_time;
-use super::{StudyError, decode_rate, grid_inputs};
+use super::grid::{self, of_mean_time};
+use super::{StudyError, decode_rate};
 use exflow_engine::plan::{Load, Measurements, Prediction, Setting, Shape, Workload, predict};
 use exflow_engine::{Cluster, Combine, Linger, Overlap, Progress, Request, RoutingTrace, Schedule, Strategy};
 use exflow_placement::{PlacementTable, Rank, SolveOptions};
@@ -95,7 +95,7 @@ impl Planner {
         seed: u64,
         progress: &dyn Progress,
     ) -> Result<Self, StudyError> {
-        let routes = grid_inputs::own_routes(cluster, OWN_TEXT, seed, progress)?;
+        let routes = grid::own_routes(cluster, OWN_TEXT, seed, progress)?;
         let half = routes.tokens() / 2;
         let kept = routes.slice(half..routes.tokens());
         Ok(Self { profile: routes.slice(0..half), ..Self::measure(cluster, kept)? })
@@ -113,7 +113,7 @@ impl Planner {
         ways: &[(Strategy, Schedule)],
         sequences: usize,
     ) -> Result<(), StudyError> {
-        let prompts = grid_inputs::trial_prompts(cluster, sequences.max(2))?;
+        let prompts = grid::trial_prompts(cluster, sequences.max(2))?;
         let table = cluster.placement().clone();
         for &(strategy, schedule) in ways {
             cluster.change(strategy, schedule, None)?;
@@ -255,7 +255,7 @@ pub fn planned_table(
     experts: usize,
     options: &SolveOptions,
 ) -> Result<PlacementTable, StudyError> {
-    grid_inputs::grid_table(&planner.profile, experts, planner.measured.world_size(), None, options)
+    grid::grid_table(&planner.profile, experts, planner.measured.world_size(), None, options)
 }
 
 #[cfg(test)]

@@ -109,6 +109,15 @@ fn times(row: &GridRow) -> [String; 12] {
     ]
 }
 
+/// How the planner's pick did beside the best fixed setting, where it ran.
+fn beside_best(of: &[&GridRow]) -> Option<String> {
+    let (auto, beside) = of.iter().find_map(|row| row.beside_best.as_ref().map(|beside| (row, beside)))?;
+    Some(format!(
+        "auto ({}, {}) beside the best fixed setting ({}), by turns: × {:.2}, median of {} pairs",
+        auto.schedule, auto.table, beside.setting, beside.ratio, beside.pairs
+    ))
+}
+
 /// The rows by cell, with a heading each.
 fn by_cell(rows: &[GridRow]) -> Vec<(String, Vec<&GridRow>)> {
     let mut cells: Vec<(String, Vec<&GridRow>)> = Vec::new();
@@ -137,6 +146,9 @@ pub(super) fn markdown(rows: &[GridRow], missing: &[String]) -> String {
             let _ = writeln!(text, "| {} |", times(row).join(" | "));
         }
         text.push('\n');
+        if let Some(line) = beside_best(&of) {
+            let _ = writeln!(text, "{line}\n");
+        }
     }
     if !missing.is_empty() {
         let _ = writeln!(text, "Missing: {}.", missing.join("; "));
@@ -163,6 +175,9 @@ pub(super) fn html(rows: &[GridRow], missing: &[String]) -> String {
         let _ = writeln!(text, "<h2>{}</h2>", escape(&name));
         text += &table(&COLUMNS, of.iter().map(|row| cells(rows, row).to_vec()).collect());
         text += &table(&TIMES, of.iter().map(|row| times(row).to_vec()).collect());
+        if let Some(line_of_auto) = beside_best(&of) {
+            let _ = writeln!(text, "<p>{}</p>", escape(&line_of_auto));
+        }
     }
     if !missing.is_empty() {
         let _ = writeln!(text, "<p>Missing: {}.</p>", escape(&missing.join("; ")));

@@ -1,6 +1,6 @@
 //! What a grid is measured on: prompts, profiled routes, tables, and a synthetic model.
 
-use super::{Corpus, OwnText, StudyError, passages};
+use crate::study::{Corpus, OwnText, StudyError, passages};
 use exflow_engine::{Cluster, ModelSpec, Progress, TextCodec};
 use exflow_placement::{Affinity, PlacementTable, Rng, RoutingTrace, SolveOptions, Topology, solve};
 use serde_json::json;
@@ -52,7 +52,7 @@ pub fn grid_profile(
 }
 
 /// The same for so many sequences of so many tokens.
-pub(super) fn own_routes(
+pub(in crate::study) fn own_routes(
     cluster: &mut Cluster,
     (sequences, tokens): (usize, usize),
     seed: u64,
@@ -96,7 +96,7 @@ pub fn grid_prompts(model: &Path, count: usize, seed: u64) -> Result<Vec<Vec<u32
 ///
 /// # Errors
 /// A tokenizer that does not know them.
-pub(super) fn trial_prompts(cluster: &Cluster, count: usize) -> Result<Vec<Vec<u32>>, StudyError> {
+pub(in crate::study) fn trial_prompts(cluster: &Cluster, count: usize) -> Result<Vec<Vec<u32>>, StudyError> {
     match cluster.text() {
         Ok(codec) => Ok((0..count)
             .map(|i| codec.encode(BEGINNINGS[i % BEGINNINGS.len()]))

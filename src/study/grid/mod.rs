@@ -1,0 +1,146 @@
+//! One cell of the grid of `exflow bench strategies`: all settings of one model, world size, link and number of
+//! sequences, interleaved, that must all say the same.
+
+mod inputs;
+mod row;
+mod turns;
+
+pub use inputs::{
+    BEGINNINGS, SOLVED_ON, SyntheticModel, chain_table, grid_profile, grid_prompts, grid_table,
+};
+pub(super) use inputs::{own_routes, trial_prompts};
+pub use row::{BesideBest, ClassBytes, GridRow};
+pub use turns::decode_rate;
+pub(super) use turns::{of_mean_time, quantile};
+
+use super::{Candidate, Planner, StudyError, ways};
+use exflow_engine::plan::Prediction;
+use exflow_engine::{
+    Cluster, ClusterOptions, PlacementSource, Progress, Request, RoutingTrace, Schedule, Strategy,
+};
+use turns::{Entry, Runs, Turns};
+
+/// Tokens of the run that warms each cluster up; it is not measured.
+const WARM_UP: usize = 6;
+
+/// What a cell is about.
+#[derive(Debug, Clone)]
+pub struct Cell {
+    /// The model's name in the result.
+    pub model: String,
+    /// The link's name in the result.
+    pub link: String,
+    /// Sequences at once; 1: the prompts one after the other.
+    pub sequences: usize,
+    /// Tokens to make of each prompt.
+    pub tokens: usize,
+    /// Measured runs of each setting.
+    pub repeats: usize,
+}
+
+/// The clusters of a cell's settings, which serve every number of sequences.
+pub struct Grid {
+    clusters: Vec<(Candidate, Cluster)>,
+    planner: Option<Auto>,
+}
+
+/// The planner with a cluster of its own, which runs as it picks.
+struct Auto {
+    planner: Planner,
+    cluster: Cluster,
+}
+
+impl Grid {
+    /// Starts a cluster per setting and warms it up; with `routes` also one that measures the world, from which every
+    /// setting is predicted, and that then runs as the best of them.
+    ///
+    /// # Errors
+    /// What [`Cluster::start`] refuses.
+    pub fn start(
+        options: &ClusterOptions,
+        settings: Vec<Candidate>,
+        routes: Option<RoutingTrace>,
+        prompts: &[Vec<u32>],
+        progress: &dyn Progress,
+    ) -> Result<Self, StudyError> {
+        let planner = match routes {
+            Some(routes) if options.ranks > 1 => {
+                let mut options = options.clone();
+                (options.strategy, options.schedule) = (Strategy::Coherent, Schedule::Rounds);
+                let mut cluster = Cluster::start(options, progress)?;
+                cluster.generate(&requests(prompts, WARM_UP), &mut |_| {})?;
+                Some(Auto { planner: Planner::measure(&mut cluster, routes)?, cluster })
+            }
+            _ => None,
+        };
+        let mut clusters = Vec::new();
+        for setting in settings {
+            let mut options = options.clone();
+            options.strategy = setting.strategy;
+            (options.schedule, options.overlap) = (setting.schedule, setting.overlap);
+            options.linger = setting.linger;
+            options.placement = PlacementSource::Table(setting.placement.clone());
+            let mut cluster = Cluster::start(options, progress)?;
+            cluster.generate(&requests(prompts, WARM_UP), &mut |_| {})?;
+            clusters.push((setting, cluster));
+        }
+        Ok(Self { clusters, planner })
+    }
+
+    /// Measures all settings in turn, again and again.
+    ///
+    /// # Errors
+    /// [`StudyError::Differ`] where a run says something else than the first one.
+    pub fn measure(&mut self, cell: &Cell, prompts: &[Vec<u32>]) -> Result<Vec<GridRow>, StudyError> {
+        let settings: Vec<Candidate> = self.clusters.iter().map(|(setting, _)| setting.clone()).collect();
+        if let Some(auto) = &mut self.planner {
+            auto.planner.try_out(&mut auto.cluster, &ways(&settings), cell.sequences)?;
+        }
+        let predict = |auto: &Auto, setting: &Candidate| auto.planner.predict(setting, cell.sequences);
+        let predicted: Vec<Option<Prediction>> =
+            settings.iter().map(|s| self.planner.as_ref().map(|auto| predict(auto, s))).collect();
+        let mut entries: Vec<Entry<'_>> = Vec::new();
+        for ((setting, cluster), predicted) in self.clusters.iter_mut().zip(predicted) {
+            entries.push(Entry { setting: setting.clone(), auto: false, cluster, predicted });
+        }
+        if let Some(auto) = &mut self.planner
+            && let Some((setting, prediction)) =
+                auto.planner.rank(&settings, cell.sequences).into_iter().next()
+        {
+            let table = Some(setting.placement.clone());
+            auto.cluster.change(setting.strategy, setting.schedule, table)?;
+            auto.cluster.generate(&requests(prompts, WARM_UP), &mut |_| {})?;
+            let cluster = &mut auto.cluster;
+            entries.push(Entry { setting, auto: true, cluster, predicted: Some(prediction) });
+        }
+        let mut turns = Turns::new(cell, prompts);
+        let mut runs: Vec<Runs> = entries.iter().map(|_| Runs::default()).collect();
+        let repeats = cell.repeats.max(1);
+        for repeat in 0..repeats {
+            for place in 0..entries.len() {
+                let index = turns::turn(place, repeat, repeats, entries.len());
+                let rate = turns.take(&mut entries[index], &mut runs[index])?;
+                runs[index].rates.push(rate);
+            }
+        }
+        let mut rows: Vec<GridRow> =
+            entries.iter().zip(runs).map(|(entry, runs)| runs.row(cell, entry)).collect();
+        if let (Some((auto, fixed)), Some((row, others))) = (entries.split_last_mut(), rows.split_last_mut())
+            && auto.auto
+            && let Some(best) = row::best_of(others)
+        {
+            row.beside_best = Some(turns.beside(auto, &mut fixed[best], repeats)?);
+        }
+        Ok(rows)
+    }
+}
+
+fn requests(prompts: &[Vec<u32>], max_tokens: usize) -> Vec<Request> {
+    let request = |ids: &Vec<u32>| Request {
+        prompt_ids: ids.clone(),
+        max_tokens,
+        ignore_eos: true,
+        ..Request::default()
+    };
+    prompts.iter().map(request).collect()
+}

@@ -1,0 +1,221 @@
+//! The runs of a cell: its settings take turns, and all must say the same.
+
+use super::{BesideBest, Cell, requests};
+use crate::study::{Candidate, StudyError};
+use exflow_engine::plan::Prediction;
+use exflow_engine::{Cluster, Request, RunStats, Schedule, Strategy};
+use std::time::{Duration, Instant};
+
+/// A run says the same again until it took so long: within tenths of a second it matters which core a thread woke on.
+const SHORTEST_RUN: Duration = Duration::from_millis(600);
+/// So long the planner's pick and the best fixed setting take turns, and once per repeat at least.
+const PAIRS: Duration = Duration::from_secs(12);
+
+/// One setting of a cell while it is measured.
+pub(super) struct Entry<'a> {
+    pub(super) setting: Candidate,
+    pub(super) auto: bool,
+    pub(super) cluster: &'a mut Cluster,
+    pub(super) predicted: Option<Prediction>,
+}
+
+impl Entry<'_> {
+    /// Of vanilla in rounds over a shaped link: two one-way latencies per MoE layer and what the busiest rank computed.
+    pub(super) fn floor(&self, cell: &Cell, stats: &RunStats) -> Option<f64> {
+        let latency = self.cluster.options().link?.latency.as_secs_f64();
+        let vanilla = self.setting.strategy == Strategy::Vanilla && self.setting.schedule == Schedule::Rounds;
+        (vanilla && latency > 0.0).then(|| {
+            let layers = self.cluster.spec().moe_layers() as f64;
+            cell.sequences as f64 / (2.0 * layers * latency + stats.compute_ms_per_step / 1e3)
+        })
+    }
+}
+
+/// When each sequence's tokens appeared, seconds from the call.
+type Times = Vec<Vec<f64>>;
+
+/// What the runs of a setting came to.
+#[derive(Default)]
+pub(super) struct Runs {
+    pub(super) rates: Vec<f64>,
+    pub(super) gaps: Vec<f64>,
+    pub(super) seconds: Vec<f64>,
+    pub(super) stats: Option<RunStats>,
+    pub(super) ttft: Vec<f64>,
+}
+
+impl Runs {
+    fn take(&mut self, times: &Times, stats: RunStats) {
+        for sequence in times {
+            self.ttft.extend(sequence.first());
+            self.seconds.extend(sequence.get(1).map(|second| second - sequence[0]));
+            self.gaps.extend(sequence.windows(2).map(|w| w[1] - w[0]));
+        }
+        self.stats = Some(stats);
+    }
+}
+
+/// Which of `entries` takes its turn at `place` of a repeat: each begins elsewhere, so that
+/// nobody always runs last.
+pub(super) fn turn(place: usize, repeat: usize, repeats: usize, entries: usize) -> usize {
+    (place + repeat * entries.div_ceil(repeats)) % entries
+}
+
+/// The runs of a cell, one after the other, which must all say the same.
+pub(super) struct Turns {
+    /// Requests that are made at once, in their order.
+    groups: Vec<Vec<Request>>,
+    said: Option<Vec<Vec<u32>>>,
+    taken: usize,
+}
+
+impl Turns {
+    pub(super) fn new(cell: &Cell, prompts: &[Vec<u32>]) -> Self {
+        let groups = match cell.sequences {
+            1 => prompts.iter().map(|p| requests(std::slice::from_ref(p), cell.tokens)).collect(),
+            n => vec![requests(&prompts.iter().cycle().take(n).cloned().collect::<Vec<_>>(), cell.tokens)],
+        };
+        Self { groups, said: None, taken: 0 }
+    }
+
+    /// One turn of a setting, which may say the same several times; its tokens per second.
+    pub(super) fn take(&mut self, entry: &mut Entry<'_>, runs: &mut Runs) -> Result<f64, StudyError> {
+        let (began, mut rates) = (Instant::now(), Vec::new());
+        while rates.is_empty() || began.elapsed() < SHORTEST_RUN {
+            let mut spoken = Vec::new();
+            for group in &self.groups {
+                let (times, stats, outputs) = run(entry.cluster, group)?;
+                rates.push(rate(&times));
+                runs.take(&times, stats);
+                spoken.extend(outputs);
+            }
+            match &self.said {
+                None => self.said = Some(spoken),
+                Some(first) => agree(first, &spoken, &entry.setting, self.taken)?,
+            }
+        }
+        self.taken += 1;
+        Ok(of_mean_time(&rates))
+    }
+
+    /// The planner's pick and a fixed setting by turns.
+    pub(super) fn beside<'a>(
+        &mut self,
+        auto: &mut Entry<'a>,
+        fixed: &mut Entry<'a>,
+        repeats: usize,
+    ) -> Result<BesideBest, StudyError> {
+        let (began, mut ratios) = (Instant::now(), Vec::new());
+        // An odd number, of which the median is a value that occurred.
+        while ratios.len() < repeats || began.elapsed() < PAIRS || ratios.len() % 2 == 0 {
+            let mut rates = [0.0; 2];
+            let first = ratios.len() % 2;
+            for which in [first, 1 - first] {
+                let entry = if which == 0 { &mut *auto } else { &mut *fixed };
+                rates[which] = self.take(entry, &mut Runs::default())?;
+            }
+            ratios.push(rates[0] / rates[1].max(1e-9));
+        }
+        let pairs = ratios.len();
+        Ok(BesideBest { setting: fixed.setting.to_string(), ratio: quantile(&mut ratios, 0.5), pairs })
+    }
+}
+
+fn run(cluster: &mut Cluster, requests: &[Request]) -> Result<(Times, RunStats, Vec<Vec<u32>>), StudyError> {
+    let mut times = vec![Vec::new(); requests.len()];
+    let started = Instant::now();
+    let run = cluster.generate(requests, &mut |event| {
+        times[event.sequence].push(started.elapsed().as_secs_f64());
+    })?;
+    let outputs = run.sequences.into_iter().map(|done| done.output_ids).collect();
+    Ok((times, run.stats, outputs))
+}
+
+/// Runs the requests; tokens per second while all of them decode.
+///
+/// # Errors
+/// What [`Cluster::generate`] refuses.
+pub fn decode_rate(cluster: &mut Cluster, requests: &[Request]) -> Result<f64, StudyError> {
+    run(cluster, requests).map(|(times, ..)| rate(&times))
+}
+
+/// Tokens per second while all sequences decode: from the last first token to the first last one. Where sequences had
+/// to wait for each other, over all of the decoding.
+fn rate(times: &Times) -> f64 {
+    let firsts = times.iter().filter_map(|t| t.first().copied());
+    let lasts = times.iter().filter_map(|t| t.last().copied());
+    let (begin, end) = (firsts.clone().fold(0.0, f64::max), lasts.clone().fold(f64::INFINITY, f64::min));
+    let within =
+        |begin: f64, end: f64| times.iter().flatten().filter(|t| **t > begin && **t <= end).count() as f64;
+    if end > begin && within(begin, end) > 0.0 {
+        return within(begin, end) / (end - begin);
+    }
+    let (begin, end) = (firsts.fold(f64::INFINITY, f64::min), lasts.fold(0.0, f64::max));
+    within(begin, end) / (end - begin).max(1e-9)
+}
+
+/// What rates come to for the same work one after the other.
+pub(in crate::study) fn of_mean_time(rates: &[f64]) -> f64 {
+    rates.len() as f64 / rates.iter().map(|rate| 1.0 / rate.max(1e-9)).sum::<f64>().max(1e-9)
+}
+
+fn agree(
+    first: &[Vec<u32>],
+    said: &[Vec<u32>],
+    setting: &Candidate,
+    repeat: usize,
+) -> Result<(), StudyError> {
+    for (sequence, (a, b)) in first.iter().zip(said).enumerate() {
+        if a != b {
+            let token = a.iter().zip(b).position(|(a, b)| a != b).unwrap_or(a.len().min(b.len()));
+            let setting = setting.to_string();
+            return Err(StudyError::Differ { setting, run: repeat, sequence, token });
+        }
+    }
+    Ok(())
+}
+
+/// The value that `share` of them are not above; 0 of none. Sorts them.
+pub(in crate::study) fn quantile(values: &mut [f64], share: f64) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let at = (values.len() as f64 * share).ceil() as usize;
+    values.get(at.saturating_sub(1)).or(values.last()).copied().unwrap_or(0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_is_that_of_the_time_in_which_all_decode() {
+        // The second begins late and ends late: what counts lies between 1 s and 3 s.
+        let times = vec![vec![0.0, 1.0, 2.0, 3.0], vec![1.0, 1.5, 2.0, 2.5, 3.0, 3.5]];
+        assert!((rate(&times) - 6.0 / 2.0).abs() < 1e-9);
+        // One after the other: over everything.
+        let times = vec![vec![0.0, 1.0, 2.0], vec![3.0, 4.0]];
+        assert!((rate(&times) - 4.0 / 4.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn every_repeat_runs_all_settings_once_and_begins_elsewhere() {
+        for (entries, repeats) in [(13, 3), (13, 5), (2, 5), (1, 2), (7, 1)] {
+            let orders: Vec<Vec<usize>> = (0..repeats)
+                .map(|repeat| (0..entries).map(|place| turn(place, repeat, repeats, entries)).collect())
+                .collect();
+            for order in &orders {
+                let mut sorted = order.clone();
+                sorted.sort_unstable();
+                assert!(sorted.into_iter().eq(0..entries), "{order:?}");
+            }
+            let lasts: std::collections::BTreeSet<_> = orders.iter().map(|o| o[entries - 1]).collect();
+            assert!(lasts.len() >= entries.min(repeats).min(2), "{orders:?}");
+        }
+    }
+
+    #[test]
+    fn quantiles_are_values_that_occurred() {
+        let mut values: Vec<f64> = (1..=200).rev().map(f64::from).collect();
+        assert_eq!((quantile(&mut values, 0.5), quantile(&mut values, 0.99)), (100.0, 198.0));
+        assert_eq!(quantile(&mut [7.0], 0.99), 7.0);
+    }
+}
