@@ -5,6 +5,7 @@ mod host;
 mod journal;
 mod member;
 mod moving;
+pub(crate) mod numerics;
 mod placing;
 mod plan;
 mod sizing;
@@ -70,11 +71,13 @@ impl Cluster {
     /// [`EngineError::is_input`] holds. No adapter, no memory, no connection: others.
     pub fn start(options: ClusterOptions, progress: &dyn Progress) -> Result<Self, EngineError> {
         let mut host = Host::new(options)?;
-        let (options, spec) = (host.options.clone(), &host.spec);
+        let (mut options, spec) = (host.options.clone(), &host.spec);
         let text = TextCodec::open(&options.model, spec.vocab_size).map(Arc::new).map_err(|e| e.to_string());
         let mut group = Group::new(&options, spec)?;
         let world = group.form(&options, spec, 0)?;
         host.load(&world.plan, Rank(0), progress)?;
+        // All ranks make products as those here do, or none begins.
+        options.numerics = host.numerics();
         let (events_in, events) = channel();
         let (commands, _) = channel();
         let mut cluster = Self {

@@ -100,7 +100,7 @@ pub struct RunStats {
     pub transport: String,
     /// `exact` or `sum`.
     pub combine: String,
-    /// `exact` or `fast`.
+    /// `exact` or `fast`: what ran, which is `exact` where matrix units failed their trial and nothing else is fast.
     pub numerics: String,
     /// `[R]` rows and columns of the matrices of f16 that a rank's matrix units make products of; 0: it uses none.
     pub matrix_units: Vec<u64>,

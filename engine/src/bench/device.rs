@@ -3,7 +3,7 @@
 use super::seconds;
 use crate::EngineError;
 use crate::gpu::{Gpu, Recording, Usage};
-use exflow_shaders::{Kernel, RowTile, Variant, Weights, params};
+use exflow_shaders::{Cooperative, Kernel, RowTile, Variant, Weights, params};
 use serde::Serialize;
 
 /// What an adapter was measured to do, by kernels.
@@ -109,19 +109,27 @@ fn matrix_units(gpu: &Gpu, side: usize) -> Result<f64, EngineError> {
 /// vec4s of a side of the matrix: 16 MiB.
 const SIDE4: usize = 512;
 
-/// Bytes per second that a product of one row with a square matrix reads, of `side4` vec4s a side, bound as this adapter
-/// binds matrices in that form.
+/// Bytes per second that a product of one row with a square matrix reads at best, of `side4` vec4s a side, bound as this adapter
+/// binds matrices in that form: whether lanes make it or matrix units, as what others could read bounds either.
 fn read_rate(gpu: &Gpu, form: Weights, side4: usize) -> Result<f64, EngineError> {
     let units = 4 * side4 * form.units(4 * side4).1;
     let matrix = gpu.matrix("a matrix", form, vec![[0; 4]; units])?;
     let row = gpu.buffer("a row", 16 * side4 as u64, Usage::Storage)?;
     let out = gpu.buffer("its product", 16 * side4 as u64, Usage::Storage)?;
     let p = super::square_product(form, side4, 1);
-    let variant = gpu.cut(form).linear(1);
-    let groups = [1, gpu.matrix_groups(Kernel::Linear, variant, side4), 1];
     let buffers = [&row, &matrix, &row, &row, &out];
-    let time = seconds(gpu, &out, &|r| r.launch(Kernel::Linear, variant, &p, &buffers, groups))?;
-    Ok(16.0 * units as f64 / time)
+    let cut = gpu.cut(form);
+    let mut ways = vec![cut.linear(1)];
+    if cut.cooperative != Cooperative::No {
+        ways.push(cut.on_lanes().linear(1));
+    }
+    let mut least = f64::INFINITY;
+    for variant in ways {
+        let groups = [1, gpu.matrix_groups(Kernel::Linear, variant, side4), 1];
+        let record = |r: &mut Recording<'_>| r.launch(Kernel::Linear, variant, &p, &buffers, groups);
+        least = least.min(seconds(gpu, &out, &record)?);
+    }
+    Ok(16.0 * units as f64 / least)
 }
 
 /// How fast an adapter reads matrices in one form, by their size: caches hold small ones, and launches are the less of large

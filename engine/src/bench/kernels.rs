@@ -2,11 +2,12 @@
 
 use super::device::{DeviceRates, Reads, rates};
 use super::seconds;
+use crate::cluster::numerics;
 use crate::gpu::{Gpu, Recording};
 use crate::model::ModelSpec;
 use crate::model::decoder::{Decoder, Piece};
 use crate::selftest::open_fast;
-use crate::weights::{ModelWeights, Store, form_of};
+use crate::weights::{ModelWeights, Store};
 use crate::{ClusterOptions, EngineError, Numerics};
 use exflow_placement::ExpertId;
 use serde::Serialize;
@@ -42,10 +43,13 @@ pub fn bench_kernels(
 ) -> Result<(DeviceRates, Vec<KernelRate>), EngineError> {
     let spec = ModelSpec::read(&options.model)?;
     let store = Store::open(&options.model)?;
-    let (wanted, form) = (options.adapter.as_deref(), form_of(options.dtype, options.quant));
+    let wanted = options.adapter.as_deref();
     let mut gpu = match options.numerics {
         Numerics::Exact => Gpu::open(wanted, 0)?,
-        Numerics::Fast => open_fast(wanted, 0, (form, spec.expert.activation))?,
+        Numerics::Fast => {
+            let one = ClusterOptions { ranks: 1, ..options.clone() };
+            open_fast(wanted, 0, (numerics::of_this_process(&one, &spec)?, spec.expert.activation))?
+        }
     };
     gpu.limit_chunks(options.chunk_bytes);
     let limits = rates(&gpu)?;

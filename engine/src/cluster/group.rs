@@ -1,11 +1,12 @@
 //! How the ranks of a world meet: in this process alone, or with other processes over QUIC, epoch by epoch.
 
+use super::numerics;
 use super::placing::{self, Base, Decline};
 use super::plan::{Plan, table_digest};
 use super::sizing::Offer;
 use crate::EngineError;
 use crate::model::ModelSpec;
-use crate::options::{ClusterOptions, GroupOptions, PlacementSource, TransportKind};
+use crate::options::{ClusterOptions, GroupOptions, Numerics, PlacementSource, TransportKind};
 use exflow_placement::{Affinity, PlacementTable, Rank};
 use exflow_transport::identity::Identity;
 use exflow_transport::proto::membership::{Digest, Party, Roster};
@@ -70,7 +71,10 @@ impl Group {
         placing::check_affinity(options, spec)?;
         placing::check_options(options)?;
         placing::check_kv_wire(options, spec)?;
-        placing::check_numerics(options, spec)?;
+        if options.numerics == Numerics::Fast {
+            // What this process's own ranks lack is told before others are waited for.
+            numerics::of_this_process(options, spec)?;
+        }
         let Some(group) = &options.group else {
             placing::check_ranks(options.ranks, spec)?;
             return Ok(Self::Alone(options.transport, Offer::of(options)?));

@@ -1,5 +1,6 @@
 //! The ranks of this process: their devices and weights, kept over epochs, and the threads that run them.
 
+use super::numerics;
 use super::plan::Plan;
 use super::sizing::Sizes;
 use crate::EngineError;
@@ -90,6 +91,17 @@ impl Host {
             }
             Ok(all)
         })
+    }
+
+    /// The kind of numerics by which this process's ranks do make products: fast ones are exact where nothing is left that they
+    /// would form in another way.
+    pub(crate) fn numerics(&self) -> Numerics {
+        let forms = numerics::forms(&self.options, &self.spec);
+        let mut on_units = self.hosted.iter().flatten().map(|decoder| decoder.gpu.on_units());
+        match self.options.numerics {
+            Numerics::Fast if on_units.any(|of| numerics::is_fast(&forms, of)) => Numerics::Fast,
+            _ => Numerics::Exact,
+        }
     }
 
     /// Where ranks find experts while they run, and what room there is for them.
@@ -234,10 +246,10 @@ impl Loader<'_> {
 
     fn whole(&self, rank: Rank, local: usize, held: Vec<Vec<ExpertId>>) -> Result<Decoder, EngineError> {
         let held_as = (self.options.dtype, self.options.quant);
-        let (wanted, form) = (self.options.adapter_of(local), weights::form_of(held_as.0, held_as.1));
+        let wanted = self.options.adapter_of(local);
         let mut gpu = match self.options.numerics {
             Numerics::Exact => Gpu::open(wanted, local)?,
-            Numerics::Fast => open_fast(wanted, local, (form, self.spec.expert.activation))?,
+            Numerics::Fast => open_fast(wanted, local, (self.plan.on_units, self.spec.expert.activation))?,
         };
         gpu.limit_chunks(self.options.chunk_bytes);
         gpu.set_draws(self.options.draws_on_device);

@@ -1,10 +1,12 @@
 //! Which table a world starts with: as asked for, checked against memory, and without the ranks that are absent.
 
+use super::numerics;
 use super::plan::Plan;
 use super::sizing::{Offer, Sizes};
 use crate::EngineError;
+use crate::gpu::OnUnits;
 use crate::model::ModelSpec;
-use crate::options::{ClusterOptions, Combine, Domain, KvWire, Numerics, PlacementSource, Prefill};
+use crate::options::{ClusterOptions, Combine, Domain, KvWire, PlacementSource, Prefill};
 use crate::stats::gib;
 use exflow_placement::{PlacementTable, Rank};
 use exflow_shaders::Cache;
@@ -31,6 +33,8 @@ pub(crate) struct Base {
     table: PlacementTable,
     /// Blocks of cache, once they are decided.
     cache_blocks: Option<usize>,
+    /// Of which matrices products are made on matrix units, once that is decided.
+    on_units: Option<OnUnits>,
 }
 
 impl Base {
@@ -54,9 +58,11 @@ pub(crate) fn decide(
         None => {
             check_ranks(ranks, spec).map_err(Decline::Never)?;
             let table = resolve(options, spec, ranks).map_err(Decline::Never)?;
-            base.insert(Base { table, cache_blocks: None })
+            base.insert(Base { table, cache_blocks: None, on_units: None })
         }
     };
+    let on_units = numerics::on_units(options, spec, (roster, offers), base.on_units);
+    let on_units = *base.on_units.insert(on_units.map_err(Decline::Never)?);
     if options.kv_wire == KvWire::Hidden {
         check_alike(offers).map_err(Decline::Never)?;
     }
@@ -95,6 +101,7 @@ pub(crate) fn decide(
         dtype: options.dtype,
         quant: options.quant,
         numerics: options.numerics,
+        on_units,
         kv_dtype: options.kv_dtype,
         kv_wire: options.kv_wire,
         schedule: options.schedule,
@@ -138,25 +145,6 @@ pub(crate) fn check_options(options: &ClusterOptions) -> Result<(), EngineError>
             "use --combine exact, or --prefill home",
         )),
         _ => Ok(()),
-    }
-}
-
-/// Whether there are products that another kind of numerics would form in another way: of matrices with scales, or any on
-/// matrix units that this process has.
-pub(crate) fn check_numerics(options: &ClusterOptions, spec: &ModelSpec) -> Result<(), EngineError> {
-    if options.numerics == Numerics::Exact || options.quant.is_some() || spec.packed_experts {
-        return Ok(());
-    }
-    let adapters = crate::gpu::chosen((0..options.ranks).map(|local| options.adapter_of(local)))?;
-    match adapters.iter().find(|adapter| adapter.matrix_side.is_none()) {
-        None => Ok(()),
-        Some(adapter) => Err(EngineError::usage(
-            format!(
-                "--numerics fast changes nothing about matrices in {} on {}, which offers no matrix units",
-                options.dtype, adapter.name
-            ),
-            "add --quant q8_0 or q4_0, whose blocks it multiplies as bytes, or leave it out",
-        )),
     }
 }
 

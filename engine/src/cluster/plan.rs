@@ -1,6 +1,7 @@
 //! What every rank of a world must know and share before it loads: rank 0 decides it and sends it in its welcome.
 
 use crate::EngineError;
+use crate::gpu::OnUnits;
 use crate::options::{
     ClusterOptions, Combine, Dtype, KvDtype, KvWire, Numerics, Overlap, Prefill, Quant, Schedule,
 };
@@ -16,6 +17,8 @@ pub(crate) struct Plan {
     pub(crate) dtype: Dtype,
     pub(crate) quant: Option<Quant>,
     pub(crate) numerics: Numerics,
+    /// Of which matrices products are made on matrix units.
+    pub(crate) on_units: OnUnits,
     pub(crate) kv_dtype: KvDtype,
     pub(crate) kv_wire: KvWire,
     pub(crate) schedule: Schedule,

@@ -1,9 +1,10 @@
 //! What fits where: bytes of weights, experts and cache against what each rank may take.
 
 use crate::EngineError;
+use crate::gpu::OnUnits;
 use crate::model::ModelSpec;
 use crate::model::scratch::attention_splits;
-use crate::options::{ClusterOptions, Dtype, KvWire, Overlap, Quant};
+use crate::options::{ClusterOptions, Dtype, KvWire, Numerics, Overlap, Quant};
 use crate::runtime::{BLOCK, CHUNK, MAX_RUNNING};
 use crate::stats::gib;
 use exflow_shaders::Cache;
@@ -36,13 +37,15 @@ pub(crate) struct Offer {
     pub(crate) adapters: Vec<String>,
     /// And its driver.
     pub(crate) drivers: Vec<String>,
+    /// And the matrices whose products it makes on its matrix units where numerics are fast.
+    pub(crate) on_units: Vec<OnUnits>,
 }
 
 impl Offer {
     /// Of a process whose ranks need no names; adapters are looked at where the cache is sized by them.
     pub(crate) fn of(options: &ClusterOptions) -> Result<Self, EngineError> {
         match options.cache_positions {
-            Some(_) if options.kv_wire == KvWire::Cache => {
+            Some(_) if options.kv_wire == KvWire::Cache && options.numerics == Numerics::Exact => {
                 Ok(Self { memory: options.memory, ..Self::default() })
             }
             _ => Self::with_names(options),
@@ -68,6 +71,7 @@ impl Offer {
             on_host,
             adapters: adapters.iter().map(|adapter| short(&adapter.name)).collect(),
             drivers: adapters.iter().map(|adapter| short(&adapter.driver)).collect(),
+            on_units: adapters.iter().map(|adapter| adapter.on_units()).collect(),
         })
     }
 
@@ -208,7 +212,10 @@ impl Sizes {
 }
 
 /// By rank, what its process offers; `None` where it is absent.
-fn present<'a>(roster: &'a Roster, offers: &'a [Offer]) -> impl Iterator<Item = Option<&'a Offer>> {
+pub(super) fn present<'a>(
+    roster: &'a Roster,
+    offers: &'a [Offer],
+) -> impl Iterator<Item = Option<&'a Offer>> {
     roster.members().iter().enumerate().flat_map(move |(process, member)| {
         let offer = offers.get(process).filter(|_| roster.is_present(process));
         std::iter::repeat_n(offer, member.ranks.into())

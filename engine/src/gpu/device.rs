@@ -6,6 +6,7 @@ use super::pipelines::{PipelineCache, Pipelines};
 use super::recording::Ahead;
 use super::report::Candidate;
 use super::tuning::{Cut, Form, Tuning};
+use super::units::OnUnits;
 use crate::EngineError;
 use exflow_shaders::{COOPERATIVE_BYTES, COOPERATIVE_SUBGROUPS, Cooperative, Kernel, Variant, Weights};
 use std::cell::RefCell;
@@ -45,8 +46,10 @@ pub(crate) struct Gpu {
     fast: bool,
     /// Rows and columns of the matrices that its matrix units multiply, where this device may use them.
     matrix_side: Option<usize>,
-    /// What products are made on where numerics are fast.
-    cooperative: Cooperative,
+    /// What products are made on those where numerics are fast.
+    on_units: OnUnits,
+    /// Why they are not used, where they were to be.
+    units_fault: Option<String>,
     largest_subgroup: u32,
 }
 
@@ -104,7 +107,8 @@ impl Gpu {
             draws: report.kind != "cpu",
             fast: false,
             matrix_side,
-            cooperative: Cooperative::No,
+            on_units: OnUnits::default(),
+            units_fault: None,
             largest_subgroup: report.subgroup.map_or(1, |(_, largest)| largest),
             failure,
             next_buffer_id: AtomicU64::new(0),
@@ -196,14 +200,34 @@ impl Gpu {
         self.matrix_side
     }
 
-    /// Has products of matrices in f32 and f16 be made on its matrix units where numerics are fast.
-    pub(crate) fn use_matrix_units(&mut self) {
-        self.cooperative = self.matrix_side.map_or(Cooperative::No, Cooperative::of_side);
+    /// Has products of matrices in these forms be made on its matrix units where numerics are fast.
+    pub(crate) fn use_matrix_units(&mut self, forms: OnUnits) {
+        self.on_units = if self.matrix_side.is_some() { forms } else { OnUnits::default() };
     }
 
-    /// What products are made on where numerics are fast.
-    pub(crate) fn cooperative(&self) -> Cooperative {
-        self.cooperative
+    /// Which products are made on matrix units where numerics are fast.
+    pub(crate) fn on_units(&self) -> OnUnits {
+        self.on_units
+    }
+
+    /// Notes why products that were to be made on its matrix units are not.
+    pub(crate) fn note_units_fault(&mut self, fault: String) {
+        self.units_fault = Some(fault);
+    }
+
+    /// Why products that were to be made on its matrix units are not.
+    pub(crate) fn units_fault(&self) -> Option<&str> {
+        self.units_fault.as_deref()
+    }
+
+    /// Rows and columns of the matrices that products are made of on its matrix units; 0: none is.
+    pub(crate) fn side_in_use(&self) -> usize {
+        if self.on_units.is_empty() { 0 } else { self.matrix_side.unwrap_or(0) }
+    }
+
+    /// What multiplies where matrix units do.
+    fn units(&self) -> Cooperative {
+        self.matrix_side.map_or(Cooperative::No, Cooperative::of_side)
     }
 
     /// Lanes of a workgroup that makes a variant's products.
@@ -221,8 +245,8 @@ impl Gpu {
 
     /// How matrices in this form are worked on.
     pub(crate) fn cut(&self, form: Weights) -> Cut<'_> {
-        let cooperates = self.fast && !form.has_scales();
-        let cooperative = if cooperates { self.cooperative } else { Cooperative::No };
+        let cooperates = self.fast && self.on_units.has(form);
+        let cooperative = if cooperates { self.units() } else { Cooperative::No };
         let form = Form::new(form, self.fast);
         Cut { form, is_cpu: self.is_cpu, tuned: self.tuning.get(&form.name()), cooperative }
     }

@@ -13,6 +13,7 @@ mod report;
 mod stamps;
 mod threads;
 mod tuning;
+mod units;
 
 pub(crate) use buffer::{Buffer, Usage};
 pub(crate) use device::Gpu;
@@ -26,3 +27,4 @@ pub use report::{DeviceReport, devices, launch_threads_set, prepare_process};
 pub use threads::{keep_pool_from_bytes, pool_from_bytes};
 pub(crate) use tuning::{Cut, EXPERT_ROWS, Form, LINEAR_ROWS, Tuning, weights_name};
 pub use tuning::{FormTuning, TileUpTo, TuningReport};
+pub(crate) use units::OnUnits;

@@ -1,7 +1,9 @@
 //! Which adapters this machine has, and which one a rank takes.
 
 use super::tuning::{Form, FormTuning, Subject, TuningReport};
+use super::units::OnUnits;
 use crate::EngineError;
+use exflow_shaders::Weights;
 use serde::Serialize;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -182,6 +184,14 @@ impl DeviceReport {
     pub(super) fn has_lanes(&self) -> bool {
         self.features.iter().any(|feature| feature == "subgroup")
             && self.subgroup.is_some_and(|(smallest, _)| smallest >= 8)
+    }
+
+    /// Matrices whose products it makes on its matrix units where numerics are fast.
+    pub(crate) fn on_units(&self) -> OnUnits {
+        match self.matrix_side {
+            Some(_) => OnUnits::of(Weights::ALL.into_iter().filter(|form| !form.has_scales())),
+            None => OnUnits::default(),
+        }
     }
 
     /// What its file of measurements is about.

@@ -249,6 +249,11 @@ pub(crate) struct Cut<'a> {
 }
 
 impl Cut<'_> {
+    /// The same, but that lanes multiply.
+    pub(crate) fn on_lanes(self) -> Self {
+        Self { cooperative: Cooperative::No, ..self }
+    }
+
     /// The variant for `rows` rows of a matrix.
     pub(crate) fn linear(&self, rows: usize) -> Variant {
         // Weights are dear to load, so that a tile pays from two rows on. Tiles of 16 pay only where no registers are

@@ -1,5 +1,6 @@
 //! What runs on a rank: sequences, contexts, steps with their exchanges, and the loop around them.
 
+mod agree;
 pub(crate) mod bounds;
 mod coherence;
 mod experts;

@@ -302,10 +302,11 @@ impl Worker {
         Batch { decode: true, tokens, total: self.sequences.decodable() }
     }
 
-    /// Waits until all have their weights.
+    /// Waits until all have their weights, and are of one mind about what products are made of.
     pub(super) fn meet(&mut self) -> Result<(), EngineError> {
         let mut rounds = Rounds { unheard: Some(self.say(Gathered::default())?), ..Rounds::default() };
         self.hear(&mut rounds)?;
+        self.agree()?;
         let adapter = self.decoder.gpu.name().to_owned();
         self.tell(Event::Ready(self.comm.rank(), adapter));
         self.behind = true;

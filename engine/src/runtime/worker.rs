@@ -306,7 +306,7 @@ impl Worker {
         stats.kv_blocks = self.sequences.blocks();
         stats.kv_peak_blocks = self.sequences.take_peak();
         stats.kernels_made = self.decoder.gpu.take_made();
-        stats.matrix_side = self.decoder.gpu.cooperative().side().unwrap_or(0) as u64;
+        stats.matrix_side = self.decoder.gpu.side_in_use() as u64;
         stats.memory_bytes = self.decoder.gpu.allocated_bytes();
         self.tell(Event::Report(self.comm.rank(), Box::new(stats)));
     }

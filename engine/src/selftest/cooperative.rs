@@ -2,24 +2,26 @@
 
 use super::{Bench, H4, Values};
 use crate::EngineError;
-use crate::gpu::Gpu;
+use crate::gpu::{Gpu, OnUnits};
 use exflow_shaders::{Activation, Cooperative, Kernel, Variant, Weights, params};
 
-/// Opens an adapter for fast numerics on matrices in this form and experts with this activation: with its matrix units, where it
-/// offers them and they pass what they are tried by; else a warning tells why they are not used.
+/// Opens an adapter for fast numerics, with experts of this activation: products of matrices in the forms `on_units` are made on
+/// its matrix units, where it offers them and they pass what they are tried by; else a warning tells why they are not used, and
+/// so does [`Gpu::units_fault`].
 pub(crate) fn open_fast(
     wanted: Option<&str>,
     rank: usize,
-    (form, activation): (Weights, Activation),
+    (on_units, activation): (OnUnits, Activation),
 ) -> Result<Gpu, EngineError> {
-    let mut gpu = match form.has_scales() {
+    let mut gpu = match on_units.is_empty() {
         true => Gpu::open(wanted, rank)?,
         false => Gpu::open_with_matrix_units(wanted, rank)?,
     };
     if let Some(side) = gpu.matrix_side() {
         let bench = Bench::new(gpu);
-        let tried = bench.try_units(Cooperative::of_side(side), form, activation);
-        gpu = settle(bench.gpu, tried.unwrap_or_else(|e| Some(e.to_string())), (wanted, rank))?;
+        let tried = bench.try_units(Cooperative::of_side(side), on_units, activation);
+        let fault = tried.unwrap_or_else(|e| Some(e.to_string()));
+        gpu = settle(bench.gpu, (on_units, fault), (wanted, rank))?;
     }
     gpu.set_fast(true);
     Ok(gpu)
@@ -29,7 +31,7 @@ pub(crate) fn open_fast(
 /// went wrong may have been more than a result.
 fn settle(
     mut gpu: Gpu,
-    fault: Option<String>,
+    (on_units, fault): (OnUnits, Option<String>),
     (wanted, rank): (Option<&str>, usize),
 ) -> Result<Gpu, EngineError> {
     let name = gpu.name().to_owned();
@@ -41,13 +43,15 @@ fn settle(
                     "{name}: products in f16 on matrix units that its driver emulates: --numerics exact is quicker"
                 ),
             }
-            gpu.use_matrix_units();
+            gpu.use_matrix_units(on_units);
             Ok(gpu)
         }
         Some(fault) => {
             tracing::warn!("{name}: its matrix units are not used: {fault}; products are those of f32");
             drop(gpu);
-            Gpu::open(wanted, rank)
+            let mut gpu = Gpu::open(wanted, rank)?;
+            gpu.note_units_fault(fault);
+            Ok(gpu)
         }
     }
 }
@@ -56,9 +60,24 @@ fn settle(
 const ROWS: usize = 67;
 
 impl Bench {
-    /// What is wrong with products of matrices in this form on matrix units, if anything is: they have to be their twins' within
+    /// What is wrong with products of matrices in these forms on matrix units, if anything is: they have to be their twins' within
     /// what rounding makes of them, and a row's bits the same wherever in a launch it is.
     fn try_units(
+        &self,
+        cooperative: Cooperative,
+        on_units: OnUnits,
+        activation: Activation,
+    ) -> Result<Option<String>, EngineError> {
+        for form in Weights::ALL.into_iter().filter(|form| on_units.has(*form)) {
+            let fault = self.try_form(cooperative, form, activation)?;
+            if fault.is_some() {
+                return Ok(fault);
+            }
+        }
+        Ok(None)
+    }
+
+    fn try_form(
         &self,
         cooperative: Cooperative,
         form: Weights,
@@ -68,11 +87,10 @@ impl Bench {
         let mut tiles = Vec::new();
         for kernel in Kernel::ALL.into_iter().filter(|kernel| kernel.is_cooperative()) {
             for variant in kernel.variants() {
-                // A head may be the embedding, which is f32 in any case.
-                let of_head = kernel == Kernel::Linear && variant.weights == Weights::F32;
-                let other = kernel == Kernel::ExpertUp && variant.activation != activation
-                    || variant.weights != form && !of_head;
-                if (variant.cooperative, variant.image) != (cooperative, image) || other {
+                let other = kernel == Kernel::ExpertUp && variant.activation != activation;
+                if (variant.cooperative, variant.weights, variant.image) != (cooperative, form, image)
+                    || other
+                {
                     continue;
                 }
                 let check = self.check(kernel, variant, ROWS)?;
@@ -81,7 +99,7 @@ impl Bench {
                     let what = format!("{}, {}: off by {error:.1e}", kernel.name(), check.case);
                     return Ok(Some(format!("{what}, of {tolerance:.1e}")));
                 }
-                if kernel == Kernel::Linear && variant.weights == form {
+                if kernel == Kernel::Linear {
                     tiles.push(variant);
                 }
             }
@@ -155,19 +173,22 @@ mod tests {
 
     #[test]
     fn matrix_units_are_used_where_they_are_offered_and_pass() {
-        let form = (Weights::F16, Activation::SwiGlu);
+        let activation = Activation::SwiGlu;
+        let on_units = OnUnits::of([Weights::F16]);
         let units = |gpu: &Gpu| gpu.cut(Weights::F16).cooperative;
-        let gpu = open_fast(None, 0, form).expect("an adapter");
+        let gpu = open_fast(None, 0, (on_units, activation)).expect("an adapter");
         let Some(side) = gpu.matrix_side() else {
             eprintln!("skipped: adapter offers no cooperative matrices");
             return assert_eq!(units(&gpu), Cooperative::No);
         };
-        assert_eq!(units(&gpu).side(), Some(side));
+        assert_eq!((units(&gpu).side(), gpu.side_in_use(), gpu.units_fault()), (Some(side), side, None));
         assert_eq!(gpu.cut(Weights::Q8).cooperative, Cooperative::No, "what has scales is bytes");
-        let mut faulty = settle(gpu, Some("a test says so".into()), (None, 0)).expect("opens again");
+        let mut faulty =
+            settle(gpu, (on_units, Some("a test says so".into())), (None, 0)).expect("opens again");
         faulty.set_fast(true);
         assert_eq!(units(&faulty), Cooperative::No);
-        let scaled = open_fast(None, 0, (Weights::Q8, form.1)).expect("an adapter");
+        assert_eq!((faulty.side_in_use(), faulty.units_fault()), (0, Some("a test says so")));
+        let scaled = open_fast(None, 0, (OnUnits::default(), activation)).expect("an adapter");
         assert_eq!(scaled.matrix_side(), None);
     }
 }

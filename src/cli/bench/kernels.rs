@@ -11,8 +11,8 @@ use std::fmt::Write;
 /// Measures a model's heaviest launches, one rank, beside the limit that binds each
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "A launch must read its weights (at the best rate of products of one row with as large or larger matrices in the\n\
-                        same form, bound alike), do its operations (at the rate of f32 on registers, or of the matrix units that make\n\
+    after_help = "A launch must read its weights (at the best rate of products of one row, by lanes or on matrix units, with as large\n\
+                        or larger matrices in the same form, bound alike), do its operations (at the rate of f32 on registers, or of the matrix units that make\n\
                         it with --numerics fast) and be launched; whichever\n\
                         takes longest binds it, and its share is that time over the measured one.\n\n\
                         Example:\n  exflow bench kernels -m examples/models/gpt-moe-16e --rows 1 8 128 --format md"

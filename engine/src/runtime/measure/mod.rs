@@ -76,7 +76,7 @@ impl Worker {
         Ok(median(seconds))
     }
 
-    fn wait_for_all(&mut self) -> Result<(), EngineError> {
+    pub(super) fn wait_for_all(&mut self) -> Result<(), EngineError> {
         self.exchange_blank(ByteClass::Ids, 0)
     }
 
