@@ -24,7 +24,7 @@ pub use figures::{Study, markdown_table, text_table};
 pub use files::{load_affinity, read_documents, save_affinity};
 pub use gathering::{GatherError, Gathered};
 pub use grid::{
-    BEGINNINGS, BesideBest, Cell, ClassBytes, Grid, GridRow, SOLVED_ON, SyntheticModel, chain_table,
+    ALONE, BEGINNINGS, BesideBest, Cell, ClassBytes, Grid, GridRow, SOLVED_ON, SyntheticModel, chain_table,
     decode_rate, grid_profile, grid_prompts, grid_table,
 };
 pub use held_out::{BalanceScore, HeldOut, balances, held_out, keep_back};

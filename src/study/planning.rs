@@ -13,8 +13,10 @@ use std::time::{Duration, Instant};
 /// predictions made from the second: a table does better on the text that it was solved on than on any other.
 const OWN_TEXT: (usize, usize) = (16, 24);
 
-/// Tokens of each sequence in a trial, and before it, while everything is still to be made for the first time.
-const TRIAL: usize = 12;
+/// Least and most tokens of each sequence in a trial, one for each that decodes beside it: the more there are, the longer it
+/// takes from the first that begins to the last.
+const TRIAL: (usize, usize) = (12, 32);
+/// The same before it, while everything is still to be made for the first time.
 const TRIAL_WARM_UP: usize = 3;
 /// A trial is repeated until so much time has passed: single ones of a small model are over in less than a scheduler's
 /// moods last.
@@ -130,7 +132,7 @@ impl Planner {
             cluster.generate(&requests(0, TRIAL_WARM_UP), &mut |_| {})?;
             let (began, mut rates) = (Instant::now(), Vec::new());
             while rates.is_empty() || began.elapsed() < TRIAL_TIME {
-                rates.push(decode_rate(cluster, &requests(rates.len(), TRIAL))?);
+                rates.push(decode_rate(cluster, &requests(rates.len(), sequences.clamp(TRIAL.0, TRIAL.1)))?);
             }
             let (combine, groups) = (self.combine, &self.groups[..]);
             let setting = Setting { strategy, schedule, combine, table: &table, groups };

@@ -31,6 +31,10 @@ const MEASURED: [&str; 8] = [
     "To build the program",
 ];
 
+/// What follows a beginning from its second turn on: every sequence of up to 64 is another one. Equal sequences choose equal
+/// experts, which makes fuller launches than any real text does.
+const ENDINGS: [&str; 8] = ["", " and", " that", " with", " in", ", for", " as", " to"];
+
 /// Sequences that the model writes to be profiled on.
 const OWN_SEQUENCES: usize = 40;
 /// Tokens of each that tables are solved on.
@@ -82,9 +86,7 @@ fn draw(dice: &mut Rng, spec: &ModelSpec, count: usize) -> Vec<u32> {
 pub fn grid_prompts(model: &Path, count: usize, seed: u64) -> Result<Vec<Vec<u32>>, StudyError> {
     let spec = ModelSpec::read(model)?;
     match TextCodec::open(model, spec.vocab_size) {
-        Ok(codec) => Ok((0..count)
-            .map(|i| codec.encode(MEASURED[i % MEASURED.len()]))
-            .collect::<Result<Vec<_>, _>>()?),
+        Ok(codec) => begin(&codec, &MEASURED, count),
         Err(_) => {
             let mut dice = Rng::new(seed ^ 0xa5a5);
             Ok((0..count).map(|_| draw(&mut dice, &spec, DRAWN_PROMPT)).collect())
@@ -98,14 +100,19 @@ pub fn grid_prompts(model: &Path, count: usize, seed: u64) -> Result<Vec<Vec<u32
 /// A tokenizer that does not know them.
 pub(in crate::study) fn trial_prompts(cluster: &Cluster, count: usize) -> Result<Vec<Vec<u32>>, StudyError> {
     match cluster.text() {
-        Ok(codec) => Ok((0..count)
-            .map(|i| codec.encode(BEGINNINGS[i % BEGINNINGS.len()]))
-            .collect::<Result<Vec<_>, _>>()?),
+        Ok(codec) => begin(codec, &BEGINNINGS, count),
         Err(_) => {
             let mut dice = Rng::new(0x7a1a1);
             Ok((0..count).map(|_| draw(&mut dice, cluster.spec(), DRAWN_PROMPT)).collect())
         }
     }
+}
+
+fn begin(codec: &TextCodec, beginnings: &[&str], count: usize) -> Result<Vec<Vec<u32>>, StudyError> {
+    let text = |i: usize| {
+        beginnings[i % beginnings.len()].to_owned() + ENDINGS[i / beginnings.len() % ENDINGS.len()]
+    };
+    Ok((0..count).map(|i| codec.encode(&text(i))).collect::<Result<_, _>>()?)
 }
 
 /// A table solved on `routes` for equal ranks as if each token began anywhere: without the wrap.
@@ -252,5 +259,22 @@ impl SyntheticModel {
             }
         }
         file.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_of_64_prompts_are_the_same_and_none_is_profiled() {
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/models/gpt-moe-16e");
+        let mut prompts = grid_prompts(&model, 64, 0).expect("prompts");
+        let spec = ModelSpec::read(&model).expect("a model");
+        let codec = TextCodec::open(&model, spec.vocab_size).expect("a tokenizer");
+        prompts.extend(begin(&codec, &BEGINNINGS, 64).expect("beginnings"));
+        let different: std::collections::BTreeSet<_> = prompts.iter().collect();
+        assert_eq!(different.len(), 128);
+        assert!(prompts.iter().all(|ids| !ids.is_empty()));
     }
 }

@@ -10,7 +10,7 @@ pub use inputs::{
 };
 pub(super) use inputs::{own_routes, trial_prompts};
 pub use row::{BesideBest, ClassBytes, GridRow};
-pub use turns::decode_rate;
+pub use turns::{ALONE, decode_rate};
 pub(super) use turns::{of_mean_time, quantile};
 
 use super::{Candidate, Planner, StudyError, ways};
@@ -30,7 +30,7 @@ pub struct Cell {
     pub model: String,
     /// The link's name in the result.
     pub link: String,
-    /// Sequences at once; 1: the prompts one after the other.
+    /// Sequences at once; 1: the first [`ALONE`] prompts one after the other.
     pub sequences: usize,
     /// Tokens to make of each prompt.
     pub tokens: usize,

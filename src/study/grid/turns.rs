@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 /// A run says the same again until it took so long: within tenths of a second it matters which core a thread woke on.
 const SHORTEST_RUN: Duration = Duration::from_millis(600);
+/// Prompts that a lone sequence is measured with, one after the other.
+pub const ALONE: usize = 8;
 /// So long the planner's pick and the best fixed setting take turns, and once per repeat at least.
 const PAIRS: Duration = Duration::from_secs(12);
 
@@ -72,7 +74,10 @@ pub(super) struct Turns {
 impl Turns {
     pub(super) fn new(cell: &Cell, prompts: &[Vec<u32>]) -> Self {
         let groups = match cell.sequences {
-            1 => prompts.iter().map(|p| requests(std::slice::from_ref(p), cell.tokens)).collect(),
+            1 => {
+                let alone = prompts.iter().take(ALONE);
+                alone.map(|p| requests(std::slice::from_ref(p), cell.tokens)).collect()
+            }
             n => vec![requests(&prompts.iter().cycle().take(n).cloned().collect::<Vec<_>>(), cell.tokens)],
         };
         Self { groups, said: None, taken: 0 }

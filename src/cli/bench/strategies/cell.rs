@@ -66,7 +66,8 @@ pub(super) fn measure(args: &Args, folder: &Path) -> Result<(), Failure> {
         let table = table.name().into();
         settings.push(Candidate { strategy, schedule, table, placement, ablation, overlap, linger });
     }
-    let prompts = study::grid_prompts(&path, 8, args.runs.seed)?;
+    let most = args.sequences.iter().copied().max().unwrap_or(1).max(study::ALONE);
+    let prompts = study::grid_prompts(&path, most, args.runs.seed)?;
     let routes = match args.no_auto {
         true => None,
         false => Some(
