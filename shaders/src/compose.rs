@@ -4,7 +4,7 @@
 use crate::Cache;
 use crate::kernel::{Kernel, SHARED};
 use crate::reflect::{self, Binding};
-use crate::variant::{Activation, Cooperative, RowTile, Rows, Values, Variant, Weights};
+use crate::variant::{Activation, Columns, Cooperative, RowTile, Rows, Values, Variant, Weights};
 use std::borrow::Cow;
 use wesl::syntax::{ModulePath, PathOrigin};
 use wesl::{CompileOptions, EscapeMangler, Feature, Features, VirtualResolver};
@@ -81,7 +81,7 @@ fn compose(kernel: Kernel, variant: Variant) -> Result<String, ComposeError> {
     Ok(compiled.syntax.to_string())
 }
 
-fn flags(variant: Variant) -> [(&'static str, bool); 30] {
+fn flags(variant: Variant) -> [(&'static str, bool); 31] {
     [
         ("one", variant.tile == RowTile::One),
         ("tile2", variant.tile == RowTile::Two),
@@ -90,6 +90,7 @@ fn flags(variant: Variant) -> [(&'static str, bool); 30] {
         ("tile16", variant.tile == RowTile::Sixteen),
         ("tile32", variant.tile == RowTile::ThirtyTwo),
         ("tile64", variant.tile == RowTile::SixtyFour),
+        ("three", variant.columns == Columns::Three),
         ("coop", variant.cooperative != Cooperative::No),
         ("coop16", variant.cooperative == Cooperative::Sixteen),
         ("turn2", variant.turn4() == 2),

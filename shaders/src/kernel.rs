@@ -1,7 +1,7 @@
 //! The list of kernels, and which of their variants there are.
 
 use crate::Cache;
-use crate::variant::{Activation, Cooperative, RowTile, Rows, Values, Variant, Weights};
+use crate::variant::{Activation, Columns, Cooperative, RowTile, Rows, Values, Variant, Weights};
 
 /// A kernel; its text is `wgsl/{name}.wgsl`, its twin `src/reference/{name}.rs`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -118,8 +118,8 @@ impl Kernel {
         self.takes_textures() || self.hands_over()
     }
 
-    /// The variants of this kernel that are worth telling apart; those that differ in `tile`, `subgroup` and `image`
-    /// alone follow each other, the plain one first.
+    /// The variants of this kernel that are worth telling apart; those that differ in `tile`, `columns`, `subgroup` and
+    /// `image` alone follow each other, the plain one first.
     pub fn variants(self) -> Vec<Variant> {
         let plain = Variant::default();
         let mut bases = vec![plain];
@@ -175,13 +175,16 @@ impl Kernel {
                 .iter()
                 .filter(move |&&tile| base == plain || tile == RowTile::Eight)
                 .map(move |&tile| with(tile, true, false));
+            // One row on a CPU.
+            let three = Variant { columns: Columns::Three, ..with(RowTile::One, true, true) };
+            let three = (base.rows == Rows::F32).then_some(three);
             let without = (base == plain).then_some(with(RowTile::Eight, false, false));
             // What bytes make as f32 besides.
             let floats = RowTile::ALL.iter().map(move |&tile| with(tile, true, true));
             let floats =
                 floats.chain([with(RowTile::Eight, false, false)]).filter(move |_| base.rows == Rows::Bytes);
             let floats = floats.map(|v| Variant { rows: Rows::BytesAsF32, ..v });
-            std::iter::once(base).chain(all).chain(buffers).chain(without).chain(floats)
+            std::iter::once(base).chain(all).chain(three).chain(buffers).chain(without).chain(floats)
         };
         let tiles = |base: Variant| {
             let of_groups = [RowTile::ThirtyTwo, RowTile::SixtyFour];

@@ -17,8 +17,8 @@ pub use compose::{ComposeError, Module, module};
 pub use kernel::{Kernel, texts};
 pub use reflect::{Access, Binding};
 pub use variant::{
-    Activation, COOPERATIVE_BYTES, COOPERATIVE_SUBGROUPS, Cooperative, IMAGE_WIDTH, LANE_COLUMNS4, RowTile,
-    Rows, Values, Variant, WEIGHT_BLOCK, Weights,
+    Activation, COOPERATIVE_BYTES, COOPERATIVE_SUBGROUPS, Columns, Cooperative, IMAGE_WIDTH, RowTile, Rows,
+    Values, Variant, WEIGHT_BLOCK, Weights,
 };
 
 /// Positions per block of the paged KV cache, as `attention.wgsl` has it.

@@ -3,11 +3,14 @@
 use crate::{Cache, Kernel};
 
 /// What a kernel is specialised by besides `override` numbers. Variants that differ in
-/// `tile`, `subgroup`, `image` or `values` alone give equal bits, and so do both kinds of rows in bytes.
+/// `tile`, `columns`, `subgroup`, `image` or `values` alone give equal bits, and so do both kinds of rows in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct Variant {
     /// Rows that a lane works on at once (matrix kernels only; others ignore it).
     pub tile: RowTile,
+    /// How many vec4s of columns a lane makes (matrix kernels with a tile of one row of f32 only; others ignore it). A `linear` that
+    /// keeps and turns has to have two: both halves of a pair.
+    pub columns: Columns,
     /// What stands between an expert's matrices (`expert_up` only; others ignore it).
     pub activation: Activation,
     /// How weights lie (kernels of matrices only; others ignore it).
@@ -204,7 +207,24 @@ pub const WEIGHT_BLOCK: usize = 32;
 pub const IMAGE_WIDTH: usize = 1 << 14;
 
 /// vec4s of columns that a lane of a matrix kernel makes.
-pub const LANE_COLUMNS4: usize = 2;
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub enum Columns {
+    /// 2.
+    #[default]
+    Two,
+    /// 3, of one row: where a matrix's columns fill such workgroups better, or fewer of them.
+    Three,
+}
+
+impl Columns {
+    /// How many.
+    pub fn count(self) -> usize {
+        match self {
+            Self::Two => 2,
+            Self::Three => 3,
+        }
+    }
+}
 
 /// vec4s of columns that a workgroup makes on matrix units (`shared/cooperative.wgsl`).
 const COOPERATIVE_COLUMNS4: usize = 16;
@@ -250,7 +270,7 @@ impl Variant {
     pub fn group_columns4(self, kernel: Kernel, lanes: usize) -> usize {
         let matrices = if kernel == Kernel::ExpertUp { self.activation.matrices() } else { 1 };
         if self.cooperative == Cooperative::No {
-            lanes * LANE_COLUMNS4
+            lanes * self.columns.count()
         } else {
             COOPERATIVE_COLUMNS4 / matrices
         }
@@ -262,9 +282,14 @@ impl Variant {
         let rounds = kernel.has_weights() && self.weights.has_scales();
         let cooperative = if kernel.is_cooperative() { self.cooperative } else { Cooperative::No };
         let alone = cooperative == Cooperative::No;
+        let single = kernel.has_weights() && alone && tile == RowTile::One;
         Self {
             cooperative,
             tile,
+            columns: match self.columns {
+                Columns::Three if single && !(rounds && self.rows != Rows::F32) => Columns::Three,
+                _ => Columns::Two,
+            },
             rows: if rounds { self.rows } else { Rows::F32 },
             activation: if kernel == Kernel::ExpertUp { self.activation } else { Activation::default() },
             weights: match kernel {

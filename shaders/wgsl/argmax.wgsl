@@ -4,7 +4,7 @@ struct Params {
     stride: u32,   // of a row of logits
 }
 @group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<storage, read> logits: array<f32>;        // [T, stride]
+@group(0) @binding(1) var<storage, read> logits: array<vec4<f32>>;  // [T, stride/4]
 @group(0) @binding(2) var<storage, read_write> chosen: array<u32>;  // [T]
 
 const LANES: u32 = 32u;
@@ -13,14 +13,17 @@ var<workgroup> best_index: array<u32, 32>;
 
 @compute @workgroup_size(LANES)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let base = group.x * p.stride;
+    let base = group.x * p.stride / 4u;
     var value = -3.4e38;
     var index = 0xffffffffu;
-    for (var v = lane; v < p.vocab; v += LANES) {
-        let logit = logits[base + v];
-        if logit > value {
-            value = logit;
-            index = v;
+    for (var i = lane; 4u * i < p.vocab; i += LANES) {
+        let four = logits[base + i];
+        for (var j = 0u; j < 4u; j++) {
+            // What stands behind the last of the vocabulary is no token's.
+            if four[j] > value && 4u * i + j < p.vocab {
+                value = four[j];
+                index = 4u * i + j;
+            }
         }
     }
     best_value[lane] = value;

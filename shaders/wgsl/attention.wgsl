@@ -143,17 +143,20 @@ fn write(row: u32, split: u32, splits: u32, all: ptr<function, Sums>, lanes: u32
     }
 }
 
-// Products of a head's query with the keys of each lane's four positions. Lanes load the query in turn, and each of its vec4s
-// serves four loads that do not wait for each other.
-@if(subgroup) fn four_products(q_base: u32, k_base: u32, rows: vec4<u32>, lane: u32) -> vec4<f32> {
+// Products of a head's query with the keys of each lane's four positions. Lanes have a vec4 of the query each, `mine` of the
+// first eight, and each serves four loads that do not wait for each other.
+@if(subgroup) fn four_products(mine: vec4<f32>, q_base: u32, k_base: u32, rows: vec4<u32>, d4: u32, lane: u32) -> vec4<f32> {
     var a = vec4<f32>(0.0);
     var b = vec4<f32>(0.0);
     var c = vec4<f32>(0.0);
     var d = vec4<f32>(0.0);
-    for (var first = 0u; first < p.d4; first += 8u) {
-        let mine = q[q_base + min(first + lane, p.d4 - 1u)];
-        for (var e = 0u; e < min(8u, p.d4 - first); e++) {
-            let value = subgroupShuffle(mine, e);
+    var held = mine;
+    for (var first = 0u; first < d4; first += 8u) {
+        if first > 0u {
+            held = q[q_base + min(first + lane, d4 - 1u)];
+        }
+        for (var e = 0u; e < min(8u, d4 - first); e++) {
+            let value = subgroupShuffle(held, e);
             let column = k_base + first + e;
             a = fma(value, cached(rows.x, column), a);
             b = fma(value, cached(rows.y, column), b);
@@ -164,6 +167,13 @@ fn write(row: u32, split: u32, splits: u32, all: ptr<function, Sums>, lanes: u32
     return vec4<f32>(
         (a.x + a.y) + (a.z + a.w), (b.x + b.y) + (b.z + b.w), (c.x + c.y) + (c.z + c.w), (d.x + d.y) + (d.z + d.w)
     );
+}
+
+// The largest of eight lanes' values, in three steps.
+@if(subgroup) fn largest_of(value: f32, lane: u32) -> f32 {
+    let of_two = max(value, subgroupShuffle(value, lane ^ 1u));
+    let of_four = max(of_two, subgroupShuffle(of_two, lane ^ 2u));
+    return max(of_four, subgroupShuffle(of_four, lane ^ 4u));
 }
 
 // The same sums as below with eight lanes that hand each other queries, weights and rows: a lane has four positions
@@ -185,6 +195,16 @@ fn main(
     let seen_here = span(first, query.position, group.z);
     var sums = nothing();
     @if(!split) var all = beginning(head);
+    // What a parameter is costs a CPU a load for each lane: once, not in each tile.
+    let d4 = p.d4;
+    let part4 = p.part4;
+    let scale = p.scale;
+    let apart = cached_row(BLOCK, p.cache_stride4, part4);
+    let mine = q[q_base + min(lane, d4 - 1u)];
+    var columns: array<u32, COLUMNS>;
+    for (var c = 0u; c < COLUMNS; c++) {
+        columns[c] = v_base + min(c * 8u + lane, p.v4 - 1u);
+    }
 
     for (var tile = seen_here.from_position / LANES * LANES; tile < seen_here.to_position; tile += LANES) {
         @if(!split) {
@@ -201,12 +221,11 @@ fn main(
         let one = block_of(query, from_position.x / BLOCK);
         let other = block_of(query, min(tile / BLOCK + 1u, query.position / BLOCK));
         let blocks = select(vec4<u32>(one), vec4<u32>(other), here >= vec4<u32>(tile + BLOCK));
-        let apart = cached_row(BLOCK, p.cache_stride4, p.part4);
-        var rows = blocks * apart + here % BLOCK * p.part4;
-        let products = four_products(q_base, k_base, rows, lane) * p.scale;
+        var rows = blocks * apart + here % BLOCK * part4;
+        let products = four_products(mine, q_base, k_base, rows, d4, lane) * scale;
         let scores = select(vec4<f32>(sums.largest), products, seen);
         let largest = max(max(scores.x, scores.y), max(scores.z, scores.w));
-        let tile_max = max(sums.largest, subgroupMax(largest));
+        let tile_max = max(sums.largest, largest_of(largest, lane));
         let correction = exp(sums.largest - tile_max);
         sums.largest = tile_max;
         sums.denominator *= correction;
@@ -220,7 +239,7 @@ fn main(
                 sums.denominator += weight;
                 let row = subgroupShuffle(rows.x, i);
                 for (var c = 0u; c < COLUMNS; c++) {
-                    let value = cached(row, v_base + min(c * 8u + lane, p.v4 - 1u));
+                    let value = cached(row, columns[c]);
                     sums.values[c] = fma(vec4<f32>(weight), value, sums.values[c]);
                 }
             }

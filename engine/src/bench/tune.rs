@@ -8,7 +8,7 @@ use crate::gpu::{
 };
 use crate::weights::pack;
 use exflow_shaders::params::{self, Pair, Tile};
-use exflow_shaders::{Activation, Kernel, LANE_COLUMNS4, RowTile, Rows, Variant, Weights};
+use exflow_shaders::{Activation, Kernel, RowTile, Rows, Variant, Weights};
 use std::time::Instant;
 
 /// Measures the adapter that `adapter` names (the best one: `None`) with weights of the types that `types` names (all:
@@ -135,17 +135,14 @@ impl<'g> Probe<'g> {
         Variant { tile, weights, rows, subgroup: way.subgroups, ..Variant::default() }
     }
 
-    fn columns(&self) -> u32 {
-        (self.side4.div_ceil(LANE_COLUMNS4) as u32).div_ceil(self.gpu.workgroup())
-    }
-
     /// Seconds of a product of `rows` rows.
     fn linear(&self, way: &Way, choice: Choice, rows: usize) -> Result<f64, EngineError> {
         let p = super::square_product(self.form.weights, self.side4, rows);
         let [x, y] = &self.rows;
         let buffers = [x, &way.matrix, x, x, y];
-        let groups = [rows.div_ceil(choice.0.rows()) as u32, self.columns(), 1];
         let variant = self.variant(way, choice);
+        let across = self.gpu.matrix_groups(Kernel::Linear, variant, self.side4);
+        let groups = [rows.div_ceil(choice.0.rows()) as u32, across, 1];
         seconds(self.gpu, y, &|r| r.launch(Kernel::Linear, variant, &p, &buffers, groups))
     }
 
@@ -163,11 +160,13 @@ impl<'g> Probe<'g> {
         };
         let (pairs, counts) = pairs(rows);
         let tiles = tiles(&counts, choice.0.rows());
-        let groups = [tiles.len() as u32, self.columns(), 1];
+        let count = tiles.len() as u32;
         let (pairs, tiles) = (self.gpu.buffer_of("pairs", &pairs)?, self.gpu.buffer_of("tiles", &tiles)?);
         let [x, y] = &self.rows;
         let buffers = [x, &way.experts, &pairs, &tiles, x, y];
         let variant = Variant { activation: Activation::SwiGlu, ..self.variant(way, choice) };
+        let across = self.gpu.matrix_groups(Kernel::ExpertUp, variant, self.side4);
+        let groups = [count, across, 1];
         seconds(self.gpu, y, &|r| r.launch(Kernel::ExpertUp, variant, &p, &buffers, groups))
     }
 }

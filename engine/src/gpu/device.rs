@@ -8,7 +8,9 @@ use super::report::Candidate;
 use super::tuning::{Cut, Form, Tuning};
 use super::units::OnUnits;
 use crate::EngineError;
-use exflow_shaders::{COOPERATIVE_BYTES, COOPERATIVE_SUBGROUPS, Cooperative, Kernel, Variant, Weights};
+use exflow_shaders::{
+    COOPERATIVE_BYTES, COOPERATIVE_SUBGROUPS, Columns, Cooperative, Kernel, Variant, Weights,
+};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -241,6 +243,18 @@ impl Gpu {
     /// Workgroups of a matrix kernel along `n4` vec4s of columns.
     pub(crate) fn matrix_groups(&self, kernel: Kernel, variant: Variant, n4: usize) -> u32 {
         n4.div_ceil(variant.group_columns4(kernel, self.workgroup() as usize)) as u32
+    }
+
+    /// The variant that makes `n4` vec4s of columns, and its workgroups along them. A workgroup of one row is dear on a CPU, and what it
+    /// makes beyond the last column is work that is thrown away: wider ones run where they make no more of it.
+    pub(crate) fn along(&self, kernel: Kernel, variant: Variant, n4: usize) -> (Variant, u32) {
+        let [two, three] = [Columns::Two, Columns::Three].map(|columns| {
+            let variant = Variant { columns, ..variant }.of(kernel);
+            (variant, self.matrix_groups(kernel, variant, n4))
+        });
+        let made = |(variant, groups): &(Variant, u32)| variant.columns.count() as u32 * groups;
+        let wider = self.is_cpu && self.hands_over && made(&three) <= made(&two);
+        if wider { three } else { two }
     }
 
     /// How matrices in this form are worked on.

@@ -4,7 +4,7 @@ use super::{Bench, H, H4, N4, Values, WIDTH, error};
 use crate::EngineError;
 use exflow_shaders::params::{self, Draw};
 use exflow_shaders::reference::{self, Factors};
-use exflow_shaders::{Cache, Cooperative, Kernel, NO_SLOT, Variant};
+use exflow_shaders::{Cache, Columns, Kernel, NO_SLOT, Variant};
 
 impl Bench {
     pub(super) fn embed(&self, variant: Variant, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
@@ -118,7 +118,7 @@ impl Bench {
             return self.linear_kept(variant, rows, v);
         }
         // More than one workgroup makes.
-        let n4 = if variant.cooperative == Cooperative::No { N4 } else { 3 * N4 };
+        let n4 = 3 * N4;
         let n = 4 * n4;
         // Whole rows with all that may be added; then two heads on parts of rows.
         for heads in [1, 2] {
@@ -163,6 +163,9 @@ impl Bench {
         let slots: Vec<u32> = (0..rows as u32).map(|i| (i * 7 + 3) % 80).collect();
         let mut worst = 0f64;
         for (heads, d4, half4) in [(2, 4, 2), (3, 5, 0)] {
+            // Both halves of a pair are a lane's own: heads that turn have two vec4s a lane, as in a decoder.
+            let columns = if half4 > 0 { Columns::Two } else { variant.columns };
+            let variant = Variant { columns, ..variant };
             let (n4, cache4) = ((heads + 2) * d4, 2 * d4);
             let (x, bias) = (v.floats(rows * H), v.floats(4 * n4));
             let (weights, w) = self.matrix(variant, &v.floats(4 * n4 * H), (4 * n4, H))?;
@@ -332,7 +335,8 @@ impl Bench {
     pub(super) fn argmax(&self, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
         let (vocab, stride) = (257, 260);
         let mut logits = v.floats(rows * stride);
-        (logits[200], logits[33]) = (2.0, 2.0); // a tie in the first row, which the lower index wins
+        // In the first row a tie, which the lower index wins, and more behind the last token, which counts nothing.
+        (logits[200], logits[33], logits[vocab]) = (2.0, 2.0, 3.0);
         let p = params::Argmax { vocab: vocab as u32, stride: stride as u32 };
         let mut expected = vec![0u32; rows];
         reference::argmax(&p, &logits, &mut expected);

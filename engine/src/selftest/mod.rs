@@ -12,7 +12,7 @@ use crate::gpu::{Buffer, Gpu, Recording, devices};
 use crate::weights::pack;
 use bytemuck::Pod;
 use exflow_shaders::params::Tile;
-use exflow_shaders::{Cache, Cooperative, Kernel, RowTile, Rows, Variant, Weights};
+use exflow_shaders::{Cache, Columns, Cooperative, Kernel, RowTile, Rows, Variant, Weights};
 use serde::Serialize;
 use std::cell::RefCell;
 
@@ -103,7 +103,7 @@ impl Values {
 /// Odd widths: 9 vec4s of 34 columns, 5 experts.
 const H4: usize = 9;
 const WIDTH: usize = 34;
-const N4: usize = 11;
+const N4: usize = 19;
 const EXPERTS: usize = 5;
 const D4: usize = 3;
 const H: usize = 4 * H4;
@@ -162,6 +162,9 @@ impl Bench {
         }
         if variant.tile != RowTile::One {
             variant_text += &format!(", tile of {}", variant.tile_rows());
+        }
+        if variant.columns != Columns::Two {
+            variant_text += &format!(", columns by {}", variant.columns.count());
         }
         if variant.cache != Cache::F32 {
             variant_text += &format!(", {:?} cache", variant.cache);

@@ -8,7 +8,8 @@
 @elif(tile32) const TILE_ROWS: u32 = 32u;
 @elif(tile64) const TILE_ROWS: u32 = 64u;
 @else const TILE_ROWS: u32 = 1u;
-const COLUMNS: u32 = 2u;
+@if(three) const COLUMNS: u32 = 3u;
+@else const COLUMNS: u32 = 2u;
 
 // vec4s of a row that lanes load at once where they hand each other what they loaded: eight lanes share up to eight
 // rows, and the parts of fewer.

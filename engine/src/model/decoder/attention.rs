@@ -105,7 +105,11 @@ impl Decoder {
         let variant =
             Variant { keeps: true, cache: self.cache_form, ..self.gpu.cut(product.weight.form).linear(rows) };
         let bias = product.bias.unwrap_or(self.absent());
-        let across = self.gpu.matrix_groups(Kernel::Linear, variant, n4);
+        // Where pairs turn, a lane has both halves of them.
+        let (variant, across) = match p.half4 {
+            0 => self.gpu.along(Kernel::Linear, variant, n4),
+            _ => (variant, self.gpu.matrix_groups(Kernel::Linear, variant, n4)),
+        };
         let groups = [rows.div_ceil(variant.tile_rows()) as u32, across, 1];
         let from = [within.normed, &product.weight.buffer, bias];
         let to = [within.turns, within.qkv, within.slots, &self.cache[layer]];

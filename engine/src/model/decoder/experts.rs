@@ -44,7 +44,7 @@ impl Decoder {
         };
         let pairs = rows * spec.top_k;
         let variant = self.expert_variant(rows);
-        let [up_groups, down_groups] = self.expert_groups(variant);
+        let [(up_variant, up_groups), (down_variant, down_groups)] = self.ffn_cuts(variant, spec.expert.i4());
         // Of a single row the router wrote the lists.
         if rows > 1 {
             let p = params::ExpertPermute {
@@ -59,9 +59,9 @@ impl Decoder {
         }
         for Chunk { first, count, ffn } in &experts.chunks {
             let (up, down) = self.ffn_params(ffn, 0, (*first, *count));
-            r.launch_indirect(Kernel::ExpertUp, variant, &up, &self.up_buffers(ffn), (&s.launches, 0));
+            r.launch_indirect(Kernel::ExpertUp, up_variant, &up, &self.up_buffers(ffn), (&s.launches, 0));
             let buffers = self.down_buffers(ffn);
-            r.launch_indirect(Kernel::ExpertDown, variant, &down, &buffers, (&s.launches, 12));
+            r.launch_indirect(Kernel::ExpertDown, down_variant, &down, &buffers, (&s.launches, 12));
         }
     }
 
@@ -75,11 +75,12 @@ impl Decoder {
 
     /// Workgroups along the columns of the experts' two launches.
     pub(super) fn expert_groups(&self, variant: Variant) -> [u32; 2] {
-        self.ffn_groups(variant, self.spec.expert.i4())
+        self.ffn_cuts(variant, self.spec.expert.i4()).map(|of| of.1)
     }
 
-    fn ffn_groups(&self, variant: Variant, i4: usize) -> [u32; 2] {
-        let of = |(kernel, n4)| self.gpu.matrix_groups(kernel, variant, n4);
+    /// The variants of the two launches, and their workgroups along the columns.
+    fn ffn_cuts(&self, variant: Variant, i4: usize) -> [(Variant, u32); 2] {
+        let of = |(kernel, n4)| self.gpu.along(kernel, variant, n4);
         [(Kernel::ExpertUp, i4), (Kernel::ExpertDown, self.spec.h4())].map(of)
     }
 
@@ -112,9 +113,10 @@ impl Decoder {
             Variant { activation: ffn.spec.activation, weights: ffn.up.weight.form, ..batch.variant };
         let (up, down) = self.ffn_params(ffn, batch.first_tile, experts);
         let tiles = batch.tiles as u32;
-        let [up_groups, down_groups] = self.ffn_groups(variant, ffn.spec.i4());
-        r.launch(Kernel::ExpertUp, variant, &up, &self.up_buffers(ffn), [tiles, up_groups, 1]);
-        r.launch(Kernel::ExpertDown, variant, &down, &self.down_buffers(ffn), [tiles, down_groups, 1]);
+        let [(up_variant, up_groups), (down_variant, down_groups)] = self.ffn_cuts(variant, ffn.spec.i4());
+        r.launch(Kernel::ExpertUp, up_variant, &up, &self.up_buffers(ffn), [tiles, up_groups, 1]);
+        let buffers = self.down_buffers(ffn);
+        r.launch(Kernel::ExpertDown, down_variant, &down, &buffers, [tiles, down_groups, 1]);
     }
 
     fn ffn_params(
