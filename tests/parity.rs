@@ -254,7 +254,7 @@ fn fast_numerics_stay_near_the_exact_ones_and_give_the_same_bits_on_any_number_o
     }
 }
 
-/// Matrices in f32 and f16 on matrix units: a little off the exact products, by the same bits wherever a token is, however many
+/// Matrices on matrix units: a little off the exact products, by the same bits wherever a token is, however many
 /// are fed at once and on however many ranks.
 #[test]
 fn matrix_units_stay_near_the_exact_products_and_give_a_row_the_same_bits_in_any_batch() {
@@ -264,20 +264,25 @@ fn matrix_units_stay_near_the_exact_products_and_give_a_row_the_same_bits_in_any
         return;
     }
     let fixtures = root().join("tests/parity/fixtures");
-    // Families of every kind of attention and expert: what has MXFP4 has bytes beside.
-    for (name, dtype, limit) in [
-        ("olmoe", Dtype::F32, 0.02),
-        ("olmoe", Dtype::F16, 0.02),
-        ("qwen3_moe", Dtype::F16, 0.02),
-        ("deepseek_v2", Dtype::F32, 0.02),
-        ("deepseek_v2", Dtype::F16, 0.02),
-        ("gpt_oss", Dtype::F16, 0.02),
-        ("gpt_oss_mxfp4", Dtype::F16, 0.25),
+    // Families of every kind of attention and expert: what has MXFP4 has bytes beside, unless scales are for units too.
+    for (name, dtype, quant, scales_on_units, limit) in [
+        ("olmoe", Dtype::F32, None, None, 0.02),
+        ("olmoe", Dtype::F16, None, None, 0.02),
+        ("qwen3_moe", Dtype::F16, None, None, 0.02),
+        ("deepseek_v2", Dtype::F32, None, None, 0.02),
+        ("deepseek_v2", Dtype::F16, None, None, 0.02),
+        ("gpt_oss", Dtype::F16, None, None, 0.02),
+        ("gpt_oss_mxfp4", Dtype::F16, None, Some(false), 0.25),
+        ("gpt_oss_mxfp4", Dtype::F16, None, Some(true), 0.02),
+        ("olmoe", Dtype::F32, Some(Quant::Q8_0), Some(true), 0.02),
+        ("deepseek_v2", Dtype::F32, Some(Quant::Q8_0), Some(true), 0.02),
+        ("qwen3_moe", Dtype::F32, Some(Quant::Q4_0), Some(true), 0.02),
     ] {
         let prompt = Expected::read(&fixtures.join(name)).ids("prompt");
         let dump = |numerics: Numerics, ranks: usize, schedule: Schedule, feed: Feed| {
             let mut options = ClusterOptions::new(fixtures.join(name));
-            (options.dtype, options.numerics) = (dtype, numerics);
+            (options.dtype, options.quant, options.numerics) = (dtype, quant, numerics);
+            options.scales_on_units = scales_on_units;
             (options.ranks, options.schedule) = (ranks, schedule);
             let mut cluster = Cluster::start(options, &NoProgress).unwrap_or_else(|e| panic!("{name}: {e}"));
             let logits = cluster.logits(&prompt, feed).expect("logits").logits;
@@ -294,15 +299,16 @@ fn matrix_units_stay_near_the_exact_products_and_give_a_row_the_same_bits_in_any
         let exact = dump(Numerics::Exact, 1, Schedule::Rounds, Feed::Decode);
         let fast = dump(Numerics::Fast, 1, Schedule::Rounds, Feed::Decode);
         let worst = exact.iter().zip(&fast).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-        eprintln!("{name} {dtype}: off by {worst}");
-        assert!(worst > 0.0 && worst < limit, "{name} {dtype}: off by {worst}");
+        let of = format!("{name} {dtype} {quant:?} {scales_on_units:?}");
+        eprintln!("{of}: off by {worst}");
+        assert!(worst > 0.0 && worst < limit, "{of}: off by {worst}");
         for (ranks, schedule, feed) in [
             (1, Schedule::Rounds, Feed::Prefill),
             (3, Schedule::Rounds, Feed::Decode),
             (3, Schedule::Flow, Feed::Prefill),
         ] {
             let other = dump(Numerics::Fast, ranks, schedule, feed);
-            assert!(bits(&other) == bits(&fast), "{name} {dtype}: {ranks} ranks, {schedule}, {feed}");
+            assert!(bits(&other) == bits(&fast), "{of}: {ranks} ranks, {schedule}, {feed}");
         }
     }
 }

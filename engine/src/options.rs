@@ -176,7 +176,8 @@ words! {
         /// f32 throughout, in one stated order.
         Exact = "exact",
         /// Where matrices share scales (`--quant`, MXFP4) rows are rounded to bytes, 32 columns to a scale, and bytes are
-        /// multiplied as such; other matrices and their rows are rounded to f16 where the adapter has matrix units to multiply them.
+        /// multiplied as such, unless matrix units were measured to gain on that; other matrices and their rows are rounded to
+        /// f16 where the adapter has matrix units to multiply them.
         Fast = "fast"
     }
 }
@@ -299,6 +300,9 @@ pub struct ClusterOptions {
     pub room_for_moves: bool,
     /// Whether devices draw tokens or the host does, which gives the same ones; `None`: devices that are no CPUs.
     pub draws_on_device: Option<bool>,
+    /// Whether matrix units make products of matrices with scales too where numerics are fast, in place of bytes; `None`: those
+    /// that `exflow devices --tune` measured to gain by it. On all ranks of a world, or on none.
+    pub scales_on_units: Option<bool>,
     /// Bytes of experts' matrices, or of the embedding's and the head's rows, that are bound together at most; an expert and 32
     /// rows are never cut. `None`: as much as the adapter binds.
     pub chunk_bytes: Option<u64>,
@@ -405,6 +409,7 @@ impl ClusterOptions {
             room_for_moves: false,
             chunk_bytes: None,
             draws_on_device: None,
+            scales_on_units: None,
             warm_up: None,
             group: None,
         }

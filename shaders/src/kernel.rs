@@ -212,7 +212,7 @@ impl Kernel {
         };
         let mut all = Vec::new();
         for cooperative in [Cooperative::Eight, Cooperative::Sixteen] {
-            for (weights, &activation) in [Weights::F32, Weights::F16]
+            for (weights, &activation) in Weights::ALL
                 .into_iter()
                 .flat_map(|weights| activations.iter().map(move |activation| (weights, activation)))
             {

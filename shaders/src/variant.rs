@@ -27,11 +27,11 @@ pub struct Variant {
     /// Lanes hand each other what they loaded or summed, in subgroups of eight or more (`norm`, `router`, `place`, `attention`
     /// and matrix kernels; others ignore it).
     pub subgroup: bool,
-    /// What products are of (matrix kernels whose weights share scales; others ignore it).
+    /// What products are of (matrix kernels whose weights share scales, where lanes multiply; others ignore it).
     pub rows: Rows,
     /// The matrix, or the cache, is a texture (matrix kernels, `embed`, `place`, `attention`; others ignore it).
     pub image: bool,
-    /// Whether products are made on matrix units, and by which (matrix kernels whose weights share no scales; others ignore it).
+    /// Whether products are made on matrix units, and by which (matrix kernels; others ignore it).
     pub cooperative: Cooperative,
 }
 
@@ -290,7 +290,7 @@ impl Variant {
                 Columns::Three if single && !(rounds && self.rows != Rows::F32) => Columns::Three,
                 _ => Columns::Two,
             },
-            rows: if rounds { self.rows } else { Rows::F32 },
+            rows: if rounds && alone { self.rows } else { Rows::F32 },
             activation: if kernel == Kernel::ExpertUp { self.activation } else { Activation::default() },
             weights: match kernel {
                 Kernel::Probe if self.weights == Weights::Q8 => Weights::Q8,

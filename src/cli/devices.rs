@@ -126,7 +126,7 @@ fn describe(device: &DeviceReport) -> String {
     text
 }
 
-/// What chose the variants of the kernels that run here; all of them give the same bits.
+/// What chose the variants of the kernels that run here; all of them give the same bits, but matrix units in place of bytes.
 fn kernels(device: &DeviceReport) -> String {
     let tuning = &device.tuning;
     match (tuning.measured, tuning.by_rule.is_empty()) {
@@ -146,8 +146,9 @@ fn variants(form: &str, of: &FormTuning) -> String {
             tiles.iter().map(|of| format!("{}{} up to {}", of.tile, kind(of), of.rows)).collect();
         each.join(", ")
     };
+    let units = if of.units { "; on matrix units, where all ranks' gain by it" } else { "" };
     format!(
-        "{form:<8} {memory}, {lanes}; rows in a tile: {}; of experts: {}",
+        "{form:<8} {memory}, {lanes}; rows in a tile: {}; of experts: {}{units}",
         tiles(&of.linear),
         tiles(&of.experts)
     )

@@ -121,7 +121,7 @@ fn read_rate(gpu: &Gpu, form: Weights, side4: usize) -> Result<f64, EngineError>
     let cut = gpu.cut(form);
     let mut ways = vec![cut.linear(1)];
     if cut.cooperative != Cooperative::No {
-        ways.push(cut.on_lanes().linear(1));
+        ways.push(cut.on(Cooperative::No).linear(1));
     }
     let mut least = f64::INFINITY;
     for variant in ways {

@@ -41,8 +41,9 @@ pub fn bench_kernels(
     options: &ClusterOptions,
     rows: &[usize],
 ) -> Result<(DeviceRates, Vec<KernelRate>), EngineError> {
-    let spec = ModelSpec::read(&options.model)?;
+    let mut spec = ModelSpec::read(&options.model)?;
     let store = Store::open(&options.model)?;
+    spec.packed_experts |= store.packs_experts();
     let wanted = options.adapter.as_deref();
     let mut gpu = match options.numerics {
         Numerics::Exact => Gpu::open(wanted, 0)?,

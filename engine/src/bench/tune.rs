@@ -1,11 +1,14 @@
 //! A short measured tuning: for each form of weights the quickest of the variants that give the same bits, kept in a file
 //! that every later process of this user goes by.
 
+mod units;
+
 use crate::EngineError;
 use crate::gpu::{
-    Buffer, Cut, EXPERT_ROWS, Form, FormTuning, Gpu, LINEAR_ROWS, Recording, TileUpTo, Tuning, Usage,
-    devices, weights_name,
+    Buffer, Cut, EXPERT_ROWS, Form, FormTuning, Gpu, LINEAR_ROWS, OnUnits, Recording, TileUpTo, Tuning,
+    Usage, devices, weights_name,
 };
+use crate::selftest::open_tried;
 use crate::weights::pack;
 use exflow_shaders::params::{self, Pair, Tile};
 use exflow_shaders::{Activation, Kernel, RowTile, Rows, Variant, Weights};
@@ -19,10 +22,17 @@ use std::time::Instant;
 /// No such type or adapter, one that fails, or no folder to keep the file in.
 pub fn tune(adapter: Option<&str>, types: &[String]) -> Result<(String, f64), EngineError> {
     let types: Vec<Weights> = types.iter().map(|name| named(name)).collect::<Result<_, _>>()?;
-    let gpu = Gpu::open(adapter, 0)?;
-    let started = Instant::now();
     let wanted = |form: &Form| types.is_empty() || types.contains(&form.weights);
-    let of = |form: Form| Ok((form.name(), Probe::new(&gpu, form)?.tuned()?));
+    let started = Instant::now();
+    // Forms without scales are made on matrix units that pass, whatever they gain.
+    let scaled = OnUnits::of(Form::all().filter(|form| form.fast && wanted(form)).map(|form| form.weights));
+    let gpu = open_tried(adapter, 0, (scaled, Activation::SwiGlu))?;
+    let of = |form: Form| {
+        let probe = Probe::new(&gpu, form)?;
+        let tuned = probe.tuned()?;
+        let units = form.fast && gpu.on_units().has(form.weights) && probe.units_gain(&tuned)?;
+        Ok((form.name(), FormTuning { units, ..tuned }))
+    };
     let tuning: Tuning = Form::all().filter(wanted).map(of).collect::<Result<_, EngineError>>()?;
     let report = devices().into_iter().find(|device| device.index == gpu.adapter());
     let report = report.ok_or_else(|| EngineError::gpu("the adapter is gone", "try again"))?;
@@ -104,8 +114,11 @@ impl<'g> Probe<'g> {
         let rules = Cut::rules(self.form, self.gpu.is_cpu());
         // Each of both counts as much as it gains.
         let times = |of: usize| {
-            let [one, eight] = [1, 8].map(|rows| self.linear(&ways[of], choice(rules.linear(rows)), rows));
-            Ok((one? * eight?).sqrt())
+            let time = |rows| {
+                let variant = self.variant(&ways[of], choice(rules.linear(rows)));
+                self.linear(&ways[of], variant, rows)
+            };
+            Ok((time(1)? * time(8)?).sqrt())
         };
         let way = &ways[least(first, ways.len(), &times)?];
         let tiles = |points: &[usize],
@@ -122,11 +135,12 @@ impl<'g> Probe<'g> {
             textures: way.textures,
             subgroups: way.subgroups,
             linear: tiles(&LINEAR_ROWS, &|rows| rules.linear(rows), &|choice, rows| {
-                self.linear(way, choice, rows)
+                self.linear(way, self.variant(way, choice), rows)
             })?,
             experts: tiles(&EXPERT_ROWS, &|rows| rules.each(rows), &|choice, rows| {
-                self.experts(way, choice, rows)
+                self.experts(way, self.variant(way, choice), rows)
             })?,
+            units: false,
         })
     }
 
@@ -136,18 +150,17 @@ impl<'g> Probe<'g> {
     }
 
     /// Seconds of a product of `rows` rows.
-    fn linear(&self, way: &Way, choice: Choice, rows: usize) -> Result<f64, EngineError> {
+    fn linear(&self, way: &Way, variant: Variant, rows: usize) -> Result<f64, EngineError> {
         let p = super::square_product(self.form.weights, self.side4, rows);
         let [x, y] = &self.rows;
         let buffers = [x, &way.matrix, x, x, y];
-        let variant = self.variant(way, choice);
         let across = self.gpu.matrix_groups(Kernel::Linear, variant, self.side4);
-        let groups = [rows.div_ceil(choice.0.rows()) as u32, across, 1];
+        let groups = [rows.div_ceil(variant.tile_rows()) as u32, across, 1];
         seconds(self.gpu, y, &|r| r.launch(Kernel::Linear, variant, &p, &buffers, groups))
     }
 
     /// Seconds of the first matrices of experts with `rows` rows each on average.
-    fn experts(&self, way: &Way, choice: Choice, rows: usize) -> Result<f64, EngineError> {
+    fn experts(&self, way: &Way, variant: Variant, rows: usize) -> Result<f64, EngineError> {
         let (h4, i4) = (self.side4 as u32, self.side4 as u32);
         let (w_units, w_stride) = self.form.weights.units(4 * self.side4);
         let p = params::ExpertUp {
@@ -159,14 +172,13 @@ impl<'g> Probe<'g> {
             ..params::ExpertUp::default()
         };
         let (pairs, counts) = pairs(rows);
-        let tiles = tiles(&counts, choice.0.rows());
-        let count = tiles.len() as u32;
+        let variant = Variant { activation: Activation::SwiGlu, ..variant };
+        let tiles = tiles(&counts, variant.tile_rows());
+        let across = self.gpu.matrix_groups(Kernel::ExpertUp, variant, self.side4);
+        let groups = [tiles.len() as u32, across, 1];
         let (pairs, tiles) = (self.gpu.buffer_of("pairs", &pairs)?, self.gpu.buffer_of("tiles", &tiles)?);
         let [x, y] = &self.rows;
         let buffers = [x, &way.experts, &pairs, &tiles, x, y];
-        let variant = Variant { activation: Activation::SwiGlu, ..self.variant(way, choice) };
-        let across = self.gpu.matrix_groups(Kernel::ExpertUp, variant, self.side4);
-        let groups = [count, across, 1];
         seconds(self.gpu, y, &|r| r.launch(Kernel::ExpertUp, variant, &p, &buffers, groups))
     }
 }

@@ -56,7 +56,7 @@ impl Host {
         let mut spec = ModelSpec::read(&options.model)?;
         let store = Store::open(&options.model)?;
         weights::check(&spec, &store)?;
-        spec.packed_experts |= store.names().any(|(name, _)| name.ends_with(".experts.gate_up_proj_blocks"));
+        spec.packed_experts |= store.packs_experts();
         spec.digest = store.digest(&options.model);
         let hosted = (0..options.ranks).map(|_| None).collect();
         Ok(Self { options, spec, store: Arc::new(store), hosted })

@@ -2,7 +2,7 @@
 
 use super::sizing::{Offer, present};
 use crate::EngineError;
-use crate::gpu::OnUnits;
+use crate::gpu::{DeviceReport, OnUnits};
 use crate::model::ModelSpec;
 use crate::options::{ClusterOptions, Numerics};
 use crate::weights::form_of;
@@ -81,6 +81,18 @@ pub(crate) fn of_this_process(options: &ClusterOptions, spec: &ModelSpec) -> Res
     on_units(options, spec, (&roster, &[Offer::with_names(options)?]), None)
 }
 
+/// What a rank on this adapter offers to make on its matrix units: as it says itself, or as options have it of scales.
+pub(crate) fn offered(options: &ClusterOptions, adapter: &DeviceReport) -> OnUnits {
+    let own = adapter.on_units();
+    match options.scales_on_units {
+        Some(on) if adapter.matrix_side.is_some() => {
+            let offers = |form: &Weights| if form.has_scales() { on } else { own.has(*form) };
+            OnUnits::of(Weights::ALL.into_iter().filter(offers))
+        }
+        _ => own,
+    }
+}
+
 /// What a rank makes on its matrix units.
 struct Able<'a> {
     rank: Rank,
@@ -154,6 +166,12 @@ mod tests {
         assert_eq!(decided(packed, &lacking, None), Ok(OnUnits::default()));
         let quant = |options: &mut ClusterOptions, _: &mut ModelSpec| options.quant = Some(Quant::Q8_0);
         assert_eq!(decided(quant, &all, None), Ok(OnUnits::default()));
+        // They may be on matrix units too, where all ranks gain by it.
+        let scaled = ("C", &[Weights::F32, Weights::F16, Weights::Q8, Weights::Mx4][..]);
+        assert_eq!(decided(quant, &[offer(&[scaled])], None), Ok(OnUnits::of([Weights::F32, Weights::Q8])));
+        assert_eq!(decided(quant, &[offer(&[scaled, with])], None), Ok(OnUnits::default()));
+        assert_eq!(decided(packed, &[offer(&[scaled])], None), Ok(OnUnits::of([Weights::F32, Weights::Mx4])));
+        assert_eq!(decided(packed, &[offer(&[scaled, with])], None), Ok(OnUnits::of([Weights::F32])));
         let exact = |options: &mut ClusterOptions, _: &mut ModelSpec| options.numerics = Numerics::Exact;
         assert_eq!(decided(exact, &lacking, None), Ok(OnUnits::default()));
     }

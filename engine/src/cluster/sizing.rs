@@ -1,5 +1,6 @@
 //! What fits where: bytes of weights, experts and cache against what each rank may take.
 
+use super::numerics;
 use crate::EngineError;
 use crate::gpu::OnUnits;
 use crate::model::ModelSpec;
@@ -71,7 +72,7 @@ impl Offer {
             on_host,
             adapters: adapters.iter().map(|adapter| short(&adapter.name)).collect(),
             drivers: adapters.iter().map(|adapter| short(&adapter.driver)).collect(),
-            on_units: adapters.iter().map(|adapter| adapter.on_units()).collect(),
+            on_units: adapters.iter().map(|adapter| numerics::offered(options, adapter)).collect(),
         })
     }
 

@@ -228,7 +228,7 @@ impl Gpu {
     }
 
     /// What multiplies where matrix units do.
-    fn units(&self) -> Cooperative {
+    pub(crate) fn units(&self) -> Cooperative {
         self.matrix_side.map_or(Cooperative::No, Cooperative::of_side)
     }
 

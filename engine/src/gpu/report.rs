@@ -186,10 +186,15 @@ impl DeviceReport {
             && self.subgroup.is_some_and(|(smallest, _)| smallest >= 8)
     }
 
-    /// Matrices whose products it makes on its matrix units where numerics are fast.
+    /// Matrices whose products it makes on its matrix units where numerics are fast: those with scales, which it could multiply
+    /// as bytes, where that was measured to gain.
     pub(crate) fn on_units(&self) -> OnUnits {
+        let gains = |form: Weights| {
+            let tuned = self.tuning.weights.get(&Form::new(form, true).name());
+            !form.has_scales() || tuned.is_some_and(|of| of.units)
+        };
         match self.matrix_side {
-            Some(_) => OnUnits::of(Weights::ALL.into_iter().filter(|form| !form.has_scales())),
+            Some(_) => OnUnits::of(Weights::ALL.into_iter().filter(|form| gains(*form))),
             None => OnUnits::default(),
         }
     }

@@ -1,5 +1,6 @@
 //! Which variants of the matrix kernels an adapter runs: by rules, or as `exflow devices --tune` measured and left in a
-//! file. All of them give the same bits, so that a file decides about time alone.
+//! file. All of them give the same bits, so that a file decides about time alone, but where numerics are fast and it has
+//! matrix units make what bytes make else.
 
 use super::kept;
 use crate::EngineError;
@@ -22,6 +23,10 @@ pub struct FormTuning {
     pub linear: Vec<TileUpTo>,
     /// Tiles of experts by the rows that each of them has on average, ascending; the last one also for more rows.
     pub experts: Vec<TileUpTo>,
+    /// Under `--numerics fast`: its matrix units make products in less time than all of these, for one row to many. Then all
+    /// are made there, and have other bits.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub units: bool,
 }
 
 /// The tile for up to so many rows.
@@ -168,6 +173,9 @@ impl FormTuning {
                 return Err("rows are f32 in any case");
             }
         }
+        if !form.fast && self.units {
+            return Err("matrix units are for fast numerics");
+        }
         if self.textures && !self.subgroups { Err("textures without subgroups") } else { Ok(()) }
     }
 
@@ -182,6 +190,7 @@ impl FormTuning {
             subgroups,
             linear: of(&LINEAR_ROWS, &|rows| cut.linear(rows)),
             experts: of(&EXPERT_ROWS, &|rows| cut.each(rows)),
+            units: false,
         }
     }
 }
@@ -249,9 +258,9 @@ pub(crate) struct Cut<'a> {
 }
 
 impl Cut<'_> {
-    /// The same, but that lanes multiply.
-    pub(crate) fn on_lanes(self) -> Self {
-        Self { cooperative: Cooperative::No, ..self }
+    /// The same on these matrix units, or on none.
+    pub(crate) fn on(self, cooperative: Cooperative) -> Self {
+        Self { cooperative, ..self }
     }
 
     /// The variant for `rows` rows of a matrix.
@@ -320,6 +329,13 @@ impl Cut<'_> {
     }
 }
 
+impl<'a> Cut<'a> {
+    /// What was measured of matrices in this form, on a CPU or on something else.
+    pub(crate) fn tuned(form: Form, is_cpu: bool, tuned: &'a FormTuning) -> Self {
+        Self { form, is_cpu, tuned: Some(tuned), cooperative: Cooperative::No }
+    }
+}
+
 impl Cut<'static> {
     /// The rules for matrices in this form, on a CPU or on something else.
     pub(crate) fn rules(form: Form, is_cpu: bool) -> Self {
@@ -344,6 +360,7 @@ mod tests {
             subgroups: true,
             linear: tiles(&[(1, 1, fast), (8, 4, false), (64, 16, fast)]),
             experts: tiles(&[(4, 2, false)]),
+            units: fast,
         };
         [false, true].map(|fast| (Form::new(Weights::Q8, fast).name(), form(fast))).into()
     }
@@ -413,6 +430,7 @@ mod tests {
             String::new(),
             whole.replace("\"q8\"", "\"q7\""),
             whole.replace("\"q8_fast\"", "\"f32\""),
+            whole.replace("\"q8_fast\"", "\"q4\"").replace("\"as_f32\": true", "\"as_f32\": false"),
             whole.replace("\"tile\": 16", "\"tile\": 3"),
             whole.replace("\"rows\": 64", "\"rows\": 1"),
             whole

@@ -13,17 +13,37 @@ pub(crate) fn open_fast(
     rank: usize,
     (on_units, activation): (OnUnits, Activation),
 ) -> Result<Gpu, EngineError> {
+    let gpu = open_tried(wanted, rank, (on_units, activation))?;
+    let name = gpu.name();
+    match (gpu.on_units().is_empty(), gpu.is_cpu()) {
+        (true, _) => {}
+        (false, false) => tracing::info!("{name}: products in f16 on its matrix units"),
+        (false, true) => tracing::warn!(
+            "{name}: products in f16 on matrix units that its driver emulates: --numerics exact is quicker"
+        ),
+    }
+    Ok(gpu)
+}
+
+/// The same without a word about what is used.
+pub(crate) fn open_tried(
+    wanted: Option<&str>,
+    rank: usize,
+    (on_units, activation): (OnUnits, Activation),
+) -> Result<Gpu, EngineError> {
     let mut gpu = match on_units.is_empty() {
         true => Gpu::open(wanted, rank)?,
         false => Gpu::open_with_matrix_units(wanted, rank)?,
     };
+    // Matrices of the trial are bound as the model's will be.
+    gpu.set_fast(true);
     if let Some(side) = gpu.matrix_side() {
         let bench = Bench::new(gpu);
         let tried = bench.try_units(Cooperative::of_side(side), on_units, activation);
         let fault = tried.unwrap_or_else(|e| Some(e.to_string()));
         gpu = settle(bench.gpu, (on_units, fault), (wanted, rank))?;
+        gpu.set_fast(true);
     }
-    gpu.set_fast(true);
     Ok(gpu)
 }
 
@@ -37,17 +57,11 @@ fn settle(
     let name = gpu.name().to_owned();
     match fault {
         None => {
-            match gpu.is_cpu() {
-                false => tracing::info!("{name}: products in f16 on its matrix units"),
-                true => tracing::warn!(
-                    "{name}: products in f16 on matrix units that its driver emulates: --numerics exact is quicker"
-                ),
-            }
             gpu.use_matrix_units(on_units);
             Ok(gpu)
         }
         Some(fault) => {
-            tracing::warn!("{name}: its matrix units are not used: {fault}; products are those of f32");
+            tracing::warn!("{name}: its matrix units are not used: {fault}; lanes make products");
             drop(gpu);
             let mut gpu = Gpu::open(wanted, rank)?;
             gpu.note_units_fault(fault);

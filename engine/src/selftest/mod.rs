@@ -5,7 +5,7 @@ mod cooperative;
 mod dense;
 mod moe;
 
-pub(crate) use cooperative::open_fast;
+pub(crate) use cooperative::{open_fast, open_tried};
 
 use crate::EngineError;
 use crate::gpu::{Buffer, Gpu, Recording, devices};

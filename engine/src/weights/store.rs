@@ -152,6 +152,11 @@ impl Store {
             .flat_map(|shard| shard.metadata.offset_keys().into_iter().map(|name| (name, &*shard.path)))
     }
 
+    /// Whether experts are published in MXFP4.
+    pub(crate) fn packs_experts(&self) -> bool {
+        self.names().any(|(name, _)| name.ends_with(".experts.gate_up_proj_blocks"))
+    }
+
     /// Bytes `range` of tensor `name` of u8, which must have shape `shape`.
     pub(crate) fn read_bytes(
         &self,

@@ -1,10 +1,10 @@
 // The product that matrix kernels make on an adapter's matrix units where numerics are fast: of TILE_ROWS rows of x and two
 // blocks of 32 columns for each workgroup. Both are brought into workgroup memory as f16, 32 of k at a time, whatever form the
-// weights lie in; products are added in f32, k ascending in steps of SIDE. A row is scaled by a power of two, by its own largest
+// weights lie in, those that share scales as what they stand for; products are added in f32, k ascending in steps of SIDE. A row is scaled by a power of two, by its own largest
 // value alone, so that f16 holds all of it. So a row has the same bits in a batch of any size, if the units add alike for all
 // rows of a matrix, which is tried before they are used.
 import package::shared::tile::TILE_ROWS;
-import package::shared::weight::{BLOCK4, UNIT4, column_start, column_step, widen};
+import package::shared::weight::{BLOCK4, UNIT4, Unit, column_start, column_step, scale_of, widen};
 import package::shared::matrix::unit_at; // binding 2
 enable f16;
 enable wgpu_cooperative_matrix;
@@ -109,7 +109,7 @@ fn load_rows(lane: Lane, k: u32, k4: u32) {
 }
 
 // Lanes that follow each other load units that do.
-fn load_columns(lane: Lane, blocks: array<Block, BLOCKS>, k: u32) {
+fn load_columns(lane: Lane, blocks: array<Block, BLOCKS>, units: u32, k: u32) {
     var both = blocks;
     const UNITS: u32 = BLOCK4 / UNIT4;
     for (var i = lane.index; i < TILE_COLUMNS * UNITS; i += lane.count) {
@@ -121,9 +121,13 @@ fn load_columns(lane: Lane, blocks: array<Block, BLOCKS>, k: u32) {
             continue;
         }
         let loaded = unit_at(block.start + (4u * (k / UNIT4 + unit) + j) * block.step + column);
+        // One unit behind the weights holds the scales of eight blocks.
+        @if(q8 || q4 || mx4) let scales = unit_at(block.start + (4u * (units + k / (8u * BLOCK4)) + j) * block.step + column);
+        @if(q8 || q4 || mx4) let scale = scale_of(scales, k / BLOCK4);
         let to = (i / (BLOCK * UNITS) * BLOCK + 4u * column + j) * STRIDE + 4u * unit * UNIT4;
         for (var part = 0u; part < UNIT4; part++) {
-            let four = halves(widen(loaded, part));
+            @if(q8 || q4 || mx4) let four = halves(widen(loaded, part) * scale);
+            @else let four = halves(widen(loaded, part));
             w_tile[to + 4u * part] = four.x;
             w_tile[to + 4u * part + 1u] = four.y;
             w_tile[to + 4u * part + 2u] = four.z;
@@ -143,7 +147,7 @@ fn product(lane: Lane, blocks: array<Block, BLOCKS>, units: u32, k4: u32) {
     var sums: array<array<Sum, WIDE>, HIGH>;
     for (var k = 0u; k < units * UNIT4; k += BLOCK4) {
         load_rows(lane, k, k4);
-        load_columns(lane, blocks, k);
+        load_columns(lane, blocks, units, k);
         workgroupBarrier();
         for (var at = 0u; at < BLOCK; at += SIDE) {
             for (var c = 0u; c < WIDE; c++) {

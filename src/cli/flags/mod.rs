@@ -69,7 +69,8 @@ pub(crate) struct RankFlags {
     #[arg(long, value_enum)]
     pub(crate) quant: Option<QuantFlag>,
     /// exact: products of f32 in one order; fast: with --quant (or MXFP4 experts) rows are rounded to bytes too, which are
-    /// multiplied as such; without, rows and matrices are to f16, for matrix units where the adapter has them. Both give a row
+    /// multiplied as such; without, or where `exflow devices --tune` measured that it gains, rows and matrices are to f16, for matrix
+    /// units where the adapter has them. Both give a row
     /// the same bits in any batch, on any number of ranks with equal adapters
     #[arg(long, value_name = "exact|fast", default_value_t = Numerics::Exact)]
     pub(crate) numerics: Numerics,
