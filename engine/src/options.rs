@@ -303,8 +303,8 @@ pub struct ClusterOptions {
     /// Whether matrix units make products of matrices with scales too where numerics are fast, in place of bytes; `None`: those
     /// that `exflow devices --tune` measured to gain by it. On all ranks of a world, or on none.
     pub scales_on_units: Option<bool>,
-    /// Bytes of experts' matrices, or of the embedding's and the head's rows, that are bound together at most; an expert and 32
-    /// rows are never cut. `None`: as much as the adapter binds.
+    /// Bytes of experts' matrices, of the embedding's and the head's rows, or of logits, that are bound together at most; an expert, 32
+    /// rows of a matrix and the logits of 64 tokens are never cut. `None`: as much as the adapter binds.
     pub chunk_bytes: Option<u64>,
     /// Whether every kernel that steps of any number of rows launch is made before the first one, or each when it is first launched,
     /// for which that step waits; `None`: before the first where steps will be many, of several ranks or of an

@@ -4,7 +4,7 @@ use crate::common::tiny::Tiny;
 use crate::common::{Setup, generate, prepare, request, tokens};
 use exflow::engine::{
     Cluster, ClusterOptions, Combine, Domain, Feed, KvWire, Linger, NoProgress, Overlap, PlacementSource,
-    PlacementTable, Prefill, Quant, Rank, RunStats, Schedule, Strategy, TransportKind,
+    PlacementTable, Prefill, Quant, Rank, Request, RunStats, Sampling, Schedule, Strategy, TransportKind,
 };
 use exflow_placement::Affinity;
 use std::path::Path;
@@ -89,6 +89,40 @@ fn weights_in_chunks_say_the_same() {
     for table in [table(|expert| usize::from(expert < 1)), table(|expert| expert / 2 % 2), table(|_| 0)] {
         cluster.change(Strategy::Coherent, Schedule::Rounds, Some(table)).expect("changed");
         assert_eq!(tokens(&generate(&mut cluster, &requests)), expected);
+    }
+}
+
+#[test]
+fn rows_whose_logits_no_binding_takes_say_the_same() {
+    let shape = Tiny { seed: 99, top_k: 2, layers: 2, positions: 200, ..Tiny::default() };
+    let folder = shape.write();
+    // The logits of 64 rows lie together: a prompt's of three times as many, and those of 70 texts that are written at once,
+    // some of them drawn, some with the likelihoods of their tokens.
+    let ids = shape.prompt(190, 5);
+    let text = |s: u64| {
+        let sampling = Sampling {
+            temperature: if s.is_multiple_of(3) { 0.9 } else { 0.0 },
+            seed: s,
+            ..Sampling::default()
+        };
+        Request { sampling, logprobs: s.is_multiple_of(7).then_some(2), ..request(&shape.prompt(2, s), 5) }
+    };
+    let requests: Vec<Request> = (0..70).map(text).collect();
+    let said = |chunk_bytes: Option<u64>, ranks: usize, schedule: Schedule| {
+        let mut cluster = start(folder.path(), |options| {
+            (options.ranks, options.schedule, options.chunk_bytes) = (ranks, schedule, chunk_bytes);
+            options.draws_on_device = Some(true);
+        });
+        let dump = cluster.logits(&ids, Feed::Prefill).expect("logits");
+        let bits: Vec<u32> = dump.logits.iter().map(|value| value.to_bits()).collect();
+        let run = generate(&mut cluster, &requests);
+        let likely: Vec<_> = run.sequences.iter().map(|done| format!("{:?}", done.logprobs)).collect();
+        (bits, tokens(&run), likely)
+    };
+    let whole = said(None, 1, Schedule::Rounds);
+    assert_eq!(whole.0.len(), 190 * shape.vocab);
+    for (ranks, schedule) in [(1, Schedule::Rounds), (2, Schedule::Rounds), (2, Schedule::Flow)] {
+        assert!(said(Some(1), ranks, schedule) == whole, "{ranks} ranks, {schedule}");
     }
 }
 

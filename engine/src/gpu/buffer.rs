@@ -20,6 +20,8 @@ pub(crate) enum Usage {
 #[derive(Debug, Clone)]
 pub(crate) struct Buffer {
     pub(super) memory: Memory,
+    /// Where it begins in a buffer that it is a part of.
+    offset: u64,
     bytes: u64,
     pub(super) id: u64,
 }
@@ -60,7 +62,11 @@ impl Buffer {
     /// What a launch binds.
     pub(super) fn resource(&self) -> wgpu::BindingResource<'_> {
         match &self.memory {
-            Memory::Buffer(raw) => raw.as_entire_binding(),
+            Memory::Buffer(buffer) => wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                buffer,
+                offset: self.offset,
+                size: std::num::NonZeroU64::new(self.bytes),
+            }),
             Memory::Image(_, view) => wgpu::BindingResource::TextureView(view),
         }
     }
@@ -83,7 +89,9 @@ impl Buffer {
         at: u64,
     ) {
         match &self.memory {
-            Memory::Buffer(raw) => encoder.copy_buffer_to_buffer(raw, offset, staging, at, size),
+            Memory::Buffer(raw) => {
+                encoder.copy_buffer_to_buffer(raw, self.offset + offset, staging, at, size)
+            }
             Memory::Image(texture, _) if offset > 0 => {
                 let row = self.bytes / u64::from(texture.height());
                 let texel = row / u64::from(texture.width());
@@ -165,7 +173,15 @@ impl Gpu {
             usage: flags,
             mapped_at_creation: false,
         });
-        Ok(Buffer { memory: Memory::Buffer(raw), bytes, id: self.next_buffer_id() })
+        Ok(Buffer { memory: Memory::Buffer(raw), offset: 0, bytes, id: self.next_buffer_id() })
+    }
+
+    /// At most `bytes` bytes of a buffer from byte `offset` on, a multiple of 256, for launches to bind; what is uploaded goes
+    /// to the whole.
+    pub(crate) fn part(&self, buffer: &Buffer, offset: u64, bytes: u64) -> Buffer {
+        let memory = buffer.memory.clone();
+        let bytes = bytes.min(buffer.bytes - offset);
+        Buffer { memory, offset: buffer.offset + offset, bytes, id: self.next_buffer_id() }
     }
 
     /// A matrix of units as kernels read it best: CPUs load texels much faster than 16 bytes of a buffer.
@@ -289,6 +305,15 @@ impl Gpu {
             true => MAX_IMAGE_BYTES.min(row * u64::from(self.max_image_rows())),
             false => self.max_binding_bytes(),
         };
+        self.within_chunk(most)
+    }
+
+    /// The most bytes of what is cut that lie together in a buffer.
+    pub(crate) fn max_part_bytes(&self) -> u64 {
+        self.within_chunk(self.max_binding_bytes())
+    }
+
+    fn within_chunk(&self, most: u64) -> u64 {
         self.most_in_chunk().map_or(most, |limit| limit.min(most))
     }
 
@@ -313,7 +338,7 @@ impl Gpu {
         });
         let view = texture.create_view(&wgpu::TextureViewDescriptor::default());
         let bytes = 4 * u64::from(words) * width as u64 * u64::from(height);
-        Buffer { memory: Memory::Image(texture, view), bytes, id: self.next_buffer_id() }
+        Buffer { memory: Memory::Image(texture, view), offset: 0, bytes, id: self.next_buffer_id() }
     }
 
     /// A buffer that holds `data`.

@@ -183,7 +183,7 @@ impl Gpu {
         self.draws = draws.unwrap_or(!self.is_cpu);
     }
 
-    /// Has experts, embedding and head lie in chunks of at most so many bytes; `None`: of as many as one binding takes.
+    /// Has experts, embedding, head and logits lie in chunks of at most so many bytes; `None`: of as many as one binding takes.
     pub(crate) fn limit_chunks(&mut self, bytes: Option<u64>) {
         self.most_in_chunk = bytes;
     }

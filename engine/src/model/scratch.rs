@@ -77,8 +77,8 @@ pub(crate) struct Scratch {
     pub(crate) kv_arrived: Buffer,
     /// `[KV_CHUNK]` where they go.
     pub(crate) kv_arrived_slots: Buffer,
-    /// `[heads, V]`.
-    pub(crate) logits: Buffer,
+    /// What the head makes, of as many rows each as one binding takes the logits of; the last one has fewer.
+    head_parts: Vec<HeadPart>,
     /// `[heads]`.
     pub(crate) sampled: Buffer,
     /// `[heads]` how each of them is drawn.
@@ -86,6 +86,21 @@ pub(crate) struct Scratch {
     /// Whether any is.
     pub(crate) has_draws: Cell<bool>,
 }
+
+/// Consecutive rows that the head is asked for.
+pub(crate) struct HeadPart {
+    /// The logits `[rows, V]` of so many.
+    rows: usize,
+    pub(crate) logits: Buffer,
+    /// Their stretches of [`Scratch::normed`], [`Scratch::sampled`] and [`Scratch::draws`].
+    pub(crate) normed: Buffer,
+    pub(crate) sampled: Buffer,
+    pub(crate) draws: Buffer,
+}
+
+/// Parts begin at multiples of so many rows: their stretches of buffers with a word or more for each then begin where they
+/// may be bound.
+const HEAD_ROWS: usize = 64;
 
 /// The buffers between a layer's normed input and what the cache holds of a token: those of a step's rows, or of rows
 /// that came from elsewhere.
@@ -146,6 +161,31 @@ fn latents(gpu: &Gpu, spec: &ModelSpec, rows: usize) -> Result<Option<[Buffer; 3
     ]))
 }
 
+fn head_parts(
+    gpu: &Gpu,
+    spec: &ModelSpec,
+    heads: usize,
+    [normed, sampled, draws]: [&Buffer; 3],
+) -> Result<Vec<HeadPart>, EngineError> {
+    let row = 16 * spec.v4() as u64;
+    let together = HEAD_ROWS * (gpu.max_part_bytes() / (HEAD_ROWS as u64 * row)).max(1) as usize;
+    let part = |first: usize| {
+        let rows = together.min(heads - first);
+        let of = |whole: &Buffer, bytes: usize| match rows == heads {
+            true => whole.clone(),
+            false => gpu.part(whole, (bytes * first) as u64, (bytes * rows) as u64),
+        };
+        Ok(HeadPart {
+            rows,
+            logits: gpu.buffer("logits", rows as u64 * row, Usage::Storage)?,
+            normed: of(normed, 16 * spec.h4()),
+            sampled: of(sampled, 4),
+            draws: of(draws, size_of::<Draw>()),
+        })
+    };
+    (0..heads).step_by(together).map(part).collect()
+}
+
 impl Scratch {
     /// Buffers for a few rows.
     pub(crate) fn new(gpu: &Gpu, spec: &ModelSpec) -> Result<Self, EngineError> {
@@ -164,9 +204,21 @@ impl Scratch {
         if rows <= self.rows && heads <= self.heads {
             return Ok(false);
         }
+        let rows = rows.max(heads);
         let grown = |have: usize, need: usize| if need <= have { have } else { need.next_power_of_two() };
         *self = Self::sized(gpu, spec, grown(self.rows, rows), grown(self.heads, heads))?;
         Ok(true)
+    }
+
+    /// The parts that the first `heads` rows of the head lie in, each with how many of them.
+    pub(crate) fn head_parts(&self, heads: usize) -> impl Iterator<Item = (&HeadPart, usize)> {
+        let mut left = heads;
+        let parts = self.head_parts.iter().map(move |part| {
+            let rows = part.rows.min(left);
+            left -= rows;
+            (part, rows)
+        });
+        parts.take_while(|(_, rows)| *rows > 0)
     }
 
     pub(crate) fn projecting(&self) -> Projecting<'_> {
@@ -197,13 +249,17 @@ impl Scratch {
             (0..spec.moe_layers()).map(|_| storage(label, rows * spec.top_k)).collect::<Result<Vec<_>, _>>()
         };
         let splits = attention_splits(spec);
+        let normed = storage("normed rows", rows * h)?;
+        let sampled = storage("sampled tokens", heads)?;
+        let draws = storage("draws", heads * size_of::<Draw>() / 4)?;
+        let head_parts = head_parts(gpu, spec, heads, [&normed, &sampled, &draws])?;
         Ok(Self {
             rows,
             heads,
             tokens: storage("tokens", 2 * rows)?,
             residual: [storage("residual", rows * h)?, storage("next residual", rows * h)?],
             current: Cell::new(0),
-            normed: storage("normed rows", rows * h)?,
+            normed,
             qkv: storage("queries, keys, values", rows * 4 * attention.qkv4())?,
             attended: storage("attention output", rows * 4 * attention.heads * attention.v4())?,
             split_attention: storage("splits of attention", splits * 4 * (1 + attention.v4()))?,
@@ -229,9 +285,9 @@ impl Scratch {
             head_rows: storage("rows for the head", heads)?,
             kv_arrived: storage("arrived keys and values", KV_CHUNK * 4 * attention.cache4())?,
             kv_arrived_slots: storage("arrived cache slots", KV_CHUNK)?,
-            logits: storage("logits", heads * 4 * spec.v4())?,
-            sampled: storage("sampled tokens", heads)?,
-            draws: storage("draws", heads * size_of::<Draw>() / 4)?,
+            head_parts,
+            sampled,
+            draws,
             has_draws: Cell::new(false),
         })
     }

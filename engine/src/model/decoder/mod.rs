@@ -210,22 +210,32 @@ impl Decoder {
         }
         self.logits(r, rows);
         let p = params::Argmax { vocab: spec.vocab_size as u32, stride: 4 * spec.v4() as u32 };
-        let groups = [rows as u32, 1, 1];
-        r.launch(Kernel::Argmax, Variant::default(), &p, &[&s.logits, &s.sampled], groups);
-        if s.has_draws.get() {
-            let p = params::Sample { vocab: p.vocab, stride: p.stride };
-            r.launch(Kernel::Sample, Variant::default(), &p, &[&s.logits, &s.draws, &s.sampled], groups);
+        for (part, rows) in s.head_parts(rows) {
+            let (groups, [logits, sampled]) = ([rows as u32, 1, 1], [&part.logits, &part.sampled]);
+            r.launch(Kernel::Argmax, Variant::default(), &p, &[logits, sampled], groups);
+            if s.has_draws.get() {
+                let p = params::Sample { vocab: p.vocab, stride: p.stride };
+                r.launch(Kernel::Sample, Variant::default(), &p, &[logits, &part.draws, sampled], groups);
+            }
         }
+    }
+
+    /// Has the logits of `rows` rows read back; returns in how many read-backs.
+    pub(crate) fn read_logits(&self, r: &mut Recording<'_>, rows: usize) -> usize {
+        let parts = self.scratch.head_parts(rows);
+        parts.map(|(part, rows)| r.read::<f32>(&part.logits, 0, rows * 4 * self.spec.v4())).count()
     }
 
     /// The logits of `rows` normed rows: chunks of the head make stretches of them.
     fn logits(&self, r: &mut Recording<'_>, rows: usize) {
-        let (s, h4) = (&self.scratch, self.spec.h4());
-        for chunk in &self.weights.head {
-            let product = Product { scale: self.spec.logit_scale, ..Product::of(&chunk.rows) };
-            let part = Part { stride4: self.spec.v4(), offset4: chunk.first / 4, head4: 0 };
-            let to = (&s.logits, chunk.rows.weight.height4, part);
-            self.linear_parts(r, product, (&s.normed, h4, h4, 0), to, 1, rows);
+        let h4 = self.spec.h4();
+        for (rows_part, rows) in self.scratch.head_parts(rows) {
+            for chunk in &self.weights.head {
+                let product = Product { scale: self.spec.logit_scale, ..Product::of(&chunk.rows) };
+                let part = Part { stride4: self.spec.v4(), offset4: chunk.first / 4, head4: 0 };
+                let to = (&rows_part.logits, chunk.rows.weight.height4, part);
+                self.linear_parts(r, product, (&rows_part.normed, h4, h4, 0), to, 1, rows);
+            }
         }
     }
 

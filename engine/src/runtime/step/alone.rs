@@ -2,7 +2,7 @@
 //! already: all that is unknown of that are the ids that this one samples, and they are on the device.
 
 use super::super::experts::PairList;
-use super::{Outcome, Row, Stepper, floats, words};
+use super::{Outcome, Row, Stepper, floats, rows_of, words};
 use crate::EngineError;
 use crate::gpu::Pending;
 use crate::model::decoder::{ExpertBatch, LocalFfn};
@@ -12,8 +12,9 @@ pub(crate) struct Submitted {
     rows: Vec<Row>,
     /// Which of them the head was asked for.
     heads: Vec<u32>,
-    /// Whether their logits are read back, and every row's routes.
-    logits: bool,
+    /// In how many read-backs their logits come, if at all.
+    logits: usize,
+    /// Whether every row's routes are read back.
     routes: bool,
     pending: Pending,
 }
@@ -33,7 +34,7 @@ impl Stepper<'_> {
     /// Submits the step behind the one that was submitted last, before it is known what that samples. `None` where more of it is
     /// unknown than ids that stay on the device.
     pub(crate) fn submit_next(&mut self, last: &Submitted) -> Result<Option<Submitted>, EngineError> {
-        let all_sampled = last.heads.len() == last.rows.len() && !last.logits && !last.routes;
+        let all_sampled = last.heads.len() == last.rows.len() && last.logits == 0 && !last.routes;
         if !all_sampled || !last.rows.iter().all(|row| self.sequences.goes_on(row.sequence, row.position)) {
             return Ok(None);
         }
@@ -73,14 +74,12 @@ impl Stepper<'_> {
         }
         // A chunk within a prompt asks the head for nothing.
         let asked = !heads.is_empty();
-        let logits = asked && self.reads_logits(&rows)?;
+        let wants_logits = asked && self.reads_logits(&rows)?;
         if asked {
             decoder.head(&mut r, heads.len(), count);
             r.read::<u32>(&decoder.scratch.sampled, 0, heads.len());
         }
-        if logits {
-            r.read::<f32>(&decoder.scratch.logits, 0, heads.len() * 4 * decoder.spec.v4());
-        }
+        let logits = if wants_logits { decoder.read_logits(&mut r, heads.len()) } else { 0 };
         for index in (0..moe).filter(|_| routes) {
             r.read::<u32>(&decoder.scratch.chosen[index], 0, count * top_k);
             r.read::<f32>(&decoder.scratch.weights[index], 0, count * top_k);
@@ -95,7 +94,7 @@ impl Stepper<'_> {
         let Submitted { rows, heads, logits, routes, pending } = step;
         let mut parts = pending.fetch(&self.decoder.gpu)?.into_iter();
         let sampled = if heads.is_empty() { Vec::new() } else { words(parts.next()) };
-        let logits = if logits { floats(parts.next()) } else { Vec::new() };
+        let logits = rows_of(&mut parts, logits);
         let of_wanted = |&(&head, _): &(&u32, &u32)| wanted.contains(&rows[head as usize]);
         let (heads, sampled): (Vec<u32>, Vec<u32>) = heads.iter().zip(&sampled).filter(of_wanted).unzip();
         let mut outcome = self.sampled(&rows, &heads, &sampled, &logits)?;

@@ -5,7 +5,7 @@
 use super::super::experts::PairList;
 use super::super::flow::board::{Picked, Token};
 use super::super::frames::Choice;
-use super::{Outcome, Routed, Row, Stepper, floats, read_context, words};
+use super::{Outcome, Routed, Row, Stepper, floats, read_context, rows_of, words};
 use crate::EngineError;
 use crate::model::decoder::LocalFfn;
 use exflow_shaders::NO_SLOT;
@@ -58,7 +58,7 @@ impl Stepper<'_> {
         let (count, top_k) = (rows.len(), self.spec().top_k);
         let replicated = rows.first().is_some_and(|row| self.is_replicated(row));
         let spreads = self.spreads() && !replicated;
-        let logits = !heads.is_empty() && self.reads_logits(&rows)?;
+        let wants_logits = !heads.is_empty() && self.reads_logits(&rows)?;
         let decoder = &*self.decoder;
         let mut r = decoder.record();
         match stage.checked_sub(1) {
@@ -90,9 +90,7 @@ impl Stepper<'_> {
             decoder.head(&mut r, heads.len(), count);
             r.read::<u32>(&decoder.scratch.sampled, 0, heads.len());
         }
-        if logits {
-            r.read::<f32>(&decoder.scratch.logits, 0, heads.len() * 4 * decoder.spec.v4());
-        }
+        let logits = if wants_logits { decoder.read_logits(&mut r, heads.len()) } else { 0 };
         let stride = 4 * decoder.spec.h4();
         if plan.served > 0 {
             let offset = u64::from(plan.first_served) * stride as u64 * 4;
@@ -104,8 +102,8 @@ impl Stepper<'_> {
         let residual = floats(next(attends));
         let context = floats(next(attends && spreads));
         let sampled = words(next(!heads.is_empty()));
-        let logits = floats(next(logits));
-        let served = floats(next(plan.served > 0));
+        let logits = rows_of(&mut parts, logits);
+        let served = if plan.served > 0 { floats(parts.next()) } else { Vec::new() };
 
         for row in rows.iter().filter(|_| attends) {
             self.coherence.note(stage as u16, row.sequence, row.position);

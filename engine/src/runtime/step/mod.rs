@@ -247,3 +247,10 @@ fn words(bytes: Option<Vec<u8>>) -> Vec<u32> {
 fn floats(bytes: Option<Vec<u8>>) -> Vec<f32> {
     bytes.map(|b| bytemuck::pod_collect_to_vec(&b)).unwrap_or_default()
 }
+
+/// What comes in so many read-backs, one behind the other.
+fn rows_of(parts: &mut impl Iterator<Item = Vec<u8>>, reads: usize) -> Vec<f32> {
+    let mut all = if reads > 0 { floats(parts.next()) } else { Vec::new() };
+    (1..reads).for_each(|_| all.extend(floats(parts.next())));
+    all
+}

@@ -2,7 +2,7 @@
 
 use super::super::sequence::Sampled;
 use super::super::worker::Captured;
-use super::{Outcome, Row, Stepper, floats, words};
+use super::{Outcome, Row, Stepper, rows_of, words};
 use crate::EngineError;
 use crate::sampling::{Logprobs, Sampling};
 use exflow_shaders::params::Draw;
@@ -19,12 +19,10 @@ impl Stepper<'_> {
         let mut r = decoder.record();
         decoder.head(&mut r, heads.len(), rows.len());
         r.read::<u32>(&decoder.scratch.sampled, 0, heads.len());
-        if wants_logits {
-            r.read::<f32>(&decoder.scratch.logits, 0, heads.len() * 4 * decoder.spec.v4());
-        }
+        let read = if wants_logits { decoder.read_logits(&mut r, heads.len()) } else { 0 };
         let mut parts = r.submit()?.fetch()?.into_iter();
         let sampled = words(parts.next());
-        let logits = floats(parts.next());
+        let logits = rows_of(&mut parts, read);
         self.sampled(rows, &heads, &sampled, &logits)
     }
 
