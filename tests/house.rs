@@ -269,9 +269,49 @@ fn no_kernel_text_in_rust() {
 fn no_unwrap_outside_tests() {
     let mut sources = shipped();
     // A module of tests may be a file of its own.
-    sources.retain(|source| !source.path.ends_with("/tests.rs") && !source.path.contains("/tests/"));
+    let of_tests = ["tests.rs", "/flow/made_up.rs"];
+    sources.retain(|source| !of_tests.iter().any(|end| source.path.ends_with(end)));
+    sources.retain(|source| !source.path.contains("/tests/"));
     sources.iter_mut().for_each(|source| source.code = without_tests(&source.code));
-    no_line(&sources, "an error is handed on or explained", |line| line.contains(".unwrap()"));
+    let panics = |line: &str| line.contains(".unwrap()") || line.contains(".expect(");
+    no_line(&sources, "an error is handed on or explained", panics);
+}
+
+#[test]
+fn the_architecture_names_every_folder_and_nothing_that_is_not_there() {
+    let page = fs::read_to_string(root().join("docs/ARCHITECTURE.md")).expect("the page");
+    let mut folders: Vec<String> = Vec::new();
+    let mut sources: Vec<String> = Vec::new();
+    for top in ["src", "engine", "shaders", "transport", "placement", "examples", "tests", "tools", "scripts"]
+    {
+        for file in ["rs", "wgsl", "sh", "py"].iter().flat_map(|extension| files(top, extension)) {
+            let file = file.strip_prefix(root()).expect("inside the repository");
+            sources.push(file.to_string_lossy().replace('\\', "/"));
+            let folder = file.parent().expect("a folder").to_string_lossy().replace('\\', "/");
+            if !folders.contains(&folder) {
+                folders.push(folder);
+            }
+        }
+    }
+    assert!(folders.len() > 50, "the sources are where this test looks");
+    let named: Vec<&str> = page.split('`').skip(1).step_by(2).collect();
+    let ends = |path: &str, name: &str| path == name || path.ends_with(&format!("/{name}"));
+    for folder in &folders {
+        let is_named = |name: &&str| name.strip_suffix('/').is_some_and(|name| ends(folder, name));
+        assert!(named.iter().any(is_named), "{folder}/ is not named");
+    }
+    let there = |name: &str| match name.strip_suffix('/') {
+        Some(name) => root().join(name).is_dir() || folders.iter().any(|folder| ends(folder, name)),
+        None => sources.iter().any(|source| ends(source, name)),
+    };
+    let is_path = |name: &&&str| {
+        let extension = Path::new(name).extension();
+        !name.contains(' ') && (name.ends_with('/') || extension.is_some_and(|e| e == "rs" || e == "wgsl"))
+    };
+    // `expert_*.wgsl` stands for several.
+    for name in named.iter().filter(is_path).filter(|name| !name.contains('*')) {
+        assert!(there(name), "{name} is not there");
+    }
 }
 
 #[test]

@@ -292,3 +292,31 @@ impl Scratch {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    #[test]
+    fn logits_lie_in_as_few_buffers_as_can_be_bound() {
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/models/gpt-moe-16e");
+        let spec = ModelSpec::read(&model).expect("a model");
+        let mut gpu = Gpu::open(None, 0).expect("an adapter");
+        let rows_of = |gpu: &Gpu, heads: usize| -> Vec<(usize, u64)> {
+            let scratch = Scratch::sized(gpu, &spec, 512, 512).expect("buffers");
+            scratch.head_parts(heads).map(|(part, rows)| (rows, part.logits.bytes())).collect()
+        };
+        let row = 16 * spec.v4() as u64;
+        assert_eq!(rows_of(&gpu, 300), [(300, 512 * row)]);
+        for (limit, together) in [(1, 64), (64 * row, 64), (200 * row, 192), (511 * row, 448)] {
+            gpu.limit_chunks(Some(limit));
+            let parts = rows_of(&gpu, 512);
+            assert_eq!(parts.iter().map(|(rows, _)| rows).sum::<usize>(), 512);
+            let full = parts.iter().rev().skip(1).all(|part| *part == (together, together as u64 * row));
+            assert!(full && parts.len() == 512_usize.div_ceil(together), "{limit}: {parts:?}");
+            assert_eq!(rows_of(&gpu, 1), [(1, together as u64 * row)]);
+            assert!(rows_of(&gpu, 0).is_empty());
+        }
+    }
+}
