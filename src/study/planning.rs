@@ -3,7 +3,7 @@
 use super::grid::{self, of_mean_time};
 use super::{StudyError, decode_rate};
 use exflow_engine::plan::{Load, Measurements, Prediction, Setting, Shape, Workload, predict};
-use exflow_engine::{Cluster, Combine, Linger, Overlap, Progress, Request, RoutingTrace, Schedule, Strategy};
+use exflow_engine::{Cluster, Combine, Linger, Overlap, Progress, RoutingTrace, Schedule, Strategy};
 use exflow_placement::{PlacementTable, Rank, SolveOptions};
 use serde::Serialize;
 use std::fmt::Write;
@@ -119,15 +119,9 @@ impl Planner {
         let table = cluster.placement().clone();
         for &(strategy, schedule) in ways {
             cluster.change(strategy, schedule, None)?;
-            let requests = |run: usize, max_tokens: usize| -> Vec<Request> {
-                let turned = prompts.iter().cycle().skip(run).take(sequences);
-                let request = |ids: &Vec<u32>| Request {
-                    prompt_ids: ids.clone(),
-                    max_tokens,
-                    ignore_eos: true,
-                    ..Request::default()
-                };
-                turned.map(request).collect()
+            let requests = |run: usize, max_tokens: usize| {
+                let turned: Vec<_> = prompts.iter().cycle().skip(run).take(sequences).cloned().collect();
+                grid::requests(&turned, max_tokens)
             };
             cluster.generate(&requests(0, TRIAL_WARM_UP), &mut |_| {})?;
             let (began, mut rates) = (Instant::now(), Vec::new());
