@@ -1,9 +1,12 @@
 //! Planning a run: what a world measured, what its model routes, and what each setting will make of both.
 
-use super::grid::{self, of_mean_time};
+use super::grid::{self, of_mean_time, quantile};
 use super::{StudyError, decode_rate};
 use exflow_engine::plan::{Load, Measurements, Prediction, Setting, Shape, Workload, predict};
-use exflow_engine::{Cluster, Combine, Linger, Overlap, Progress, RoutingTrace, Schedule, Strategy};
+use exflow_engine::{
+    Cluster, ClusterOptions, Combine, Linger, Overlap, PlacementSource, Progress, RoutingTrace, Schedule,
+    Strategy,
+};
 use exflow_placement::{PlacementTable, Rank, SolveOptions};
 use serde::Serialize;
 use std::fmt::Write;
@@ -13,14 +16,19 @@ use std::time::{Duration, Instant};
 /// predictions made from the second: a table does better on the text that it was solved on than on any other.
 const OWN_TEXT: (usize, usize) = (16, 24);
 
-/// Least and most tokens of each sequence in a trial, one for each that decodes beside it: the more there are, the longer it
-/// takes from the first that begins to the last.
+/// Least and most tokens of each sequence in a trial: one for each that decodes beside it, as it takes the longer from the
+/// first that begins to the last the more there are, and more where the model is quick.
 const TRIAL: (usize, usize) = (12, 32);
 /// The same before it, while everything is still to be made for the first time.
 const TRIAL_WARM_UP: usize = 3;
-/// A trial is repeated until so much time has passed: single ones of a small model are over in less than a scheduler's
-/// moods last.
-const TRIAL_TIME: Duration = Duration::from_millis(1500);
+/// The ways take turns so often, of which the median counts: a machine is slower in some seconds than in others, and so are
+/// the first ones of a world.
+const TRIAL_TURNS: usize = 3;
+/// In a turn a trial is made longer and repeated until so much time has passed: a short one is over in less than a
+/// scheduler's moods last, and mostly beginning and end, while not all sequences decode.
+const TRIAL_TIME: Duration = Duration::from_millis(600);
+/// A trial that takes longer by itself has no further turns: it waits for links, whose latency has no moods.
+const LONG_TRIAL: Duration = Duration::from_secs(2);
 
 /// A way to run.
 #[derive(Debug, Clone)]
@@ -39,6 +47,26 @@ pub struct Candidate {
     pub overlap: Overlap,
     /// How long rows are held back, in flow.
     pub linger: Linger,
+}
+
+impl Candidate {
+    /// These options, to run so.
+    pub fn run(&self, options: &ClusterOptions) -> ClusterOptions {
+        ClusterOptions {
+            strategy: self.strategy,
+            schedule: self.schedule,
+            overlap: self.overlap,
+            linger: self.linger,
+            placement: PlacementSource::Table(self.placement.clone()),
+            ..options.clone()
+        }
+    }
+
+    /// Whether a planner may pick it: it leaves to the ranks what they overlap and how long they linger.
+    pub(super) fn may_be_picked(&self) -> bool {
+        let lingers = self.linger == Linger::Auto || self.schedule == Schedule::Rounds;
+        self.overlap == Overlap::Auto && lingers
+    }
 }
 
 impl std::fmt::Display for Candidate {
@@ -103,9 +131,9 @@ impl Planner {
         Ok(Self { profile: routes.slice(0..half), ..Self::measure(cluster, kept)? })
     }
 
-    /// Has the cluster decode a few tokens of the model's own text in each way, with the table that it has. What comes out
-    /// says by how much the ranks' times grow while all is at work at once, and all later predictions go by it. The cluster
-    /// is left in the last way.
+    /// Has the cluster decode a few tokens of the model's own text in each way, by turns, with the table that it has. What
+    /// comes out says by how much the ranks' times grow while all is at work at once, and all later predictions go by it. The
+    /// cluster is left in the last way.
     ///
     /// # Errors
     /// What the engine refuses.
@@ -117,21 +145,21 @@ impl Planner {
     ) -> Result<(), StudyError> {
         let prompts = grid::trial_prompts(cluster, sequences.max(2))?;
         let table = cluster.placement().clone();
-        for &(strategy, schedule) in ways {
-            cluster.change(strategy, schedule, None)?;
-            let requests = |run: usize, max_tokens: usize| {
-                let turned: Vec<_> = prompts.iter().cycle().skip(run).take(sequences).cloned().collect();
-                grid::requests(&turned, max_tokens)
-            };
-            cluster.generate(&requests(0, TRIAL_WARM_UP), &mut |_| {})?;
-            let (began, mut rates) = (Instant::now(), Vec::new());
-            while rates.is_empty() || began.elapsed() < TRIAL_TIME {
-                rates.push(decode_rate(cluster, &requests(rates.len(), sequences.clamp(TRIAL.0, TRIAL.1)))?);
+        let mut turns: Vec<Vec<Trial>> = vec![Vec::new(); ways.len()];
+        for _ in 0..TRIAL_TURNS {
+            for (&(strategy, schedule), turns) in ways.iter().zip(&mut turns) {
+                if turns.iter().all(|trial| trial.longest < LONG_TRIAL) {
+                    cluster.change(strategy, schedule, None)?;
+                    turns.push(Trial::run(cluster, &prompts, sequences)?);
+                }
             }
+        }
+        for (&(strategy, schedule), turns) in ways.iter().zip(&turns) {
+            let mut rates: Vec<f64> = turns.iter().map(|trial| trial.tokens_per_s).collect();
             let (combine, groups) = (self.combine, &self.groups[..]);
             let setting = Setting { strategy, schedule, combine, table: &table, groups };
             let work = Workload { routes: &self.routes, sequences };
-            let load = Load::of(&self.measured, &self.shape, work, setting, of_mean_time(&rates));
+            let load = Load::of(&self.measured, &self.shape, work, setting, quantile(&mut rates, 0.5));
             self.measured.loads.push(load);
         }
         Ok(())
@@ -196,6 +224,43 @@ impl Planner {
             }
         }
         text
+    }
+}
+
+/// One turn of a way.
+#[derive(Clone, Copy)]
+struct Trial {
+    tokens_per_s: f64,
+    /// What the longest run took.
+    longest: Duration,
+}
+
+impl Trial {
+    /// Decodes so many sequences for a while, each time after other prompts.
+    fn run(cluster: &mut Cluster, prompts: &[Vec<u32>], sequences: usize) -> Result<Self, StudyError> {
+        let mut turned = 0;
+        let mut timed = |max_tokens: usize| {
+            let prompts: Vec<_> = prompts.iter().cycle().skip(turned).take(sequences).cloned().collect();
+            turned += 1;
+            let began = Instant::now();
+            let rate = decode_rate(cluster, &grid::requests(&prompts, max_tokens))?;
+            Ok::<_, StudyError>((rate, began.elapsed()))
+        };
+        timed(TRIAL_WARM_UP)?;
+        let least = sequences.clamp(TRIAL.0, TRIAL.1);
+        let (rate, took) = timed(least)?;
+        if took >= TRIAL_TIME {
+            return Ok(Self { tokens_per_s: rate, longest: took });
+        }
+        let as_long = least as f64 * TRIAL_TIME.as_secs_f64() / took.as_secs_f64().max(1e-9);
+        let tokens = (as_long.ceil() as usize).clamp(least, TRIAL.1);
+        let (began, mut rates, mut longest) = (Instant::now(), Vec::new(), took);
+        while rates.is_empty() || began.elapsed() < TRIAL_TIME {
+            let (rate, took) = timed(tokens)?;
+            rates.push(rate);
+            longest = longest.max(took);
+        }
+        Ok(Self { tokens_per_s: of_mean_time(&rates), longest })
     }
 }
 

@@ -15,9 +15,7 @@ pub(super) use turns::{of_mean_time, quantile};
 
 use super::{Candidate, Planner, StudyError, ways};
 use exflow_engine::plan::Prediction;
-use exflow_engine::{
-    Cluster, ClusterOptions, PlacementSource, Progress, Request, RoutingTrace, Schedule, Strategy,
-};
+use exflow_engine::{Cluster, ClusterOptions, Progress, Request, RoutingTrace, Schedule, Strategy};
 use turns::{Entry, Runs, Turns};
 
 /// Tokens of the run that warms each cluster up; it is not measured.
@@ -63,27 +61,25 @@ impl Grid {
         prompts: &[Vec<u32>],
         progress: &dyn Progress,
     ) -> Result<Self, StudyError> {
+        let warm = |options: ClusterOptions| -> Result<Cluster, StudyError> {
+            let mut cluster = Cluster::start(options, progress)?;
+            cluster.generate(&requests(prompts, WARM_UP), &mut |_| {})?;
+            Ok(cluster)
+        };
+        let mut clusters = Vec::new();
+        for setting in settings {
+            let cluster = warm(setting.run(options))?;
+            clusters.push((setting, cluster));
+        }
         let planner = match routes {
             Some(routes) if options.ranks > 1 => {
                 let mut options = options.clone();
                 (options.strategy, options.schedule) = (Strategy::Coherent, Schedule::Rounds);
-                let mut cluster = Cluster::start(options, progress)?;
-                cluster.generate(&requests(prompts, WARM_UP), &mut |_| {})?;
+                let mut cluster = warm(options)?;
                 Some(Auto { planner: Planner::measure(&mut cluster, routes)?, cluster })
             }
             _ => None,
         };
-        let mut clusters = Vec::new();
-        for setting in settings {
-            let mut options = options.clone();
-            options.strategy = setting.strategy;
-            (options.schedule, options.overlap) = (setting.schedule, setting.overlap);
-            options.linger = setting.linger;
-            options.placement = PlacementSource::Table(setting.placement.clone());
-            let mut cluster = Cluster::start(options, progress)?;
-            cluster.generate(&requests(prompts, WARM_UP), &mut |_| {})?;
-            clusters.push((setting, cluster));
-        }
         Ok(Self { clusters, planner })
     }
 
@@ -127,7 +123,7 @@ impl Grid {
             entries.iter().zip(runs).map(|(entry, runs)| runs.row(cell, entry)).collect();
         if let (Some((auto, fixed)), Some((row, others))) = (entries.split_last_mut(), rows.split_last_mut())
             && auto.auto
-            && let Some(best) = row::best_of(others)
+            && let Some(best) = row::best_of(others, |row| fixed[row].setting.may_be_picked())
         {
             row.beside_best = Some(turns.beside(auto, &mut fixed[best], repeats)?);
         }

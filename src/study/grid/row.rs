@@ -99,9 +99,10 @@ pub struct GridRow {
 /// partly luck, which a second measurement does not share.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct BesideBest {
-    /// The fixed setting whose median over the runs was the highest.
+    /// The fixed setting whose median over the runs was the highest, of those that `auto` may pick.
     pub setting: String,
-    /// `auto`'s tokens per second over that setting's, median over the pairs of runs.
+    /// `auto`'s tokens per second over that setting's: the median over the pairs of runs in which each had its own cluster,
+    /// and over those in which each had the other's; of both the geometric mean.
     pub ratio: f64,
     /// Pairs of runs, of which each began with the other of the two than the pair before.
     pub pairs: usize,
@@ -156,9 +157,10 @@ impl Runs {
     }
 }
 
-/// The place of the row of the most tokens per second.
-pub(super) fn best_of(rows: &[GridRow]) -> Option<usize> {
-    (0..rows.len()).max_by(|&a, &b| rows[a].tokens_per_s.total_cmp(&rows[b].tokens_per_s))
+/// The place of the row of the most tokens per second among those that `eligible` says.
+pub(super) fn best_of(rows: &[GridRow], eligible: impl Fn(usize) -> bool) -> Option<usize> {
+    let of = (0..rows.len()).filter(|&row| eligible(row));
+    of.max_by(|&a, &b| rows[a].tokens_per_s.total_cmp(&rows[b].tokens_per_s))
 }
 
 fn mean(values: &[f64]) -> f64 {

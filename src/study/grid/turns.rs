@@ -11,7 +11,7 @@ const SHORTEST_RUN: Duration = Duration::from_millis(600);
 /// Prompts that a lone sequence is measured with, one after the other.
 pub const ALONE: usize = 8;
 /// So long the planner's pick and the best fixed setting take turns, and once per repeat at least.
-const PAIRS: Duration = Duration::from_secs(12);
+const PAIRS: Duration = Duration::from_secs(16);
 
 /// One setting of a cell while it is measured.
 pub(super) struct Entry<'a> {
@@ -103,26 +103,47 @@ impl Turns {
         Ok(of_mean_time(&rates))
     }
 
-    /// The planner's pick and a fixed setting by turns.
+    /// The planner's pick and a fixed setting by turns: half of the time each in its own cluster, then each in the other's.
+    /// Clusters that run the same setting differ by several percent as their memory happens to lie; the mean of both halves
+    /// is free of it.
     pub(super) fn beside<'a>(
         &mut self,
         auto: &mut Entry<'a>,
         fixed: &mut Entry<'a>,
         repeats: usize,
     ) -> Result<BesideBest, StudyError> {
+        let setting = fixed.setting.to_string();
+        let (own, pairs) = self.ratio(auto, fixed, repeats)?;
+        std::mem::swap(&mut auto.setting, &mut fixed.setting);
+        for entry in [&mut *auto, &mut *fixed] {
+            let Candidate { strategy, schedule, placement, .. } = &entry.setting;
+            entry.cluster.change(*strategy, *schedule, Some(placement.clone()))?;
+            // The first turn after a change is not counted.
+            self.take(entry, &mut Runs::default())?;
+        }
+        let (swapped, more) = self.ratio(fixed, auto, repeats)?;
+        Ok(BesideBest { setting, ratio: (own * swapped).sqrt(), pairs: pairs + more })
+    }
+
+    /// The rate of one over that of another: the median over pairs of turns, and how many there were.
+    fn ratio<'a>(
+        &mut self,
+        one: &mut Entry<'a>,
+        other: &mut Entry<'a>,
+        repeats: usize,
+    ) -> Result<(f64, usize), StudyError> {
         let (began, mut ratios) = (Instant::now(), Vec::new());
         // An odd number, of which the median is a value that occurred.
-        while ratios.len() < repeats || began.elapsed() < PAIRS || ratios.len() % 2 == 0 {
+        while ratios.len() < repeats.div_ceil(2) || began.elapsed() < PAIRS / 2 || ratios.len() % 2 == 0 {
             let mut rates = [0.0; 2];
             let first = ratios.len() % 2;
             for which in [first, 1 - first] {
-                let entry = if which == 0 { &mut *auto } else { &mut *fixed };
+                let entry = if which == 0 { &mut *one } else { &mut *other };
                 rates[which] = self.take(entry, &mut Runs::default())?;
             }
             ratios.push(rates[0] / rates[1].max(1e-9));
         }
-        let pairs = ratios.len();
-        Ok(BesideBest { setting: fixed.setting.to_string(), ratio: quantile(&mut ratios, 0.5), pairs })
+        Ok((quantile(&mut ratios, 0.5), ratios.len()))
     }
 }
 
