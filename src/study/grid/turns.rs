@@ -11,7 +11,7 @@ const SHORTEST_RUN: Duration = Duration::from_millis(600);
 /// Prompts that a lone sequence is measured with, one after the other.
 pub const ALONE: usize = 8;
 /// So long the planner's pick and the best fixed setting take turns, and once per repeat at least.
-const PAIRS: Duration = Duration::from_secs(16);
+const PAIRS: Duration = Duration::from_secs(12);
 
 /// One setting of a cell while it is measured.
 pub(super) struct Entry<'a> {
@@ -133,8 +133,8 @@ impl Turns {
         repeats: usize,
     ) -> Result<(f64, usize), StudyError> {
         let (began, mut ratios) = (Instant::now(), Vec::new());
-        // An odd number, of which the median is a value that occurred.
-        while ratios.len() < repeats.div_ceil(2) || began.elapsed() < PAIRS / 2 || ratios.len() % 2 == 0 {
+        // An even number: each is the first of a pair as often as the other.
+        while ratios.len() < repeats / 2 || began.elapsed() < PAIRS / 2 || ratios.len() % 2 == 1 {
             let mut rates = [0.0; 2];
             let first = ratios.len() % 2;
             for which in [first, 1 - first] {
@@ -143,7 +143,7 @@ impl Turns {
             }
             ratios.push(rates[0] / rates[1].max(1e-9));
         }
-        Ok((quantile(&mut ratios, 0.5), ratios.len()))
+        Ok((middle(&mut ratios), ratios.len()))
     }
 }
 
@@ -201,6 +201,13 @@ fn agree(
     Ok(())
 }
 
+/// Of ratios, the geometric mean of the two in the middle; 0 of none. Sorts them.
+fn middle(ratios: &mut [f64]) -> f64 {
+    ratios.sort_by(f64::total_cmp);
+    let at = |place: usize| ratios.get(place).copied().unwrap_or(0.0);
+    (at(ratios.len().saturating_sub(1) / 2) * at(ratios.len() / 2)).sqrt()
+}
+
 /// The value that `share` of them are not above; 0 of none. Sorts them.
 pub(in crate::study) fn quantile(values: &mut [f64], share: f64) -> f64 {
     values.sort_by(f64::total_cmp);
@@ -243,5 +250,7 @@ mod tests {
         let mut values: Vec<f64> = (1..=200).rev().map(f64::from).collect();
         assert_eq!((quantile(&mut values, 0.5), quantile(&mut values, 0.99)), (100.0, 198.0));
         assert_eq!(quantile(&mut [7.0], 0.99), 7.0);
+        assert_eq!(middle(&mut [8.0, 0.1, 2.0, 9.0]), 4.0, "between the two in the middle");
+        assert_eq!(middle(&mut [3.0, 5.0, 1.0]), 3.0);
     }
 }
