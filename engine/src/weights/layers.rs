@@ -34,6 +34,13 @@ pub(crate) struct Matrix {
     pub(super) units: usize,
 }
 
+impl Matrix {
+    /// Bytes of its weights and scales, without what a texture has behind them.
+    pub(crate) fn bytes(&self) -> usize {
+        16 * self.units
+    }
+}
+
 /// A matrix `[N, K]`, with a bias `[N]` where it has one.
 pub(crate) struct Dense {
     pub(crate) weight: Matrix,

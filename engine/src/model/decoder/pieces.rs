@@ -120,7 +120,7 @@ impl Decoder {
         let (spec, layer) = (&self.spec, self.layer(self.bench_layer()));
         let product = |matrix: &Matrix| {
             let flops = 2.0 * (rows * matrix.height4 * 4) as f64 * (matrix.width4 * 4) as f64;
-            (flops, matrix.buffer.bytes() as f64)
+            (flops, matrix.bytes() as f64)
         };
         let hidden_bytes = (rows * spec.h4() * 16) as f64;
         match piece {
@@ -146,8 +146,8 @@ impl Decoder {
                 let pairs = rows * spec.top_k;
                 let matrices = spec.expert.activation.matrices() + 1;
                 let one = (matrices * spec.h4() * spec.expert.i4() * 16) as f64;
-                let of = |ffn: &Ffn| ffn.up.weight.buffer.bytes() + ffn.down.weight.buffer.bytes();
-                let bytes: u64 = experts.chunks.iter().map(|chunk| of(&chunk.ffn)).sum();
+                let of = |ffn: &Ffn| ffn.up.weight.bytes() + ffn.down.weight.bytes();
+                let bytes: usize = experts.chunks.iter().map(|chunk| of(&chunk.ffn)).sum();
                 let share = pairs.min(spec.experts) as f64 / spec.experts as f64;
                 (2.0 * pairs as f64 * one, bytes as f64 * share)
             }
