@@ -1,7 +1,7 @@
 //! Every kernel against its twin on the CPU, at odd sizes, tiled variants bit by bit against plain ones, on every adapter of this machine. No adapter is a failure.
 
 use exflow::engine::{self, KernelCheck};
-use exflow::shaders::Kernel;
+use exflow::shaders::{Kernel, Weights};
 use std::collections::BTreeSet;
 
 #[test]
@@ -26,7 +26,25 @@ fn every_kernel_agrees_with_its_twin_on_every_adapter() {
         };
         let count = checks.iter().filter(ran).count();
         match device.matrix_side {
-            Some(_) => assert!(count > 0, "{}: nothing ran on its matrix units", device.name),
+            Some(_) => {
+                // Every kind of product with matrices in every type, of which those with scales are there only for fast numerics.
+                for kernel in Kernel::ALL.into_iter().filter(|kernel| kernel.is_cooperative()) {
+                    for weights in Weights::ALL {
+                        let named = format!("{weights:?} weights");
+                        let is = |check: &KernelCheck| match weights {
+                            Weights::F32 => !check.case.contains("weights"),
+                            _ => check.case.contains(&named),
+                        };
+                        let found = checks.iter().filter(ran).any(|c| c.kernel == kernel.name() && is(c));
+                        assert!(
+                            found,
+                            "{}: {} in {weights:?} not on its matrix units",
+                            device.name,
+                            kernel.name()
+                        );
+                    }
+                }
+            }
             None => {
                 eprintln!("{}: skipped: adapter offers no cooperative matrices", device.name);
                 assert_eq!(count, 0);

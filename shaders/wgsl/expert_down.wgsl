@@ -1,9 +1,9 @@
 // partial[slot] = weight * scale * (w2[expert] a[pair] (+ b2[expert])), a workgroup per (tile of pairs, group of columns).
-import package::shared::tile::{COLUMNS, LOADS, PerColumn, Starts, Sums, TILE_ROWS, row_of};
+import package::shared::tile::{COLUMNS, LOADS, PerColumn, Starts, Sums, TILE_ROWS, row_of, worked_on};
 import package::shared::weight::{column_start, column_step};
 @if(coop) import package::shared::cooperative::{Lane, TILE_COLUMNS4, block_at, product, product_at, starts};
-@elif(dot) import package::shared::dot::product;
-@else import package::shared::product::product; // binding 1: a [pairs, I/4], binding 2: w2 [experts, H, ..]
+@elif(dot) import package::shared::dot::product_of;
+@else import package::shared::product::product_of; // binding 1: a [pairs, I/4], binding 2: w2 [experts, H, ..]
 import package::shared::pair::{Pair, Tile};
 
 struct Params {
@@ -33,9 +33,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         return;
     }
     let last = tile.count - 1u;
+    let rows = worked_on(tile.count);
     var starts: Starts;
     for (var l = 0u; l < LOADS; l++) {
-        starts[l] = (tile.first + min(row_of(l, lane), last)) * p.i4;
+        starts[l] = (tile.first + min(row_of(l, lane, rows), last)) * p.i4;
     }
     var columns: PerColumn;
     var w_at: PerColumn;
@@ -47,7 +48,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         steps[c] = column_step(column, p.h4);
     }
     var sums: Sums;
-    product(&sums, starts, w_at, steps, p.w_units, p.i4, lane, 2u * tile.count <= TILE_ROWS);
+    product_of(&sums, starts, w_at, steps, p.w_units, p.i4, lane, rows);
     for (var c = 0u; c < COLUMNS; c++) {
         let column = columns[c];
         if column >= p.h4 {

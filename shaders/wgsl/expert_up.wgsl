@@ -1,10 +1,10 @@
 // a[pair] = activation(w1[expert] x[row] (+ b1[expert])), a workgroup per (tile of pairs, group of columns). A gated
 // activation takes two products: w1 holds an expert's gate rows, then its up rows.
-import package::shared::tile::{COLUMNS, LOADS, PerColumn, Starts, Sums, TILE_ROWS, row_of};
+import package::shared::tile::{COLUMNS, LOADS, PerColumn, Starts, Sums, TILE_ROWS, row_of, worked_on};
 import package::shared::weight::{column_start, column_step};
 @if(coop) import package::shared::cooperative::{Lane, TILE_COLUMNS4, block_at, product, product_at, starts};
-@elif(dot) import package::shared::dot::product;
-@else import package::shared::product::product; // binding 1: x [.., H/4] normed rows, binding 2: w1 [experts, MATRICES, I, ..]
+@elif(dot) import package::shared::dot::product_of;
+@else import package::shared::product::product_of; // binding 1: x [.., H/4] normed rows, binding 2: w1 [experts, MATRICES, I, ..]
 import package::shared::pair::{Pair, Tile};
 import package::shared::activation::{clamped_glu, gelu, swiglu};
 
@@ -37,9 +37,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         return;
     }
     let last = tile.count - 1u;
+    let rows = worked_on(tile.count);
     var starts: Starts;
     for (var l = 0u; l < LOADS; l++) {
-        starts[l] = pairs[tile.first + min(row_of(l, lane), last)].row * p.h4;
+        starts[l] = pairs[tile.first + min(row_of(l, lane, rows), last)].row * p.h4;
     }
     var columns: PerColumn;
     for (var c = 0u; c < COLUMNS; c++) {
@@ -56,7 +57,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             steps[c] = column_step(column, p.i4);
         }
         var one: Sums;
-        product(&one, starts, w_at, steps, p.w_units, p.h4, lane, 2u * tile.count <= TILE_ROWS);
+        product_of(&one, starts, w_at, steps, p.w_units, p.h4, lane, rows);
         if p.has_bias != 0u {
             for (var c = 0u; c < COLUMNS; c++) {
                 let bias = b1[matrix + min(columns[c], p.i4 - 1u)];

@@ -105,7 +105,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let last = p.rows - 1u;
     var starts: Starts;
     for (var l = 0u; l < LOADS; l++) {
-        starts[l] = min(first + row_of(l, lane), last) * p.x_stride4 + head * p.x_head4;
+        starts[l] = min(first + row_of(l, lane, TILE_ROWS), last) * p.x_stride4 + head * p.x_head4;
     }
     // Lanes beyond the last column work on it again, as lanes need each other.
     var columns: PerColumn;
@@ -118,7 +118,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         steps[c] = column_step(column, p.n4);
     }
     var sums: Sums;
-    product(&sums, starts, w_at, steps, p.w_units, p.k4, lane, false);
+    product(&sums, starts, w_at, steps, p.w_units, p.k4, lane);
     @if(keeps) {
         keep(&sums, columns, first, last);
     }

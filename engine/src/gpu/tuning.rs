@@ -278,7 +278,7 @@ impl Cut<'_> {
     }
 
     /// The variant for matrices that have `rows` rows each on average, of which some have twice as many, or (0) one at most: tiles are
-    /// cut for each, and what a tile lacks, or its first half where it is in that, is work that is thrown away.
+    /// cut for each, and what a tile lacks, or its first half or quarter where it is in that, is work that is thrown away.
     pub(crate) fn each(&self, rows: usize) -> Variant {
         let by_rule = match (rows, self.passes_halves_over()) {
             (0, _) | (1, false) => RowTile::One,

@@ -142,7 +142,7 @@ fn add_block(sums: ptr<function, Sums>, held: ptr<function, Held>, starts: Start
     }
 }
 
-// As in `product.wgsl`, but that it takes as long for few rows: they are dear to round, not to multiply.
+// As in `product.wgsl`.
 fn product(
     sums: ptr<function, Sums>,
     starts: Starts,
@@ -151,7 +151,6 @@ fn product(
     units: u32,
     k4: u32,
     lane: u32,
-    few: bool,
 ) {
     var matrix = Matrix(columns, steps);
     let part = lane % 8u / TILE_ROWS % PARTS;
@@ -179,4 +178,18 @@ fn product(
             add_block(sums, &held, starts, matrix, k, k4, part);
         }
     }
+}
+
+// All rows of a tile are worked on: they are dear to round, not to multiply.
+fn product_of(
+    sums: ptr<function, Sums>,
+    starts: Starts,
+    columns: PerColumn,
+    steps: PerColumn,
+    units: u32,
+    k4: u32,
+    lane: u32,
+    rows: u32,
+) {
+    product(sums, starts, columns, steps, units, k4, lane);
 }

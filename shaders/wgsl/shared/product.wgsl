@@ -1,5 +1,5 @@
 // The product that every matrix kernel makes: a tile of rows of x times a lane's rows of w.
-import package::shared::tile::{COLUMNS, LOADS, PARTS, PerColumn, Starts, Sums, TILE_ROWS, accumulate};
+import package::shared::tile::{COLUMNS, LOADS, PerColumn, Starts, Sums, TILE_ROWS, accumulate};
 import package::shared::weight::{BLOCK4, UNIT4, Unit, scale_of, widen};
 import package::shared::matrix::unit_at; // binding 2
 
@@ -29,14 +29,27 @@ struct From {
     part: u32,
 }
 
+// vec4s of a row that lanes load at once: eight lanes share up to eight rows, and the parts of fewer.
+fn parts_of(rows: u32) -> u32 {
+    @if(subgroup) return min(max(8u / rows, 1u), TURN4);
+    @else return 1u;
+}
+
+// Rows that a lane loads itself.
+fn loads_of(rows: u32) -> u32 {
+    @if(subgroup) return max(rows / 8u, 1u);
+    @else return rows;
+}
+
 // vec4 `k + i` of the first `rows` rows of x times the weights there. `i` and `rows` are constants, so that what depends on them
 // alone is none of the loop's work.
 fn add_vec4(sums: ptr<function, Sums>, held: ptr<function, Held>, lane: From, k: u32, i: u32, k4: u32, rows: u32) {
     var lane_from = lane;
-    if i % PARTS == 0u {
+    let parts = parts_of(rows);
+    if i % parts == 0u {
         // Weights beyond the row's end are 0: any value stands for those of x there.
         let at = min(k + i + lane.part, k4 - 1u);
-        for (var l = 0u; l < LOADS; l++) {
+        for (var l = 0u; l < loads_of(rows); l++) {
             (*held).rows[l] = x[lane_from.rows[l] + at];
         }
     }
@@ -56,7 +69,7 @@ fn add_vec4(sums: ptr<function, Sums>, held: ptr<function, Held>, lane: From, k:
         }
     }
     for (var r = 0u; r < rows; r++) {
-        let from_lane = i % PARTS * TILE_ROWS + r;
+        let from_lane = i % parts * rows + r;
         @if(subgroup) let row = subgroupShuffle((*held).rows[from_lane / 8u], from_lane % 8u);
         @else let row = (*held).rows[r];
         for (var c = 0u; c < COLUMNS; c++) {
@@ -85,8 +98,10 @@ fn turn(sums: ptr<function, Sums>, held: ptr<function, Held>, lane: From, k: u32
 }
 
 // Turns up to vec4 `end` of k, for the first `rows` rows.
-fn add_all(sums: ptr<function, Sums>, from_where: From, units: u32, end: u32, k4: u32, rows: u32) {
+fn add_all(sums: ptr<function, Sums>, matrix: From, units: u32, end: u32, k4: u32, lane: u32, rows: u32) {
     var held: Held;
+    var from_where = matrix;
+    from_where.part = lane % 8u / rows % parts_of(rows);
     @if(q8 || q4 || mx4) {
         var lane_from = from_where;
         for (var first = 0u; first < end; first += 8u * BLOCK4) {
@@ -116,8 +131,7 @@ fn add_all(sums: ptr<function, Sums>, from_where: From, units: u32, end: u32, k4
     }
 }
 
-// Adds rows of x times rows of w to the sums; `few`: of a tile no more than half of the rows are there, and the others' sums are
-// left alone. `starts` are the vec4s of x at which this lane's rows begin, `columns`
+// Adds rows of x times rows of w to the sums. `starts` are the vec4s of x at which this lane's rows begin, `columns`
 // and `steps` where its columns begin in w and how far units are from each other (`column_start`, `column_step`). The
 // first `units` of a row hold the weights of 4 * k4 columns of x and zeros up to whole blocks.
 fn product(
@@ -128,16 +142,29 @@ fn product(
     units: u32,
     k4: u32,
     lane: u32,
-    few: bool,
 ) {
-    let from_where = From(starts, columns, steps, lane % 8u / TILE_ROWS % PARTS);
+    add_all(sums, From(starts, columns, steps, 0u), units, units * UNIT4, k4, lane, TILE_ROWS);
+}
+
+// The same for the first `rows` of them (`worked_on`) alone. Drivers take longer to compile it.
+fn product_of(
+    sums: ptr<function, Sums>,
+    starts: Starts,
+    columns: PerColumn,
+    steps: PerColumn,
+    units: u32,
+    k4: u32,
+    lane: u32,
+    rows: u32,
+) {
+    let from_where = From(starts, columns, steps, 0u);
     let end = units * UNIT4;
-    @if(one) {
-        add_all(sums, from_where, units, end, k4, TILE_ROWS);
-    }
     // Loops of no turns in place of a branch, of which lavapipe works on both sides.
-    @else {
-        add_all(sums, from_where, units, select(end, 0u, few), k4, TILE_ROWS);
-        add_all(sums, from_where, units, select(0u, end, few), k4, TILE_ROWS / 2u);
+    add_all(sums, from_where, units, select(0u, end, rows == TILE_ROWS), k4, lane, TILE_ROWS);
+    @if(!one) {
+        add_all(sums, from_where, units, select(0u, end, rows == TILE_ROWS / 2u), k4, lane, TILE_ROWS / 2u);
+    }
+    @if(!one && !tile2) {
+        add_all(sums, from_where, units, select(0u, end, rows == TILE_ROWS / 4u), k4, lane, TILE_ROWS / 4u);
     }
 }

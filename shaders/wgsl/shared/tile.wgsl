@@ -23,10 +23,17 @@
 @elif(subgroup) const LOADS: u32 = 1u;
 @else const LOADS: u32 = TILE_ROWS;
 
-// The i-th row that a lane loads. Subgroups have at least eight lanes, and lanes follow each other in them.
-fn row_of(i: u32, lane: u32) -> u32 {
-    @if(subgroup) return 8u * i + lane % 8u % TILE_ROWS;
+// The i-th row that a lane loads where `rows` of a tile are worked on. Subgroups have at least eight lanes, and lanes follow each
+// other in them.
+fn row_of(i: u32, lane: u32, rows: u32) -> u32 {
+    @if(subgroup) return 8u * i + (lane & min(rows - 1u, 7u));
     @else return i;
+}
+
+// How many rows of a tile are worked on where its first `count` are there: all of them, half or a quarter.
+fn worked_on(count: u32) -> u32 {
+    @if(one || dot) return TILE_ROWS;
+    @else return select(select(TILE_ROWS / 4u, TILE_ROWS / 2u, 4u * count > TILE_ROWS), TILE_ROWS, 2u * count > TILE_ROWS);
 }
 
 alias Sums = array<array<vec4<f32>, TILE_ROWS>, COLUMNS>;
