@@ -140,6 +140,7 @@ fn kernels(device: &DeviceReport) -> String {
 fn variants(form: &str, of: &FormTuning) -> String {
     let memory = if of.textures { "textures" } else { "buffers" };
     let lanes = if of.subgroups { "subgroup" } else { "plain" };
+    let wide = if of.wide { ", one row by three columns a lane" } else { "" };
     let tiles = |tiles: &[TileUpTo]| {
         let kind = |of: &TileUpTo| if of.as_f32 { " as f32" } else { "" };
         let each: Vec<_> =
@@ -148,7 +149,7 @@ fn variants(form: &str, of: &FormTuning) -> String {
     };
     let units = if of.units { "; on matrix units, where all ranks' gain by it" } else { "" };
     format!(
-        "{form:<8} {memory}, {lanes}; rows in a tile: {}; of experts: {}{units}",
+        "{form:<8} {memory}, {lanes}{wide}; rows in a tile: {}; of experts: {}{units}",
         tiles(&of.linear),
         tiles(&of.experts)
     )

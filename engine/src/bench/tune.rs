@@ -131,17 +131,31 @@ impl<'g> Probe<'g> {
             };
             points.iter().map(of).collect::<Result<Vec<_>, EngineError>>()
         };
+        let linear = tiles(&LINEAR_ROWS, &|rows| rules.linear(rows), &|choice, rows| {
+            self.linear(way, self.variant(way, choice), rows)
+        })?;
         Ok(FormTuning {
             textures: way.textures,
             subgroups: way.subgroups,
-            linear: tiles(&LINEAR_ROWS, &|rows| rules.linear(rows), &|choice, rows| {
-                self.linear(way, self.variant(way, choice), rows)
-            })?,
+            wide: self.wide_gains(way, rule.0)?,
+            linear,
             experts: tiles(&EXPERT_ROWS, &|rows| rules.each(rows), &|choice, rows| {
                 self.experts(way, self.variant(way, choice), rows)
             })?,
             units: false,
         })
+    }
+
+    /// Whether one row's products are for workgroups of more columns; `rule` where the matrices here are not for them.
+    fn wide_gains(&self, way: &Way, rule: bool) -> Result<bool, EngineError> {
+        let one = self.variant(way, (RowTile::One, self.form.rows()[0]));
+        match self.gpu.widths(Kernel::Linear, one, self.side4) {
+            (two, Some(three)) if way.textures => {
+                let time = |of: usize| self.linear(way, [two, three][of].0, 1);
+                Ok(least(usize::from(rule), 2, &time)? == 1)
+            }
+            _ => Ok(rule && way.textures && !self.form.fast),
+        }
     }
 
     fn variant(&self, way: &Way, (tile, rows): Choice) -> Variant {
@@ -260,11 +274,26 @@ mod tests {
     #[test]
     fn every_form_gets_tiles_that_the_file_may_hold() {
         let gpu = Gpu::open(None, 0).expect("an adapter");
-        let form = Form::new(Weights::Q8, true);
-        let found = Probe::new(&gpu, form).and_then(|probe| probe.tuned()).expect("measures");
-        let rows = |tiles: &[TileUpTo]| tiles.iter().map(|of| of.rows).collect::<Vec<_>>();
-        assert_eq!((rows(&found.linear), rows(&found.experts)), (LINEAR_ROWS.into(), EXPERT_ROWS.into()));
-        assert_eq!(found.check(form), Ok(()));
+        for form in [false, true].map(|fast| Form::new(Weights::Q8, fast)) {
+            let found = Probe::new(&gpu, form).and_then(|probe| probe.tuned()).expect("measures");
+            let rows = |tiles: &[TileUpTo]| tiles.iter().map(|of| of.rows).collect::<Vec<_>>();
+            assert_eq!((rows(&found.linear), rows(&found.experts)), (LINEAR_ROWS.into(), EXPERT_ROWS.into()));
+            assert_eq!(found.check(form), Ok(()));
+        }
+    }
+
+    #[test]
+    fn wide_columns_are_measured_where_there_are_such() {
+        let gpu = Gpu::open(None, 0).expect("an adapter");
+        for fast in [false, true] {
+            let probe = Probe::new(&gpu, Form::new(Weights::Q8, fast)).expect("fits");
+            let way = probe.way(true, gpu.hands_over()).expect("fits");
+            let one = probe.variant(&way, (RowTile::One, probe.form.rows()[0]));
+            let (two, three) = gpu.widths(Kernel::Linear, one, probe.side4);
+            assert_eq!(two.0.columns.count(), 2);
+            assert_eq!(three.is_some(), gpu.is_cpu() && !fast, "rows in bytes have no such variant");
+            assert!(probe.wide_gains(&way, false).is_ok_and(|gains| !gains || three.is_some()));
+        }
     }
 
     #[test]

@@ -246,15 +246,31 @@ impl Gpu {
     }
 
     /// The variant that makes `n4` vec4s of columns, and its workgroups along them. A workgroup of one row is dear on a CPU, and what it
-    /// makes beyond the last column is work that is thrown away: wider ones run where they make no more of it.
+    /// makes beyond the last column is work that is thrown away: wider ones run where they make no more of it, unless `devices --tune`
+    /// found that they gain nothing.
     pub(crate) fn along(&self, kernel: Kernel, variant: Variant, n4: usize) -> (Variant, u32) {
+        let (two, three) = self.widths(kernel, variant, n4);
+        let rule = self.is_cpu && self.hands_over;
+        match three {
+            Some(three) if self.cut(variant.weights).tuned.map_or(rule, |of| of.wide) => three,
+            _ => two,
+        }
+    }
+
+    /// The same by two vec4s of columns a lane, and by three where those make no more beyond the last column.
+    pub(crate) fn widths(
+        &self,
+        kernel: Kernel,
+        variant: Variant,
+        n4: usize,
+    ) -> ((Variant, u32), Option<(Variant, u32)>) {
         let [two, three] = [Columns::Two, Columns::Three].map(|columns| {
             let variant = Variant { columns, ..variant }.of(kernel);
             (variant, self.matrix_groups(kernel, variant, n4))
         });
         let made = |(variant, groups): &(Variant, u32)| variant.columns.count() as u32 * groups;
-        let wider = self.is_cpu && self.hands_over && made(&three) <= made(&two);
-        if wider { three } else { two }
+        let is_wider = three.0.columns == Columns::Three && made(&three) <= made(&two);
+        (two, is_wider.then_some(three))
     }
 
     /// How matrices in this form are worked on.

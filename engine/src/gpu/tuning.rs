@@ -19,6 +19,9 @@ pub struct FormTuning {
     pub textures: bool,
     /// Lanes hand each other what they loaded.
     pub subgroups: bool,
+    /// One row's products are made by three vec4s of columns a lane where those fill workgroups no worse, else by two.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub wide: bool,
     /// Tiles of products by the rows of a launch, ascending; the last one also for more rows.
     pub linear: Vec<TileUpTo>,
     /// Tiles of experts by the rows that each of them has on average, ascending; the last one also for more rows.
@@ -99,7 +102,7 @@ struct Content {
     weights: Tuning,
 }
 
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// A real file has about 6 KB.
 const MAX_BYTES: u64 = 64 << 10;
 
@@ -176,6 +179,9 @@ impl FormTuning {
         if !form.fast && self.units {
             return Err("matrix units are for fast numerics");
         }
+        if self.wide && (form.fast || !self.textures) {
+            return Err("wide columns are for exact numerics and textures");
+        }
         if self.textures && !self.subgroups { Err("textures without subgroups") } else { Ok(()) }
     }
 
@@ -188,6 +194,7 @@ impl FormTuning {
         Self {
             textures: is_cpu,
             subgroups,
+            wide: is_cpu && subgroups && !form.fast,
             linear: of(&LINEAR_ROWS, &|rows| cut.linear(rows)),
             experts: of(&EXPERT_ROWS, &|rows| cut.each(rows)),
             units: false,
@@ -358,6 +365,7 @@ mod tests {
         let form = |fast: bool| FormTuning {
             textures: false,
             subgroups: true,
+            wide: false,
             linear: tiles(&[(1, 1, fast), (8, 4, false), (64, 16, fast)]),
             experts: tiles(&[(4, 2, false)]),
             units: fast,
@@ -432,6 +440,7 @@ mod tests {
             whole.replace("\"q8_fast\"", "\"f32\""),
             whole.replace("\"q8_fast\"", "\"q4\"").replace("\"as_f32\": true", "\"as_f32\": false"),
             whole.replace("\"tile\": 16", "\"tile\": 3"),
+            whole.replacen("\"subgroups\": true", "\"subgroups\": true, \"wide\": true", 1),
             whole.replace("\"rows\": 64", "\"rows\": 1"),
             whole
                 .replace("\"textures\": false", "\"textures\": true")
