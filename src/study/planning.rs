@@ -26,7 +26,7 @@ const TRIAL_WARM_UP: usize = 3;
 const TRIAL_TURNS: usize = 3;
 /// In a turn a trial is made longer and repeated until so much time has passed: a short one is over in less than a
 /// scheduler's moods last, and mostly beginning and end, while not all sequences decode.
-const TRIAL_TIME: Duration = Duration::from_millis(600);
+const TRIAL_TIME: Duration = Duration::from_millis(500);
 /// A trial that takes longer by itself has no further turns: it waits for links, whose latency has no moods.
 const LONG_TRIAL: Duration = Duration::from_secs(2);
 

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 /// A run says the same again until it took so long: within tenths of a second it matters which core a thread woke on.
 const SHORTEST_RUN: Duration = Duration::from_millis(600);
+/// Two runs that took so long together need no third: they wait for links, whose latency has no moods.
+const LONG_RUNS: Duration = Duration::from_secs(10);
 /// Prompts that a lone sequence is measured with, one after the other.
 pub const ALONE: usize = 8;
 /// So long the planner's pick and the best fixed setting take turns, and once per repeat at least.
@@ -40,6 +42,7 @@ type Times = Vec<Vec<f64>>;
 #[derive(Default)]
 pub(super) struct Runs {
     pub(super) rates: Vec<f64>,
+    took: Duration,
     pub(super) gaps: Vec<f64>,
     pub(super) seconds: Vec<f64>,
     pub(super) stats: Option<RunStats>,
@@ -47,6 +50,11 @@ pub(super) struct Runs {
 }
 
 impl Runs {
+    /// Whether further runs would say nothing new.
+    pub(super) fn suffice(&self) -> bool {
+        self.rates.len() > 1 && self.took >= LONG_RUNS
+    }
+
     fn take(&mut self, times: &Times, stats: RunStats) {
         for sequence in times {
             self.ttft.extend(sequence.first());
@@ -100,6 +108,7 @@ impl Turns {
             }
         }
         self.taken += 1;
+        runs.took += began.elapsed();
         Ok(of_mean_time(&rates))
     }
 
