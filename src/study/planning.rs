@@ -50,8 +50,8 @@ pub struct Candidate {
 }
 
 impl Candidate {
-    /// These options, to run so.
-    pub fn run(&self, options: &ClusterOptions) -> ClusterOptions {
+    /// These options with what this candidate changes of them.
+    pub fn options(&self, options: &ClusterOptions) -> ClusterOptions {
         ClusterOptions {
             strategy: self.strategy,
             schedule: self.schedule,

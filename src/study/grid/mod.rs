@@ -68,7 +68,7 @@ impl Grid {
         };
         let mut clusters = Vec::new();
         for setting in settings {
-            let cluster = warm(setting.run(options))?;
+            let cluster = warm(setting.options(options))?;
             clusters.push((setting, cluster));
         }
         let planner = match routes {
