@@ -5,7 +5,7 @@ use super::failure::Failure;
 use super::flags::{RankFlags, check_out};
 use super::output::{self, Format};
 use exflow::engine::plan::Prediction;
-use exflow::engine::{Cluster, Request, RunStats, Schedule};
+use exflow::engine::{Cluster, RunStats, Schedule};
 use exflow::placement::{PlacementTable, SolveOptions};
 use exflow::progress::Bars;
 use exflow::study::{self, Candidate, Planned, Planner};
@@ -121,16 +121,8 @@ fn check(
 ) -> Result<f64, Failure> {
     cluster.change(best.strategy, best.schedule, Some(best.placement.clone()))?;
     let prompts = study::grid_prompts(&cluster.options().model.clone(), sequences, seed)?;
-    let request = |ids: &Vec<u32>, max_tokens: usize| Request {
-        prompt_ids: ids.clone(),
-        max_tokens,
-        ignore_eos: true,
-        ..Request::default()
-    };
-    let warm: Vec<Request> = prompts.iter().map(|ids| request(ids, 4)).collect();
-    cluster.generate(&warm, &mut |_| {})?;
-    let requests: Vec<Request> = prompts.iter().map(|ids| request(ids, tokens)).collect();
-    Ok(study::decode_rate(cluster, &requests)?)
+    cluster.generate(&study::requests(&prompts, 4), &mut |_| {})?;
+    Ok(study::decode_rate(cluster, &study::requests(&prompts, tokens))?)
 }
 
 fn planned(sequences: usize, (candidate, prediction): &(Candidate, Prediction)) -> Planned {

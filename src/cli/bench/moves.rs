@@ -80,13 +80,7 @@ fn table(to: &PlacementSource, cluster: &Cluster) -> Result<PlacementTable, Fail
 
 fn requests(args: &Args, model: &Path) -> Result<Vec<Request>, Failure> {
     let prompts = study::grid_prompts(model, args.sequences as usize, args.seed)?;
-    let request = |prompt_ids| Request {
-        prompt_ids,
-        max_tokens: args.max_tokens as usize,
-        ignore_eos: true,
-        ..Request::default()
-    };
-    Ok(prompts.into_iter().map(request).collect())
+    Ok(study::requests(&prompts, args.max_tokens as usize))
 }
 
 fn table_of(result: &MovePauses) -> String {

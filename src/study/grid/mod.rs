@@ -134,7 +134,7 @@ impl Grid {
 }
 
 /// Requests for so many greedy tokens after each prompt, past any end of text.
-pub(super) fn requests(prompts: &[Vec<u32>], max_tokens: usize) -> Vec<Request> {
+pub fn requests(prompts: &[Vec<u32>], max_tokens: usize) -> Vec<Request> {
     let request = |ids: &Vec<u32>| Request {
         prompt_ids: ids.clone(),
         max_tokens,
