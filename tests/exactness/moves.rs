@@ -12,8 +12,20 @@ use std::time::{Duration, Instant};
 const RANKS: usize = 3;
 
 fn until(engine: &Engine, what: &str, so: impl Fn(&LiveStats) -> bool) {
+    running_until(engine, what, so, || ());
+}
+
+/// Waits with requests under way, however long it takes: calls `submit` when hardly any are left.
+fn running_until(engine: &Engine, what: &str, so: impl Fn(&LiveStats) -> bool, mut submit: impl FnMut()) {
     let deadline = Instant::now() + Duration::from_secs(60);
-    while !so(&engine.live()) {
+    loop {
+        let live = engine.live();
+        if so(&live) {
+            return;
+        }
+        if live.running + live.waiting < 2 {
+            submit();
+        }
         assert!(engine.ended().is_none(), "{what}: {:?}", engine.ended());
         assert!(Instant::now() < deadline, "{what}: {:?}", engine.live());
         std::thread::sleep(Duration::from_millis(1));
@@ -134,16 +146,17 @@ fn moves(top_k: usize, schedule: Schedule, strategy: Strategy, transport: Transp
         let mut take = |watched: &mut Tokens, count: usize| {
             heard.extend(watched.take(count).map(|event| event.expect("a token")));
         };
+        let submit = |s: usize| (s, engine.submit(requests[s].clone()).expect("taken"));
         for step in 0..3 {
             take(&mut watched, 1 + random.below(18));
             if step == 0 {
-                let submit = |request: &Request| engine.submit(request.clone()).expect("taken");
-                others.extend(requests[1..].iter().map(submit));
+                others.extend((1..requests.len()).map(submit));
             }
             let table = anywhere(shape, &mut random);
             engine.move_to(table.clone()).expect("it fits");
             let asked = engine.live().moves.asked;
-            until(&engine, &what, |live| live.moves.done + live.moves.refused == asked);
+            let ended = |live: &LiveStats| live.moves.done + live.moves.refused == asked;
+            running_until(&engine, &what, ended, || others.push(submit(2)));
             assert_eq!(engine.placement().assignment, table.assignment, "{what}");
             assert_eq!(engine.placement().replicas, table.replicas, "{what}");
             while_running += usize::from(engine.live().running > 0);
@@ -155,9 +168,8 @@ fn moves(top_k: usize, schedule: Schedule, strategy: Strategy, transport: Transp
         assert_eq!(ids, expected[0].output_ids, "{what}: tokens of 0 in round {round}");
         let heard: Vec<_> = heard.into_iter().filter_map(|event| event.logprobs).collect();
         assert!(expected[0].logprobs.as_ref() == Some(&heard), "{what}: a probability of 0");
-        let others: Vec<Completion> =
-            others.into_iter().map(|tokens| tokens.complete().expect("tokens")).collect();
-        for (done, expected) in others.iter().zip(&expected[1..]) {
+        for (s, tokens) in others {
+            let (done, expected) = (tokens.complete().expect("tokens"), &expected[s]);
             assert_eq!(done.output_ids, expected.output_ids, "{what}, round {round}");
             assert!(done.logprobs == expected.logprobs, "{what}, round {round}: a probability");
         }
@@ -195,18 +207,20 @@ fn a_cache_of_any_type_is_passed_on_as_it_is() {
         let mut random = Random::new(60 + n as u64);
         // All of it is on one rank, then on another: nobody has anything but from there.
         for rank in [1, 2] {
-            let mut running: Vec<_> =
-                requests.iter().map(|request| engine.submit(request.clone()).expect("taken")).collect();
-            let first: Vec<_> = running[0].by_ref().take(5 + random.below(20)).collect();
+            let submit = |s: usize| (s, engine.submit(requests[s].clone()).expect("taken"));
+            let mut running: Vec<_> = (0..requests.len()).map(submit).collect();
+            let first: Vec<_> = running[0].1.by_ref().take(5 + random.below(20)).collect();
             let all = vec![vec![Rank::from(rank); shape.experts]; shape.layers];
+            let told_before = engine.live().moves.tokens;
             engine.move_to(PlacementTable::from_assignment(all, RANKS).expect("a table")).expect("it fits");
-            until(&engine, "a move", |live| live.moves.done == rank as u64);
-            assert!(engine.live().running > 0, "while requests run");
-            let rest: Vec<_> = running.remove(0).collect();
+            let ended = |live: &LiveStats| live.moves.done == rank as u64;
+            running_until(&engine, "a move", ended, || running.push(submit(2)));
+            assert!(engine.live().moves.tokens > told_before, "while requests run");
+            let rest: Vec<_> = running.remove(0).1.collect();
             let told = first.into_iter().chain(rest).map(|event| event.expect("a token").token);
             assert_eq!(told.collect::<Vec<_>>(), expected[0].output_ids, "{kv_dtype}, rank {rank}");
-            for (running, expected) in running.into_iter().zip(&expected[1..]) {
-                let done = running.complete().expect("tokens");
+            for (s, running) in running {
+                let (done, expected) = (running.complete().expect("tokens"), &expected[s]);
                 assert_eq!(done.output_ids, expected.output_ids, "{kv_dtype}, rank {rank}");
                 assert!(done.logprobs == expected.logprobs, "{kv_dtype}, rank {rank}: a probability");
             }
