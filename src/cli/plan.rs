@@ -8,7 +8,7 @@ use exflow::engine::plan::Prediction;
 use exflow::engine::{Cluster, RunStats, Schedule};
 use exflow::placement::{PlacementTable, SolveOptions};
 use exflow::progress::Bars;
-use exflow::study::{self, Candidate, Planned, Planner};
+use exflow::study::{self, Candidate, Planned, Planner, Ranked};
 use serde_json::json;
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -70,9 +70,12 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     }
     let mut plans = Vec::new();
     for &sequences in &args.sequences {
-        let ranked = planner.rank(&candidates, sequences);
+        let mut ranked = planner.rank(&candidates, sequences);
+        planner.confirm(&mut cluster, &mut ranked, sequences)?;
         let measured = match (args.check, ranked.first()) {
-            (Some(tokens), Some((best, _))) => Some(check(&mut cluster, best, sequences, tokens, args.seed)?),
+            (Some(tokens), Some(best)) => {
+                Some(check(&mut cluster, &best.candidate, sequences, tokens, args.seed)?)
+            }
             _ => None,
         };
         plans.push((sequences, ranked, measured));
@@ -83,7 +86,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     }
 }
 
-type Plan = (usize, Vec<(Candidate, Prediction)>, Option<f64>);
+type Plan = (usize, Vec<Ranked>, Option<f64>);
 
 /// The table that was asked for, one solved on the planned text, and the layer split, where each rank has the memory.
 fn tables(
@@ -119,19 +122,20 @@ fn check(
     tokens: usize,
     seed: u64,
 ) -> Result<f64, Failure> {
-    cluster.change(best.strategy, best.schedule, Some(best.placement.clone()))?;
+    best.apply(cluster)?;
     let prompts = study::grid_prompts(&cluster.options().model.clone(), sequences, seed)?;
     cluster.generate(&study::requests(&prompts, 4), &mut |_| {})?;
     Ok(study::decode_rate(cluster, &study::requests(&prompts, tokens))?)
 }
 
-fn planned(sequences: usize, (candidate, prediction): &(Candidate, Prediction)) -> Planned {
+fn planned(sequences: usize, Ranked { candidate, prediction, tried }: &Ranked) -> Planned {
     Planned {
         sequences,
         strategy: candidate.strategy.to_string(),
         schedule: candidate.schedule.to_string(),
         table: candidate.table.clone(),
         prediction: *prediction,
+        tried_tokens_per_s: *tried,
     }
 }
 
@@ -154,10 +158,11 @@ fn as_text(planner: &Planner, plans: &[Plan]) -> String {
     for (sequences, ranked, measured) in plans {
         let _ = writeln!(
             text,
-            "\n{sequences} sequence{}\n  {:<34}{:>10}{:>10}{:>9}{:>9}{:>9}{:>9}{:>11}",
+            "\n{sequences} sequence{}\n  {:<34}{:>10}{:>10}{:>10}{:>9}{:>9}{:>9}{:>9}{:>11}",
             if *sequences == 1 { "" } else { "s" },
             "setting",
             "tokens/s",
+            "on trial",
             "ms/token",
             "compute",
             "travel",
@@ -165,13 +170,14 @@ fn as_text(planner: &Planner, plans: &[Plan]) -> String {
             "context",
             "bytes/token"
         );
-        for (candidate, p) in ranked {
+        for Ranked { candidate, prediction: p, tried } in ranked {
             let bytes = p.dispatch_bytes + p.combine_bytes + p.kv_bytes;
             let _ = writeln!(
                 text,
-                "  {:<34}{:>10.1}{:>10.2}{:>9.2}{:>9.2}{:>9.2}{:>9.2}{:>11.0}",
+                "  {:<34}{:>10.1}{:>10}{:>10.2}{:>9.2}{:>9.2}{:>9.2}{:>9.2}{:>11.0}",
                 candidate.to_string(),
                 p.tokens_per_s,
+                tried.map_or_else(|| "-".into(), |rate| format!("{rate:.1}")),
                 p.ms_per_token,
                 p.parts.compute_ms,
                 p.parts.travel_ms,
@@ -183,7 +189,7 @@ fn as_text(planner: &Planner, plans: &[Plan]) -> String {
         if let Some(best) = ranked.first() {
             let _ = writeln!(text, "  -> {}", why(best, ranked));
             if let Some(measured) = measured {
-                let _ = writeln!(text, "  measured: {}", beside(best.1.tokens_per_s, *measured));
+                let _ = writeln!(text, "  measured: {}", beside(best.prediction.tokens_per_s, *measured));
             }
         }
     }
@@ -226,8 +232,12 @@ fn measurements(planner: &Planner) -> String {
 }
 
 /// The choice, and what the best of each other kind would do.
-fn why((best, p): &(Candidate, Prediction), ranked: &[(Candidate, Prediction)]) -> String {
+fn why(best: &Ranked, ranked: &[Ranked]) -> String {
+    let Ranked { candidate: best, prediction: p, tried } = best;
     let mut text = format!("{best}: {:.1} tokens/s", p.tokens_per_s);
+    if let Some(rate) = tried {
+        let _ = write!(text, " ({rate:.1} on trial)");
+    }
     let mut others = Vec::new();
     let differs = |what: &str, c: &Candidate| match what {
         "strategy" => c.strategy != best.strategy,
@@ -235,8 +245,11 @@ fn why((best, p): &(Candidate, Prediction), ranked: &[(Candidate, Prediction)]) 
         _ => c.table != best.table,
     };
     for what in ["strategy", "schedule", "table"] {
-        if let Some((other, q)) = ranked.iter().find(|(c, _)| differs(what, c)) {
-            let times = p.tokens_per_s / q.tokens_per_s.max(1e-9);
+        if let Some(Ranked { candidate: other, prediction: q, tried: of_other }) =
+            ranked.iter().find(|one| differs(what, &one.candidate))
+        {
+            let (rate, than) = tried.zip(*of_other).unwrap_or((p.tokens_per_s, q.tokens_per_s));
+            let times = rate / than.max(1e-9);
             others.push(format!("{times:.2}x the best of another {what} ({other})"));
         }
     }
@@ -293,9 +306,10 @@ pub(crate) fn tune(
     let schedules = schedule.map_or_else(|| vec![Schedule::Rounds, Schedule::Flow], |one| vec![one]);
     let candidates = study::candidates(&[table], &schedules);
     planner.try_out(cluster, &study::ways(&candidates), sequences)?;
-    let ranked = planner.rank(&candidates, sequences);
+    let mut ranked = planner.rank(&candidates, sequences);
+    planner.confirm(cluster, &mut ranked, sequences)?;
     let Some(best) = ranked.first() else { return Ok(None) };
     output::note(&format!("auto, {sequences} at once: {}", why(best, &ranked)));
-    cluster.change(best.0.strategy, best.0.schedule, None)?;
-    Ok(Some(Chosen { sequences, prediction: best.1 }))
+    best.candidate.apply(cluster)?;
+    Ok(Some(Chosen { sequences, prediction: best.prediction }))
 }

@@ -31,5 +31,5 @@ pub use held_out::{BalanceScore, HeldOut, balances, held_out, keep_back};
 pub use moves::{Gaps, MovePauses, move_pauses};
 pub use paper::{Evidence, RoutingHistory, StudyOptions, paper_checks};
 pub use placing::{Placed, Profiled, place, profile, solve_with_progress};
-pub use planning::{Candidate, Planned, Planner, candidates, layer_split, planned_table, ways};
+pub use planning::{Candidate, Planned, Planner, Ranked, candidates, layer_split, planned_table, ways};
 pub use replaying::{ReplayError, Replayed, TableChoice, replay, sweep};

@@ -63,9 +63,16 @@ fn a_plan_predicts_every_setting_and_auto_runs_the_best() {
     for (plan, sequences) in plans["plans"].as_array().expect("plans").iter().zip([1, 3]) {
         let settings = plan["settings"].as_array().expect("settings");
         assert_eq!(settings.len(), 12, "two strategies and schedules, three tables");
-        let rates: Vec<f64> =
+        let predicted: Vec<f64> =
             settings.iter().filter_map(|s| s["prediction"]["tokens_per_s"].as_f64()).collect();
-        assert!(rates.len() == 12 && rates.is_sorted_by(|a, b| a >= b) && rates[11] > 0.0, "{rates:?}");
+        assert!(predicted.len() == 12 && predicted.iter().all(|rate| *rate > 0.0), "{predicted:?}");
+        // Those that were tried come first, by what they made; the others by what they are predicted to.
+        let tried: Vec<f64> = settings.iter().filter_map(|s| s["tried_tokens_per_s"].as_f64()).collect();
+        assert!(tried.len() != 1 && tried.is_sorted_by(|a, b| a >= b), "{tried:?}");
+        let (first, rest) = predicted.split_at(tried.len());
+        assert!(settings[..tried.len()].iter().all(|s| !s["tried_tokens_per_s"].is_null()), "{settings:?}");
+        assert!(rest.is_sorted_by(|a, b| a >= b), "{predicted:?}");
+        assert!(first.iter().all(|rate| *rate >= rest[0]), "{predicted:?}");
         assert_eq!((&plan["choice"], &plan["sequences"]), (&settings[0], &sequences.into()));
         assert!(plan["measured_tokens_per_s"].as_f64().expect("a measurement") > 0.0);
     }

@@ -13,7 +13,7 @@ pub use row::{BesideBest, ClassBytes, GridRow};
 pub use turns::{ALONE, decode_rate};
 pub(super) use turns::{of_mean_time, quantile};
 
-use super::{Candidate, Planner, StudyError, ways};
+use super::{Candidate, Planner, Ranked, StudyError, ways};
 use exflow_engine::plan::Prediction;
 use exflow_engine::{Cluster, ClusterOptions, Progress, Request, RoutingTrace, Schedule, Strategy};
 use turns::{Entry, Runs, Turns};
@@ -99,15 +99,15 @@ impl Grid {
         for ((setting, cluster), predicted) in self.clusters.iter_mut().zip(predicted) {
             entries.push(Entry { setting: setting.clone(), auto: false, cluster, predicted });
         }
-        if let Some(auto) = &mut self.planner
-            && let Some((setting, prediction)) =
-                auto.planner.rank(&settings, cell.sequences).into_iter().next()
-        {
-            let table = Some(setting.placement.clone());
-            auto.cluster.change(setting.strategy, setting.schedule, table)?;
-            auto.cluster.generate(&requests(prompts, WARM_UP), &mut |_| {})?;
-            let cluster = &mut auto.cluster;
-            entries.push(Entry { setting, auto: true, cluster, predicted: Some(prediction) });
+        if let Some(Auto { planner, cluster }) = &mut self.planner {
+            let offered: Vec<Candidate> = settings.into_iter().filter(Candidate::may_be_picked).collect();
+            let mut ranked = planner.rank(&offered, cell.sequences);
+            planner.confirm(cluster, &mut ranked, cell.sequences)?;
+            if let Some(Ranked { candidate, prediction, .. }) = ranked.into_iter().next() {
+                candidate.apply(cluster)?;
+                cluster.generate(&requests(prompts, WARM_UP), &mut |_| {})?;
+                entries.push(Entry { setting: candidate, auto: true, cluster, predicted: Some(prediction) });
+            }
         }
         let mut turns = Turns::new(cell, prompts);
         let mut runs: Vec<Runs> = entries.iter().map(|_| Runs::default()).collect();

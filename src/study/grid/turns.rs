@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 
 /// A run says the same again until it took so long: within tenths of a second it matters which core a thread woke on.
 const SHORTEST_RUN: Duration = Duration::from_millis(600);
-/// Two runs that took so long together need no third: they wait for links, whose latency has no moods.
-const LONG_RUNS: Duration = Duration::from_secs(10);
+/// Two runs or more that took so long together need no further one: they wait for links, whose latency has no moods.
+const LONG_RUNS: Duration = Duration::from_secs(6);
 /// Prompts that a lone sequence is measured with, one after the other.
 pub const ALONE: usize = 8;
 /// So long the planner's pick and the best fixed setting take turns, and once per repeat at least.
-const PAIRS: Duration = Duration::from_secs(12);
+const PAIRS: Duration = Duration::from_secs(18);
 
 /// One setting of a cell while it is measured.
 pub(super) struct Entry<'a> {
@@ -125,8 +125,7 @@ impl Turns {
         let (own, pairs) = self.ratio(auto, fixed, repeats)?;
         std::mem::swap(&mut auto.setting, &mut fixed.setting);
         for entry in [&mut *auto, &mut *fixed] {
-            let Candidate { strategy, schedule, placement, .. } = &entry.setting;
-            entry.cluster.change(*strategy, *schedule, Some(placement.clone()))?;
+            entry.setting.apply(entry.cluster)?;
             // The first turn after a change is not counted.
             self.take(entry, &mut Runs::default())?;
         }

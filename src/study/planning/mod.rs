@@ -1,81 +1,38 @@
 //! Planning a run: what a world measured, what its model routes, and what each setting will make of both.
 
-use super::grid::{self, of_mean_time, quantile};
-use super::{StudyError, decode_rate};
+mod candidate;
+mod trial;
+
+pub use candidate::{Candidate, candidates, layer_split, ways};
+
+use super::{StudyError, grid};
 use exflow_engine::plan::{Load, Measurements, Prediction, Setting, Shape, Workload, predict};
-use exflow_engine::{
-    Cluster, ClusterOptions, Combine, Linger, Overlap, PlacementSource, Progress, RoutingTrace, Schedule,
-    Strategy,
-};
-use exflow_placement::{PlacementTable, Rank, SolveOptions};
+use exflow_engine::{Cluster, Combine, Progress, RoutingTrace, Schedule, Strategy};
+use exflow_placement::{PlacementTable, SolveOptions};
 use serde::Serialize;
 use std::fmt::Write;
-use std::time::{Duration, Instant};
 
 /// Sequences and tokens of the text that the model writes to be planned on. Tables are solved on the first half, and
 /// predictions made from the second: a table does better on the text that it was solved on than on any other.
 const OWN_TEXT: (usize, usize) = (16, 24);
 
-/// Least and most tokens of each sequence in a trial: one for each that decodes beside it, as it takes the longer from the
-/// first that begins to the last the more there are, and more where the model is quick.
-const TRIAL: (usize, usize) = (12, 32);
-/// The same before it, while everything is still to be made for the first time.
-const TRIAL_WARM_UP: usize = 3;
-/// The ways take turns so often, of which the median counts: a machine is slower in some seconds than in others, and so are
-/// the first ones of a world.
-const TRIAL_TURNS: usize = 3;
-/// In a turn a trial is made longer and repeated until so much time has passed: a short one is over in less than a
-/// scheduler's moods last, and mostly beginning and end, while not all sequences decode.
-const TRIAL_TIME: Duration = Duration::from_millis(500);
-/// A trial that takes longer by itself has no further turns: it waits for links, whose latency has no moods.
-const LONG_TRIAL: Duration = Duration::from_secs(2);
-
-/// A way to run.
-#[derive(Debug, Clone)]
-pub struct Candidate {
-    /// Where tokens go.
-    pub strategy: Strategy,
-    /// What a rank waits for.
-    pub schedule: Schedule,
-    /// The table's name.
-    pub table: String,
-    /// The table.
-    pub placement: PlacementTable,
-    /// What it is called among ablations, which may overlap less.
-    pub ablation: Option<&'static str>,
-    /// What runs while rows are on their way, in rounds.
-    pub overlap: Overlap,
-    /// How long rows are held back, in flow.
-    pub linger: Linger,
-}
-
-impl Candidate {
-    /// These options with what this candidate changes of them.
-    pub fn options(&self, options: &ClusterOptions) -> ClusterOptions {
-        ClusterOptions {
-            strategy: self.strategy,
-            schedule: self.schedule,
-            overlap: self.overlap,
-            linger: self.linger,
-            placement: PlacementSource::Table(self.placement.clone()),
-            ..options.clone()
-        }
-    }
-
-    /// Whether a planner may pick it: it leaves to the ranks what they overlap and how long they linger.
-    pub(super) fn may_be_picked(&self) -> bool {
-        let lingers = self.linger == Linger::Auto || self.schedule == Schedule::Rounds;
-        self.overlap == Overlap::Auto && lingers
-    }
-}
-
-impl std::fmt::Display for Candidate {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}, {}, {}", self.strategy, self.schedule, self.table)
-    }
-}
+/// Candidates that are predicted to make at least this share of what the best one does are tried before one is picked, so
+/// many at most. Predictions are mostly within a tenth, and where candidates lie closer than that a trial tells more.
+const CLOSE: f64 = 0.9;
+const CONTENDERS: usize = 4;
 
 /// A candidate with what it is predicted to do.
+#[derive(Debug, Clone)]
+pub struct Ranked {
+    /// The way to run.
+    pub candidate: Candidate,
+    /// What it will do.
+    pub prediction: Prediction,
+    /// Tokens per second on trial; none where it was predicted to be too far behind.
+    pub tried: Option<f64>,
+}
+
+/// The same, to be written to a file.
 #[derive(Debug, Clone, Serialize)]
 pub struct Planned {
     /// Sequences at once.
@@ -88,6 +45,8 @@ pub struct Planned {
     pub table: String,
     /// What it will do.
     pub prediction: Prediction,
+    /// What it made on trial; none where it was predicted to be too far behind.
+    pub tried_tokens_per_s: Option<f64>,
 }
 
 /// What predictions are made from.
@@ -143,23 +102,14 @@ impl Planner {
         ways: &[(Strategy, Schedule)],
         sequences: usize,
     ) -> Result<(), StudyError> {
-        let prompts = grid::trial_prompts(cluster, sequences.max(2))?;
         let table = cluster.placement().clone();
-        let mut turns: Vec<Vec<Trial>> = vec![Vec::new(); ways.len()];
-        for _ in 0..TRIAL_TURNS {
-            for (&(strategy, schedule), turns) in ways.iter().zip(&mut turns) {
-                if turns.iter().all(|trial| trial.longest < LONG_TRIAL) {
-                    cluster.change(strategy, schedule, None)?;
-                    turns.push(Trial::run(cluster, &prompts, sequences)?);
-                }
-            }
-        }
-        for (&(strategy, schedule), turns) in ways.iter().zip(&turns) {
-            let mut rates: Vec<f64> = turns.iter().map(|trial| trial.tokens_per_s).collect();
+        let change = |way: &(Strategy, Schedule), cluster: &mut Cluster| cluster.change(way.0, way.1, None);
+        let rates = trial::by_turns(cluster, ways, sequences, change)?;
+        for (&(strategy, schedule), rate) in ways.iter().zip(rates) {
             let (combine, groups) = (self.combine, &self.groups[..]);
             let setting = Setting { strategy, schedule, combine, table: &table, groups };
             let work = Workload { routes: &self.routes, sequences };
-            let load = Load::of(&self.measured, &self.shape, work, setting, quantile(&mut rates, 0.5));
+            let load = Load::of(&self.measured, &self.shape, work, setting, rate);
             self.measured.loads.push(load);
         }
         Ok(())
@@ -179,11 +129,39 @@ impl Planner {
     }
 
     /// Every candidate's prediction, the best first.
-    pub fn rank(&self, candidates: &[Candidate], sequences: usize) -> Vec<(Candidate, Prediction)> {
-        let each = candidates.iter().map(|candidate| (candidate.clone(), self.predict(candidate, sequences)));
+    pub fn rank(&self, candidates: &[Candidate], sequences: usize) -> Vec<Ranked> {
+        let each = candidates.iter().map(|candidate| Ranked {
+            candidate: candidate.clone(),
+            prediction: self.predict(candidate, sequences),
+            tried: None,
+        });
         let mut all: Vec<_> = each.collect();
-        all.sort_by(|(_, a), (_, b)| b.tokens_per_s.total_cmp(&a.tokens_per_s));
+        all.sort_by(|a, b| b.prediction.tokens_per_s.total_cmp(&a.prediction.tokens_per_s));
         all
+    }
+
+    /// Has the cluster decode on trial as each of those says that are predicted to be nearly as good as the first one, and
+    /// puts what made the most tokens first. Nothing is tried where only one is. The cluster is left in any of them.
+    ///
+    /// # Errors
+    /// What the engine refuses.
+    pub fn confirm(
+        &self,
+        cluster: &mut Cluster,
+        ranked: &mut [Ranked],
+        sequences: usize,
+    ) -> Result<(), StudyError> {
+        let close = contenders(ranked);
+        let contenders = &mut ranked[..close];
+        if close > 1 {
+            let apply = |one: &Ranked, cluster: &mut Cluster| one.candidate.apply(cluster);
+            let rates = trial::by_turns(cluster, contenders, sequences, apply)?;
+            for (one, rate) in contenders.iter_mut().zip(rates) {
+                one.tried = Some(rate);
+            }
+            contenders.sort_by(|a, b| b.tried.unwrap_or(0.0).total_cmp(&a.tried.unwrap_or(0.0)));
+        }
+        Ok(())
     }
 
     /// What was measured, as a topology file: costs in microseconds per row; `hosts` of each rank.
@@ -227,84 +205,11 @@ impl Planner {
     }
 }
 
-/// One turn of a way.
-#[derive(Clone, Copy)]
-struct Trial {
-    tokens_per_s: f64,
-    /// What the longest run took.
-    longest: Duration,
-}
-
-impl Trial {
-    /// Decodes so many sequences for a while, each time after other prompts.
-    fn run(cluster: &mut Cluster, prompts: &[Vec<u32>], sequences: usize) -> Result<Self, StudyError> {
-        let mut turned = 0;
-        let mut timed = |max_tokens: usize| {
-            let prompts: Vec<_> = prompts.iter().cycle().skip(turned).take(sequences).cloned().collect();
-            turned += 1;
-            let began = Instant::now();
-            let rate = decode_rate(cluster, &grid::requests(&prompts, max_tokens))?;
-            Ok::<_, StudyError>((rate, began.elapsed()))
-        };
-        timed(TRIAL_WARM_UP)?;
-        let least = sequences.clamp(TRIAL.0, TRIAL.1);
-        let (rate, took) = timed(least)?;
-        if took >= TRIAL_TIME {
-            return Ok(Self { tokens_per_s: rate, longest: took });
-        }
-        let as_long = least as f64 * TRIAL_TIME.as_secs_f64() / took.as_secs_f64().max(1e-9);
-        let tokens = (as_long.ceil() as usize).clamp(least, TRIAL.1);
-        let (began, mut rates, mut longest) = (Instant::now(), Vec::new(), took);
-        while rates.is_empty() || began.elapsed() < TRIAL_TIME {
-            let (rate, took) = timed(tokens)?;
-            rates.push(rate);
-            longest = longest.max(took);
-        }
-        Ok(Self { tokens_per_s: of_mean_time(&rates), longest })
-    }
-}
-
-/// Every strategy with every schedule on these tables.
-pub fn candidates(tables: &[(String, PlacementTable)], schedules: &[Schedule]) -> Vec<Candidate> {
-    let mut all = Vec::new();
-    for (table, placement) in tables {
-        for strategy in [Strategy::Vanilla, Strategy::Coherent] {
-            for &schedule in schedules {
-                all.push(Candidate {
-                    strategy,
-                    schedule,
-                    table: table.clone(),
-                    placement: placement.clone(),
-                    ablation: None,
-                    overlap: Overlap::Auto,
-                    linger: Linger::Auto,
-                });
-            }
-        }
-    }
-    all
-}
-
-/// The strategies and schedules among the candidates, each once.
-pub fn ways(candidates: &[Candidate]) -> Vec<(Strategy, Schedule)> {
-    let mut ways = Vec::new();
-    for way in candidates.iter().map(|candidate| (candidate.strategy, candidate.schedule)) {
-        if !ways.contains(&way) {
-            ways.push(way);
-        }
-    }
-    ways
-}
-
-/// The ordinary layer split: each layer whole on one rank, in contiguous blocks of layers.
-///
-/// # Errors
-/// Never for shapes of at least one layer, expert and rank.
-pub fn layer_split(layers: usize, experts: usize, ranks: usize) -> Result<PlacementTable, StudyError> {
-    let row = |layer: usize| vec![Rank::from(layer * ranks / layers.max(1)); experts];
-    let mut table = PlacementTable::from_assignment((0..layers).map(row).collect(), ranks)?;
-    table.source = Some("layers".into());
-    Ok(table)
+/// How many of the first ones are predicted to be nearly as good as the first.
+fn contenders(ranked: &[Ranked]) -> usize {
+    let least = CLOSE * ranked.first().map_or(0.0, |best| best.prediction.tokens_per_s);
+    let close = |one: &&Ranked| one.prediction.tokens_per_s >= least;
+    ranked.iter().take(CONTENDERS).take_while(close).count()
 }
 
 /// A table solved on the planner's own text, for equal ranks.
@@ -323,7 +228,7 @@ pub fn planned_table(
 mod tests {
     use super::*;
     use exflow_engine::plan::{ByStrategy, Curve, LinkTime, RankTimes};
-    use exflow_placement::Topology;
+    use exflow_placement::{Rank, Topology};
 
     fn planner() -> Planner {
         let link = LinkTime { latency_s: 0.002, bytes_per_s: 1e6, message_s: 0.0 };
@@ -367,9 +272,26 @@ mod tests {
         let tables = [("round_robin".into(), PlacementTable::round_robin(2, 2, 2)), ("layers".into(), split)];
         let ranked = planner().rank(&candidates(&tables, &[Schedule::Rounds, Schedule::Flow]), 1);
         assert_eq!(ranked.len(), 8);
-        assert!(ranked.windows(2).all(|w| w[0].1.tokens_per_s >= w[1].1.tokens_per_s));
+        assert!(ranked.windows(2).all(|w| w[0].prediction.tokens_per_s >= w[1].prediction.tokens_per_s));
         // A token keeps its expert and its successor takes the other one: one crossing a token, or four latencies for
         // every other token, or there and back between layers.
-        assert_eq!(ranked[0].0.to_string(), "coherent, flow, round_robin");
+        assert_eq!(ranked[0].candidate.to_string(), "coherent, flow, round_robin");
+    }
+    #[test]
+    fn what_is_predicted_to_be_close_is_tried() {
+        let table = PlacementTable::round_robin(2, 2, 2);
+        let mut ranked = planner().rank(&candidates(&[("t".into(), table)], &[Schedule::Rounds]), 1);
+        let two = ranked.clone();
+        ranked.extend(two.iter().cloned().chain(two.iter().cloned()));
+        let mut close = |shares: [f64; 6]| {
+            for (one, share) in ranked.iter_mut().zip(shares) {
+                one.prediction.tokens_per_s = 200.0 * share;
+            }
+            contenders(&ranked)
+        };
+        assert_eq!(close([1.0, 0.89, 0.8, 0.7, 0.6, 0.5]), 1, "nothing to try");
+        assert_eq!(close([1.0, 0.95, 0.91, 0.7, 0.6, 0.5]), 3);
+        assert_eq!(close([1.0; 6]), CONTENDERS);
+        assert_eq!(contenders(&[]), 0);
     }
 }

@@ -1,0 +1,82 @@
+//! Trials: a cluster decodes a few tokens of the model's own text in each of several ways, which take turns.
+
+use crate::study::grid::{self, of_mean_time, quantile};
+use crate::study::{StudyError, decode_rate};
+use exflow_engine::{Cluster, EngineError};
+use std::time::{Duration, Instant};
+
+/// Least and most tokens of each sequence in a trial: one for each that decodes beside it, as it takes the longer from the
+/// first that begins to the last the more there are, and more where the model is quick.
+const TOKENS: (usize, usize) = (12, 32);
+/// The same before it, while everything is still to be made for the first time.
+const WARM_UP: usize = 3;
+/// The ways take turns so often, of which the median counts: a machine is slower in some seconds than in others, and so are
+/// the first ones of a world.
+const TURNS: usize = 3;
+/// In a turn a trial is made longer and repeated until so much time has passed: a short one is over in less than a
+/// scheduler's moods last, and mostly beginning and end, while not all sequences decode.
+const TIME: Duration = Duration::from_millis(500);
+/// A trial that takes longer by itself has no further turns: it waits for links, whose latency has no moods.
+const LONG: Duration = Duration::from_secs(2);
+
+/// Tokens per second of so many sequences in each of the ways, to which `change` brings the cluster. It is left in one of
+/// them.
+pub(super) fn by_turns<W>(
+    cluster: &mut Cluster,
+    ways: &[W],
+    sequences: usize,
+    change: impl Fn(&W, &mut Cluster) -> Result<(), EngineError>,
+) -> Result<Vec<f64>, StudyError> {
+    let prompts = grid::trial_prompts(cluster, sequences.max(2))?;
+    let mut trials: Vec<Vec<Trial>> = ways.iter().map(|_| Vec::new()).collect();
+    for turn in 0..TURNS {
+        for place in 0..ways.len() {
+            let which = (place + turn) % ways.len();
+            if trials[which].iter().all(|trial| trial.longest < LONG) {
+                change(&ways[which], cluster)?;
+                trials[which].push(Trial::run(cluster, &prompts, sequences)?);
+            }
+        }
+    }
+    let median = |trials: Vec<Trial>| {
+        let mut rates: Vec<f64> = trials.iter().map(|trial| trial.tokens_per_s).collect();
+        quantile(&mut rates, 0.5)
+    };
+    Ok(trials.into_iter().map(median).collect())
+}
+
+/// One turn of a way.
+struct Trial {
+    tokens_per_s: f64,
+    /// What the longest run took.
+    longest: Duration,
+}
+
+impl Trial {
+    /// Decodes so many sequences for a while, each time after other prompts.
+    fn run(cluster: &mut Cluster, prompts: &[Vec<u32>], sequences: usize) -> Result<Self, StudyError> {
+        let mut turned = 0;
+        let mut timed = |max_tokens: usize| {
+            let prompts: Vec<_> = prompts.iter().cycle().skip(turned).take(sequences).cloned().collect();
+            turned += 1;
+            let began = Instant::now();
+            let rate = decode_rate(cluster, &grid::requests(&prompts, max_tokens))?;
+            Ok::<_, StudyError>((rate, began.elapsed()))
+        };
+        timed(WARM_UP)?;
+        let least = sequences.clamp(TOKENS.0, TOKENS.1);
+        let (rate, took) = timed(least)?;
+        if took >= TIME {
+            return Ok(Self { tokens_per_s: rate, longest: took });
+        }
+        let as_long = least as f64 * TIME.as_secs_f64() / took.as_secs_f64().max(1e-9);
+        let tokens = (as_long.ceil() as usize).clamp(least, TOKENS.1);
+        let (began, mut rates, mut longest) = (Instant::now(), Vec::new(), took);
+        while rates.is_empty() || began.elapsed() < TIME {
+            let (rate, took) = timed(tokens)?;
+            rates.push(rate);
+            longest = longest.max(took);
+        }
+        Ok(Self { tokens_per_s: of_mean_time(&rates), longest })
+    }
+}
