@@ -60,6 +60,9 @@ pub(crate) struct Gpu {
 const UPLOAD_WINDOW: u64 = 32 << 20;
 const HOST_UPLOAD_WINDOW: u64 = 8 << 20;
 
+/// Bytes of the blocks of memory that buffers share on a CPU adapter; what the host maps has blocks of half of it.
+const CPU_BLOCK: u64 = 8 << 20;
+
 /// How long an ending rank waits for what its device still computes.
 const LAST_WORK: Duration = Duration::from_secs(5);
 
@@ -363,7 +366,11 @@ const MATRIX_FEATURES: wgpu::Features =
 /// A new device of an adapter called `name`, with all that the adapter has, but matrix units where they are not asked for.
 fn make(adapter: &wgpu::Adapter, name: &str, matrix_units: bool) -> Result<Idle, EngineError> {
     let memory_hints = match adapter.get_info().device_type {
-        wgpu::DeviceType::Cpu => wgpu::MemoryHints::MemoryUsage,
+        // The smallest that wgpu makes: what is larger than a block has memory of its own and just as much, and what a load has
+        // uploaded leaves no blocks behind with holes too small for the next matrix.
+        wgpu::DeviceType::Cpu => {
+            wgpu::MemoryHints::Manual { suballocated_device_memory_block_size: CPU_BLOCK..CPU_BLOCK }
+        }
         _ => wgpu::MemoryHints::Performance,
     };
     // SAFETY: what wgpu asks for is that its defects are reckoned with. Kernels that use matrix units are compared with
