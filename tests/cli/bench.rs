@@ -68,6 +68,14 @@ fn the_grid_of_strategies_holds_the_cells_that_were_asked_for() {
     let rows = rows.as_array().expect("a list");
     assert_eq!(rows.len(), 9, "two strategies, schedules and tables, and what the planner picked");
     assert_eq!(rows.iter().filter(|row| row["strategy"] == "auto").count(), 1);
+    let auto = rows.iter().find(|row| row["strategy"] == "auto").expect("the planner's pick");
+    let (picked, beside) = (&auto["table"], &auto["beside_best"]);
+    let best = beside["setting"].as_str().expect("a setting").split(", ").collect::<Vec<_>>();
+    let is_best = *picked == format!("{} {}", best[0], best[2]).as_str() && auto["schedule"] == best[1];
+    let same = beside["same"].as_bool().expect("same or another");
+    assert!(same || !is_best, "tables of two names may be one: {auto}");
+    let [low, high] = [0, 1].map(|side| beside["quartiles"][side].as_f64().expect("a quartile"));
+    assert!(0.0 < low && low <= high && beside["ratio"].as_f64() > Some(0.0), "{beside}");
     for row in rows {
         assert_eq!((&row["model"], &row["ranks"], &row["link"]), (&model.into(), &2.into(), &"local".into()));
         for figure in [

@@ -101,9 +101,13 @@ pub struct GridRow {
 pub struct BesideBest {
     /// The fixed setting whose median over the runs was the highest, of those that `auto` may pick.
     pub setting: String,
+    /// Whether that is what `auto` picked: then the ratio is 1 but for the machine's moods.
+    pub same: bool,
     /// `auto`'s tokens per second over that setting's: the median over the pairs of runs in which each had its own cluster,
     /// and over those in which each had the other's; of both the geometric mean.
     pub ratio: f64,
+    /// The quartiles of all pairs' ratios: how far single pairs lie apart.
+    pub quartiles: (f64, f64),
     /// Pairs of runs, of which each began with the other of the two than the pair before.
     pub pairs: usize,
 }

@@ -121,25 +121,28 @@ impl Turns {
         fixed: &mut Entry<'a>,
         repeats: usize,
     ) -> Result<BesideBest, StudyError> {
-        let setting = fixed.setting.to_string();
-        let (own, pairs) = self.ratio(auto, fixed, repeats)?;
+        let (setting, same) = (fixed.setting.to_string(), fixed.setting.runs_as(&auto.setting));
+        let mut own = self.ratios(auto, fixed, repeats)?;
         std::mem::swap(&mut auto.setting, &mut fixed.setting);
         for entry in [&mut *auto, &mut *fixed] {
             entry.setting.apply(entry.cluster)?;
             // The first turn after a change is not counted.
             self.take(entry, &mut Runs::default())?;
         }
-        let (swapped, more) = self.ratio(fixed, auto, repeats)?;
-        Ok(BesideBest { setting, ratio: (own * swapped).sqrt(), pairs: pairs + more })
+        let mut swapped = self.ratios(fixed, auto, repeats)?;
+        let ratio = (middle(&mut own) * middle(&mut swapped)).sqrt();
+        own.append(&mut swapped);
+        let quartiles = (quantile(&mut own, 0.25), quantile(&mut own, 0.75));
+        Ok(BesideBest { setting, same, ratio, quartiles, pairs: own.len() })
     }
 
-    /// The rate of one over that of another: the median over pairs of turns, and how many there were.
-    fn ratio<'a>(
+    /// The rate of one over that of another in each pair of turns.
+    fn ratios<'a>(
         &mut self,
         one: &mut Entry<'a>,
         other: &mut Entry<'a>,
         repeats: usize,
-    ) -> Result<(f64, usize), StudyError> {
+    ) -> Result<Vec<f64>, StudyError> {
         let (began, mut ratios) = (Instant::now(), Vec::new());
         // An even number: each is the first of a pair as often as the other.
         while ratios.len() < repeats / 2 || began.elapsed() < PAIRS / 2 || ratios.len() % 2 == 1 {
@@ -151,7 +154,7 @@ impl Turns {
             }
             ratios.push(rates[0] / rates[1].max(1e-9));
         }
-        Ok((middle(&mut ratios), ratios.len()))
+        Ok(ratios)
     }
 }
 

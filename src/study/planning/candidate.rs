@@ -46,6 +46,14 @@ impl Candidate {
         cluster.change(self.strategy, self.schedule, Some(self.placement.clone()))
     }
 
+    /// Whether both are one and the same way to run, whatever they are called.
+    pub(in crate::study) fn runs_as(&self, other: &Self) -> bool {
+        let way = |one: &Self| (one.strategy, one.schedule, one.overlap, one.linger);
+        way(self) == way(other)
+            && self.placement.assignment == other.placement.assignment
+            && self.placement.replicas == other.placement.replicas
+    }
+
     /// Whether a planner may pick it: it leaves to the ranks what they overlap and how long they linger.
     pub(in crate::study) fn may_be_picked(&self) -> bool {
         let lingers = self.linger == Linger::Auto || self.schedule == Schedule::Rounds;

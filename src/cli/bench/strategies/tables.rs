@@ -112,9 +112,10 @@ fn times(row: &GridRow) -> [String; 12] {
 /// How the planner's pick did beside the best fixed setting, where it ran.
 fn beside_best(of: &[&GridRow]) -> Option<String> {
     let (auto, beside) = of.iter().find_map(|row| row.beside_best.as_ref().map(|beside| (row, beside)))?;
+    let best = if beside.same { "the same" } else { &beside.setting };
     Some(format!(
-        "auto ({}, {}) beside the best fixed setting ({}), by turns: × {:.2}, median of {} pairs",
-        auto.schedule, auto.table, beside.setting, beside.ratio, beside.pairs
+        "auto ({}, {}) beside the best fixed setting ({best}), by turns: × {:.2}, {} pairs of quartiles {:.2} and {:.2}",
+        auto.schedule, auto.table, beside.ratio, beside.pairs, beside.quartiles.0, beside.quartiles.1
     ))
 }
 
