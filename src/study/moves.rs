@@ -1,7 +1,7 @@
 //! What requests notice of experts that move while they run: the gaps between a sequence's tokens.
 
 use super::StudyError;
-use super::grid::quantile;
+use super::grid::{median, quantile};
 use exflow_engine::{Cluster, Engine, EngineError, EngineOptions, PlacementTable, Request, Schedule, Tokens};
 use serde::Serialize;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -114,7 +114,7 @@ pub fn move_pauses(
     }
     let moves = engine.live().moves;
     engine.finish();
-    let rates = |runs: &[Run]| quantile(&mut runs.iter().map(Run::tokens_per_s).collect::<Vec<_>>(), 0.5);
+    let rates = |runs: &[Run]| median(&mut runs.iter().map(Run::tokens_per_s).collect::<Vec<_>>());
     let mut seconds: Vec<f64> =
         with.iter().filter_map(|run| run.moved).map(|(from, to)| (to - from).as_secs_f64()).collect();
     Ok(MovePauses {

@@ -11,8 +11,9 @@ pub use inputs::{
 pub(super) use inputs::{own_routes, trial_prompts};
 pub use row::{BesideBest, ClassBytes, GridRow};
 pub use turns::{ALONE, decode_rate};
-pub(super) use turns::{of_mean_time, quantile};
+pub(super) use turns::{median, of_mean_time, quantile};
 
+use super::planning::{TURNS, Trials, go_on_as};
 use super::{Candidate, Planner, Ranked, StudyError, ways};
 use exflow_engine::plan::Prediction;
 use exflow_engine::{Cluster, ClusterOptions, Progress, Request, RoutingTrace, Schedule, Strategy};
@@ -50,14 +51,16 @@ struct Auto {
 
 impl Grid {
     /// Starts a cluster per setting and warms it up; with `routes` also one that measures the world, from which every
-    /// setting is predicted, and that then runs as the best of them.
+    /// setting is predicted, and that then runs as the best of them. What it tries out, with each of the numbers of
+    /// `sequences`, it does while the other clusters start, so that its turns lie apart.
     ///
     /// # Errors
     /// What [`Cluster::start`] refuses.
     pub fn start(
         options: &ClusterOptions,
         settings: Vec<Candidate>,
-        routes: Option<RoutingTrace>,
+        mut routes: Option<RoutingTrace>,
+        sequences: &[usize],
         prompts: &[Vec<u32>],
         progress: &dyn Progress,
     ) -> Result<Self, StudyError> {
@@ -66,20 +69,26 @@ impl Grid {
             cluster.generate(&requests(prompts, WARM_UP), &mut |_| {})?;
             Ok(cluster)
         };
-        let mut clusters = Vec::new();
-        for setting in settings {
-            let cluster = warm(setting.options(options))?;
-            clusters.push((setting, cluster));
-        }
-        let planner = match routes {
-            Some(routes) if options.ranks > 1 => {
+        let ways = ways(&settings);
+        let mut trials: Vec<_> = sequences.iter().map(|&n| Trials::new(ways.clone(), n)).collect();
+        let (mut clusters, mut planner) = (Vec::new(), None);
+        for some in settings.chunks(settings.len().div_ceil(TURNS).max(1)) {
+            for setting in some {
+                clusters.push((setting.clone(), warm(setting.options(options))?));
+            }
+            if let Some(routes) = routes.take().filter(|_| options.ranks > 1) {
                 let mut options = options.clone();
                 (options.strategy, options.schedule) = (Strategy::Coherent, Schedule::Rounds);
                 let mut cluster = warm(options)?;
-                Some(Auto { planner: Planner::measure(&mut cluster, routes)?, cluster })
+                planner = Some(Auto { planner: Planner::measure(&mut cluster, routes)?, cluster });
             }
-            _ => None,
-        };
+            if let Some(auto) = &mut planner {
+                trials.iter_mut().try_for_each(|trials| trials.turn(&mut auto.cluster, go_on_as))?;
+            }
+        }
+        if let Some(Auto { planner, cluster }) = &mut planner {
+            trials.into_iter().try_for_each(|trials| planner.learn(cluster, trials))?;
+        }
         Ok(Self { clusters, planner })
     }
 
@@ -89,9 +98,6 @@ impl Grid {
     /// [`StudyError::Differ`] where a run says something else than the first one.
     pub fn measure(&mut self, cell: &Cell, prompts: &[Vec<u32>]) -> Result<Vec<GridRow>, StudyError> {
         let settings: Vec<Candidate> = self.clusters.iter().map(|(setting, _)| setting.clone()).collect();
-        if let Some(auto) = &mut self.planner {
-            auto.planner.try_out(&mut auto.cluster, &ways(&settings), cell.sequences)?;
-        }
         let predict = |auto: &Auto, setting: &Candidate| auto.planner.predict(setting, cell.sequences);
         let predicted: Vec<Option<Prediction>> =
             settings.iter().map(|s| self.planner.as_ref().map(|auto| predict(auto, s))).collect();

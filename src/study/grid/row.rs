@@ -1,7 +1,7 @@
 //! What a setting of the grid did: one line of the result.
 
 use super::Cell;
-use super::turns::{Entry, Runs, quantile};
+use super::turns::{Entry, Runs, median, quantile};
 use exflow_engine::plan::Parts;
 use exflow_engine::{BytesByClass, Linger, RunStats, Schedule, TokenTime};
 use serde::{Deserialize, Serialize};
@@ -153,7 +153,7 @@ impl Runs {
             },
             linger_share: of(|s| s.linger_share),
             beside_best: None,
-            tokens_per_s: quantile(&mut self.rates, 0.5),
+            tokens_per_s: median(&mut self.rates),
             tokens_per_s_range: range,
             tpot_p50_ms: 1e3 * quantile(&mut self.gaps, 0.5),
             tpot_p99_ms: 1e3 * quantile(&mut self.gaps, 0.99),

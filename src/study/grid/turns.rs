@@ -130,7 +130,7 @@ impl Turns {
             self.take(entry, &mut Runs::default())?;
         }
         let mut swapped = self.ratios(fixed, auto, repeats)?;
-        let ratio = (middle(&mut own) * middle(&mut swapped)).sqrt();
+        let ratio = (median(&mut own) * median(&mut swapped)).sqrt();
         own.append(&mut swapped);
         let quartiles = (quantile(&mut own, 0.25), quantile(&mut own, 0.75));
         Ok(BesideBest { setting, same, ratio, quartiles, pairs: own.len() })
@@ -212,11 +212,11 @@ fn agree(
     Ok(())
 }
 
-/// Of ratios, the geometric mean of the two in the middle; 0 of none. Sorts them.
-fn middle(ratios: &mut [f64]) -> f64 {
-    ratios.sort_by(f64::total_cmp);
-    let at = |place: usize| ratios.get(place).copied().unwrap_or(0.0);
-    (at(ratios.len().saturating_sub(1) / 2) * at(ratios.len() / 2)).sqrt()
+/// Of rates or ratios, the geometric mean of the two in the middle; 0 of none. Sorts them.
+pub(in crate::study) fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let at = |place: usize| values.get(place).copied().unwrap_or(0.0);
+    (at(values.len().saturating_sub(1) / 2) * at(values.len() / 2)).sqrt()
 }
 
 /// The value that `share` of them are not above; 0 of none. Sorts them.
@@ -261,7 +261,7 @@ mod tests {
         let mut values: Vec<f64> = (1..=200).rev().map(f64::from).collect();
         assert_eq!((quantile(&mut values, 0.5), quantile(&mut values, 0.99)), (100.0, 198.0));
         assert_eq!(quantile(&mut [7.0], 0.99), 7.0);
-        assert_eq!(middle(&mut [8.0, 0.1, 2.0, 9.0]), 4.0, "between the two in the middle");
-        assert_eq!(middle(&mut [3.0, 5.0, 1.0]), 3.0);
+        assert_eq!(median(&mut [8.0, 0.1, 2.0, 9.0]), 4.0, "between the two in the middle");
+        assert_eq!(median(&mut [3.0, 5.0, 1.0]), 3.0);
     }
 }

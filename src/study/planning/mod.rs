@@ -4,10 +4,11 @@ mod candidate;
 mod trial;
 
 pub use candidate::{Candidate, candidates, layer_split, ways};
+pub(super) use trial::{TURNS, Trials};
 
 use super::{StudyError, grid};
 use exflow_engine::plan::{Load, Measurements, Prediction, Setting, Shape, Workload, predict};
-use exflow_engine::{Cluster, Combine, Progress, RoutingTrace, Schedule, Strategy};
+use exflow_engine::{Cluster, Combine, EngineError, Progress, RoutingTrace, Schedule, Strategy};
 use exflow_placement::{PlacementTable, SolveOptions};
 use serde::Serialize;
 use std::fmt::Write;
@@ -92,7 +93,7 @@ impl Planner {
 
     /// Has the cluster decode a few tokens of the model's own text in each way, by turns, with the table that it has. What
     /// comes out says by how much the ranks' times grow while all is at work at once, and all later predictions go by it. The
-    /// cluster is left in the last way.
+    /// cluster is left in any of the ways.
     ///
     /// # Errors
     /// What the engine refuses.
@@ -102,10 +103,17 @@ impl Planner {
         ways: &[(Strategy, Schedule)],
         sequences: usize,
     ) -> Result<(), StudyError> {
-        let table = cluster.placement().clone();
-        let change = |way: &(Strategy, Schedule), cluster: &mut Cluster| cluster.change(way.0, way.1, None);
-        let rates = trial::by_turns(cluster, ways, sequences, change)?;
-        for (&(strategy, schedule), rate) in ways.iter().zip(rates) {
+        self.learn(cluster, Trials::new(ways.to_vec(), sequences))
+    }
+
+    /// The same from trials of which some turns are over.
+    pub(super) fn learn(
+        &mut self,
+        cluster: &mut Cluster,
+        trials: Trials<(Strategy, Schedule)>,
+    ) -> Result<(), StudyError> {
+        let (table, sequences) = (cluster.placement().clone(), trials.sequences());
+        for ((strategy, schedule), rate) in trials.rates(cluster, go_on_as)? {
             let (combine, groups) = (self.combine, &self.groups[..]);
             let setting = Setting { strategy, schedule, combine, table: &table, groups };
             let work = Workload { routes: &self.routes, sequences };
@@ -154,9 +162,8 @@ impl Planner {
         let close = contenders(ranked);
         let contenders = &mut ranked[..close];
         if close > 1 {
-            let apply = |one: &Ranked, cluster: &mut Cluster| one.candidate.apply(cluster);
-            let rates = trial::by_turns(cluster, contenders, sequences, apply)?;
-            for (one, rate) in contenders.iter_mut().zip(rates) {
+            let trials = Trials::new(contenders.iter().map(|one| one.candidate.clone()).collect(), sequences);
+            for (one, (_, rate)) in contenders.iter_mut().zip(trials.rates(cluster, Candidate::apply)?) {
                 one.tried = Some(rate);
             }
             contenders.sort_by(|a, b| b.tried.unwrap_or(0.0).total_cmp(&a.tried.unwrap_or(0.0)));
@@ -203,6 +210,11 @@ impl Planner {
         }
         text
     }
+}
+
+/// The ranks go on in a way, with the table that they have.
+pub(super) fn go_on_as(way: &(Strategy, Schedule), cluster: &mut Cluster) -> Result<(), EngineError> {
+    cluster.change(way.0, way.1, None)
 }
 
 /// How many of the first ones are predicted to be nearly as good as the first.

@@ -1,6 +1,6 @@
 //! Trials: a cluster decodes a few tokens of the model's own text in each of several ways, which take turns.
 
-use crate::study::grid::{self, of_mean_time, quantile};
+use crate::study::grid::{self, median, of_mean_time};
 use crate::study::{StudyError, decode_rate};
 use exflow_engine::{Cluster, EngineError};
 use std::time::{Duration, Instant};
@@ -12,37 +12,68 @@ const TOKENS: (usize, usize) = (12, 32);
 const WARM_UP: usize = 3;
 /// The ways take turns so often, of which the median counts: a machine is slower in some seconds than in others, and so are
 /// the first ones of a world.
-const TURNS: usize = 3;
+pub(in crate::study) const TURNS: usize = 3;
 /// In a turn a trial is made longer and repeated until so much time has passed: a short one is over in less than a
 /// scheduler's moods last, and mostly beginning and end, while not all sequences decode.
 const TIME: Duration = Duration::from_millis(500);
 /// A trial that takes longer by itself has no further turns: it waits for links, whose latency has no moods.
 const LONG: Duration = Duration::from_secs(2);
 
-/// Tokens per second of so many sequences in each of the ways, to which `change` brings the cluster. It is left in one of
-/// them.
-pub(super) fn by_turns<W>(
-    cluster: &mut Cluster,
-    ways: &[W],
+/// The ways to try with so many sequences, and the turns that they have had.
+pub(in crate::study) struct Trials<W> {
+    ways: Vec<W>,
     sequences: usize,
-    change: impl Fn(&W, &mut Cluster) -> Result<(), EngineError>,
-) -> Result<Vec<f64>, StudyError> {
-    let prompts = grid::trial_prompts(cluster, sequences.max(2))?;
-    let mut trials: Vec<Vec<Trial>> = ways.iter().map(|_| Vec::new()).collect();
-    for turn in 0..TURNS {
-        for place in 0..ways.len() {
-            let which = (place + turn) % ways.len();
-            if trials[which].iter().all(|trial| trial.longest < LONG) {
-                change(&ways[which], cluster)?;
-                trials[which].push(Trial::run(cluster, &prompts, sequences)?);
+    taken: Vec<Vec<Trial>>,
+    turns: usize,
+}
+
+impl<W> Trials<W> {
+    pub(in crate::study) fn new(ways: Vec<W>, sequences: usize) -> Self {
+        let taken = ways.iter().map(|_| Vec::new()).collect();
+        Self { ways, sequences, taken, turns: 0 }
+    }
+
+    pub(in crate::study) fn sequences(&self) -> usize {
+        self.sequences
+    }
+
+    /// A turn of each way, to which `change` brings the cluster; nothing once all have had theirs. The further apart turns
+    /// are, the fewer of them fall into one mood of the machine. The cluster is left in any of the ways.
+    pub(in crate::study) fn turn(
+        &mut self,
+        cluster: &mut Cluster,
+        change: impl Fn(&W, &mut Cluster) -> Result<(), EngineError>,
+    ) -> Result<(), StudyError> {
+        if self.turns == TURNS {
+            return Ok(());
+        }
+        let prompts = grid::trial_prompts(cluster, self.sequences.max(2))?;
+        for place in 0..self.ways.len() {
+            let which = (place + self.turns) % self.ways.len();
+            if self.taken[which].iter().all(|trial| trial.longest < LONG) {
+                change(&self.ways[which], cluster)?;
+                self.taken[which].push(Trial::run(cluster, &prompts, self.sequences)?);
             }
         }
+        self.turns += 1;
+        Ok(())
     }
-    let median = |trials: Vec<Trial>| {
-        let mut rates: Vec<f64> = trials.iter().map(|trial| trial.tokens_per_s).collect();
-        quantile(&mut rates, 0.5)
-    };
-    Ok(trials.into_iter().map(median).collect())
+
+    /// Takes the turns that are left; each way with its tokens per second.
+    pub(in crate::study) fn rates(
+        mut self,
+        cluster: &mut Cluster,
+        change: impl Fn(&W, &mut Cluster) -> Result<(), EngineError>,
+    ) -> Result<Vec<(W, f64)>, StudyError> {
+        while self.turns < TURNS {
+            self.turn(cluster, &change)?;
+        }
+        let of_turns = |trials: Vec<Trial>| {
+            let mut rates: Vec<f64> = trials.iter().map(|trial| trial.tokens_per_s).collect();
+            median(&mut rates)
+        };
+        Ok(self.ways.into_iter().zip(self.taken.into_iter().map(of_turns)).collect())
+    }
 }
 
 /// One turn of a way.

@@ -74,7 +74,7 @@ pub(super) fn measure(args: &Args, folder: &Path) -> Result<(), Failure> {
             RoutingTrace::load_npy(&routes_path(folder, model)).map_err(|e| Failure::Run(e.to_string()))?,
         ),
     };
-    let mut grid = Grid::start(&options, settings, routes, &prompts, &NoProgress)?;
+    let mut grid = Grid::start(&options, settings, routes, &args.sequences, &prompts, &NoProgress)?;
     for &sequences in &args.sequences {
         let cell = Cell {
             model: model.clone(),
