@@ -14,6 +14,8 @@ const LONG_RUNS: Duration = Duration::from_secs(6);
 pub const ALONE: usize = 8;
 /// So long the planner's pick and the best fixed setting take turns, and once per repeat at least.
 const PAIRS: Duration = Duration::from_secs(18);
+/// The same where both are one setting: what comes out is the machine's mood.
+const PAIRS_OF_ONE: Duration = Duration::from_secs(8);
 
 /// One setting of a cell while it is measured.
 pub(super) struct Entry<'a> {
@@ -122,14 +124,15 @@ impl Turns {
         repeats: usize,
     ) -> Result<BesideBest, StudyError> {
         let (setting, same) = (fixed.setting.to_string(), fixed.setting.runs_as(&auto.setting));
-        let mut own = self.ratios(auto, fixed, repeats)?;
+        let half = if same { PAIRS_OF_ONE } else { PAIRS } / 2;
+        let mut own = self.ratios(auto, fixed, repeats, half)?;
         std::mem::swap(&mut auto.setting, &mut fixed.setting);
         for entry in [&mut *auto, &mut *fixed] {
             entry.setting.apply(entry.cluster)?;
             // The first turn after a change is not counted.
             self.take(entry, &mut Runs::default())?;
         }
-        let mut swapped = self.ratios(fixed, auto, repeats)?;
+        let mut swapped = self.ratios(fixed, auto, repeats, half)?;
         let ratio = (median(&mut own) * median(&mut swapped)).sqrt();
         own.append(&mut swapped);
         let quartiles = (quantile(&mut own, 0.25), quantile(&mut own, 0.75));
@@ -142,10 +145,11 @@ impl Turns {
         one: &mut Entry<'a>,
         other: &mut Entry<'a>,
         repeats: usize,
+        least: Duration,
     ) -> Result<Vec<f64>, StudyError> {
         let (began, mut ratios) = (Instant::now(), Vec::new());
         // An even number: each is the first of a pair as often as the other.
-        while ratios.len() < repeats / 2 || began.elapsed() < PAIRS / 2 || ratios.len() % 2 == 1 {
+        while ratios.len() < repeats / 2 || began.elapsed() < least || ratios.len() % 2 == 1 {
             let mut rates = [0.0; 2];
             let first = ratios.len() % 2;
             for which in [first, 1 - first] {
