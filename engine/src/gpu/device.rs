@@ -60,7 +60,8 @@ pub(crate) struct Gpu {
 const UPLOAD_WINDOW: u64 = 32 << 20;
 const HOST_UPLOAD_WINDOW: u64 = 8 << 20;
 
-/// Bytes of the blocks of memory that buffers share on a CPU adapter; what the host maps has blocks of half of it.
+/// Bytes of the blocks of memory that buffers share on a CPU adapter. What the host can map, all of it in lavapipe, has blocks of half
+/// of it.
 const CPU_BLOCK: u64 = 8 << 20;
 
 /// How long an ending rank waits for what its device still computes.

@@ -13,7 +13,7 @@ pub use row::{BesideBest, ClassBytes, GridRow};
 pub use turns::{ALONE, decode_rate};
 pub(super) use turns::{median, of_mean_time, quantile};
 
-use super::planning::{TURNS, Trials, go_on_as};
+use super::planning::{TURNS, trials_of};
 use super::{Candidate, Planner, Ranked, StudyError, ways};
 use exflow_engine::plan::Prediction;
 use exflow_engine::{Cluster, ClusterOptions, Progress, Request, RoutingTrace, Schedule, Strategy};
@@ -70,7 +70,7 @@ impl Grid {
             Ok(cluster)
         };
         let ways = ways(&settings);
-        let mut trials: Vec<_> = sequences.iter().map(|&n| Trials::new(ways.clone(), n)).collect();
+        let mut trials: Vec<_> = sequences.iter().map(|&n| trials_of(ways.clone(), n)).collect();
         let (mut clusters, mut planner) = (Vec::new(), None);
         for some in settings.chunks(settings.len().div_ceil(TURNS).max(1)) {
             for setting in some {
@@ -83,7 +83,7 @@ impl Grid {
                 planner = Some(Auto { planner: Planner::measure(&mut cluster, routes)?, cluster });
             }
             if let Some(auto) = &mut planner {
-                trials.iter_mut().try_for_each(|trials| trials.turn(&mut auto.cluster, go_on_as))?;
+                trials.iter_mut().try_for_each(|trials| trials.turn(&mut auto.cluster))?;
             }
         }
         if let Some(Auto { planner, cluster }) = &mut planner {

@@ -1,6 +1,7 @@
 //! Planning a run: what a world measured, what its model routes, and what each setting will make of both.
 
 mod candidate;
+mod topology;
 mod trial;
 
 pub use candidate::{Candidate, candidates, layer_split, ways};
@@ -8,10 +9,9 @@ pub(super) use trial::{TURNS, Trials};
 
 use super::{StudyError, grid};
 use exflow_engine::plan::{Load, Measurements, Prediction, Setting, Shape, Workload, predict};
-use exflow_engine::{Cluster, Combine, EngineError, Progress, RoutingTrace, Schedule, Strategy};
+use exflow_engine::{Cluster, Combine, Progress, RoutingTrace, Schedule, Strategy};
 use exflow_placement::{PlacementTable, SolveOptions};
 use serde::Serialize;
-use std::fmt::Write;
 
 /// Sequences and tokens of the text that the model writes to be planned on. Tables are solved on the first half, and
 /// predictions made from the second: a table does better on the text that it was solved on than on any other.
@@ -103,7 +103,7 @@ impl Planner {
         ways: &[(Strategy, Schedule)],
         sequences: usize,
     ) -> Result<(), StudyError> {
-        self.learn(cluster, Trials::new(ways.to_vec(), sequences))
+        self.learn(cluster, trials_of(ways.to_vec(), sequences))
     }
 
     /// The same from trials of which some turns are over.
@@ -113,7 +113,7 @@ impl Planner {
         trials: Trials<(Strategy, Schedule)>,
     ) -> Result<(), StudyError> {
         let (table, sequences) = (cluster.placement().clone(), trials.sequences());
-        for ((strategy, schedule), rate) in trials.rates(cluster, go_on_as)? {
+        for ((strategy, schedule), rate) in trials.rates(cluster)? {
             let (combine, groups) = (self.combine, &self.groups[..]);
             let setting = Setting { strategy, schedule, combine, table: &table, groups };
             let work = Workload { routes: &self.routes, sequences };
@@ -162,59 +162,20 @@ impl Planner {
         let close = contenders(ranked);
         let contenders = &mut ranked[..close];
         if close > 1 {
-            let trials = Trials::new(contenders.iter().map(|one| one.candidate.clone()).collect(), sequences);
-            for (one, (_, rate)) in contenders.iter_mut().zip(trials.rates(cluster, Candidate::apply)?) {
+            let close = contenders.iter().map(|one| one.candidate.clone()).collect();
+            let rates = Trials::new(close, sequences, Candidate::apply).rates(cluster)?;
+            for (one, (_, rate)) in contenders.iter_mut().zip(rates) {
                 one.tried = Some(rate);
             }
             contenders.sort_by(|a, b| b.tried.unwrap_or(0.0).total_cmp(&a.tried.unwrap_or(0.0)));
         }
         Ok(())
     }
-
-    /// What was measured, as a topology file: costs in microseconds per row; `hosts` of each rank.
-    pub fn topology(&self, hosts: &[String]) -> String {
-        let (measured, row) = (&self.measured, self.shape.hidden_bytes);
-        let speed = |rank: usize| measured.ranks[rank].hop.coherent.at(4);
-        let fastest = (0..measured.world_size()).map(speed).fold(f64::INFINITY, f64::min);
-        let mut text = String::from(
-            "# Measured by `exflow plan`: microseconds for a row of this model, from rank to rank.\n",
-        );
-        let _ = writeln!(text, "row_bytes = {row}\nranks = [");
-        for (rank, host) in hosts.iter().enumerate() {
-            let speed = if speed(rank) > 0.0 { fastest / speed(rank) } else { 1.0 };
-            let _ = writeln!(text, "    {{ host = {host:?}, speed = {speed:.3} }},");
-        }
-        text += "]\ncost = [\n";
-        for (from, links) in measured.links.iter().enumerate() {
-            let cost = |(to, link): (usize, &exflow_engine::plan::LinkTime)| match to == from {
-                true => "0".to_owned(),
-                false => format!("{:.1}", 1e6 * (link.latency_s + row / link.bytes_per_s)),
-            };
-            let costs: Vec<String> = links.iter().enumerate().map(cost).collect();
-            let _ = writeln!(text, "    [{}],", costs.join(", "));
-        }
-        text += "]\n";
-        for (class, same) in [("host", true), ("network", false)] {
-            let pairs = measured.links.iter().enumerate().flat_map(|(from, links)| {
-                links.iter().enumerate().filter(move |(to, _)| *to != from).map(move |(to, l)| (from, to, l))
-            });
-            let of_class = pairs.filter(|(from, to, _)| (hosts[*from] == hosts[*to]) == same);
-            let (mut latencies, mut rates): (Vec<f64>, Vec<f64>) =
-                of_class.map(|(_, _, link)| (1e6 * link.latency_s, 8e-9 * link.bytes_per_s)).unzip();
-            if !latencies.is_empty() {
-                latencies.sort_by(f64::total_cmp);
-                rates.sort_by(f64::total_cmp);
-                let (latency, rate) = (latencies[latencies.len() / 2], rates[rates.len() / 2]);
-                let _ = writeln!(text, "[link.{class}]\nlatency_us = {latency:.1}\ngbit_per_s = {rate:.6}");
-            }
-        }
-        text
-    }
 }
 
-/// The ranks go on in a way, with the table that they have.
-pub(super) fn go_on_as(way: &(Strategy, Schedule), cluster: &mut Cluster) -> Result<(), EngineError> {
-    cluster.change(way.0, way.1, None)
+/// Trials of ways with the table that the cluster has.
+pub(super) fn trials_of(ways: Vec<(Strategy, Schedule)>, sequences: usize) -> Trials<(Strategy, Schedule)> {
+    Trials::new(ways, sequences, |way, cluster| cluster.change(way.0, way.1, None))
 }
 
 /// How many of the first ones are predicted to be nearly as good as the first.
@@ -289,6 +250,7 @@ mod tests {
         // every other token, or there and back between layers.
         assert_eq!(ranked[0].candidate.to_string(), "coherent, flow, round_robin");
     }
+
     #[test]
     fn what_is_predicted_to_be_close_is_tried() {
         let table = PlacementTable::round_robin(2, 2, 2);

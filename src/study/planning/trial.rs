@@ -23,27 +23,27 @@ const LONG: Duration = Duration::from_secs(2);
 pub(in crate::study) struct Trials<W> {
     ways: Vec<W>,
     sequences: usize,
+    /// Brings the cluster to a way.
+    change: Change<W>,
     taken: Vec<Vec<Trial>>,
     turns: usize,
 }
 
+type Change<W> = fn(&W, &mut Cluster) -> Result<(), EngineError>;
+
 impl<W> Trials<W> {
-    pub(in crate::study) fn new(ways: Vec<W>, sequences: usize) -> Self {
+    pub(in crate::study) fn new(ways: Vec<W>, sequences: usize, change: Change<W>) -> Self {
         let taken = ways.iter().map(|_| Vec::new()).collect();
-        Self { ways, sequences, taken, turns: 0 }
+        Self { ways, sequences, change, taken, turns: 0 }
     }
 
     pub(in crate::study) fn sequences(&self) -> usize {
         self.sequences
     }
 
-    /// A turn of each way, to which `change` brings the cluster; nothing once all have had theirs. The further apart turns
+    /// A turn of each way; nothing once all have had theirs. The further apart turns
     /// are, the fewer of them fall into one mood of the machine. The cluster is left in any of the ways.
-    pub(in crate::study) fn turn(
-        &mut self,
-        cluster: &mut Cluster,
-        change: impl Fn(&W, &mut Cluster) -> Result<(), EngineError>,
-    ) -> Result<(), StudyError> {
+    pub(in crate::study) fn turn(&mut self, cluster: &mut Cluster) -> Result<(), StudyError> {
         if self.turns == TURNS {
             return Ok(());
         }
@@ -51,7 +51,7 @@ impl<W> Trials<W> {
         for place in 0..self.ways.len() {
             let which = (place + self.turns) % self.ways.len();
             if self.taken[which].iter().all(|trial| trial.longest < LONG) {
-                change(&self.ways[which], cluster)?;
+                (self.change)(&self.ways[which], cluster)?;
                 self.taken[which].push(Trial::run(cluster, &prompts, self.sequences)?);
             }
         }
@@ -60,13 +60,9 @@ impl<W> Trials<W> {
     }
 
     /// Takes the turns that are left; each way with its tokens per second.
-    pub(in crate::study) fn rates(
-        mut self,
-        cluster: &mut Cluster,
-        change: impl Fn(&W, &mut Cluster) -> Result<(), EngineError>,
-    ) -> Result<Vec<(W, f64)>, StudyError> {
+    pub(in crate::study) fn rates(mut self, cluster: &mut Cluster) -> Result<Vec<(W, f64)>, StudyError> {
         while self.turns < TURNS {
-            self.turn(cluster, &change)?;
+            self.turn(cluster)?;
         }
         let of_turns = |trials: Vec<Trial>| {
             let mut rates: Vec<f64> = trials.iter().map(|trial| trial.tokens_per_s).collect();
