@@ -81,7 +81,7 @@ fn compose(kernel: Kernel, variant: Variant) -> Result<String, ComposeError> {
     Ok(compiled.syntax.to_string())
 }
 
-fn flags(variant: Variant) -> [(&'static str, bool); 31] {
+fn flags(variant: Variant) -> [(&'static str, bool); 32] {
     [
         ("one", variant.tile == RowTile::One),
         ("tile2", variant.tile == RowTile::Two),
@@ -91,6 +91,7 @@ fn flags(variant: Variant) -> [(&'static str, bool); 31] {
         ("tile32", variant.tile == RowTile::ThirtyTwo),
         ("tile64", variant.tile == RowTile::SixtyFour),
         ("three", variant.columns == Columns::Three),
+        ("split_k", variant.split_k),
         ("coop", variant.cooperative != Cooperative::No),
         ("coop16", variant.cooperative == Cooperative::Sixteen),
         ("turn2", variant.turn4() == 2),

@@ -118,7 +118,7 @@ impl Kernel {
         self.takes_textures() || self.hands_over()
     }
 
-    /// The variants of this kernel that are worth telling apart; those that differ in `tile`, `columns`, `subgroup` and
+    /// The variants of this kernel that are worth telling apart; those that differ in `tile`, `columns`, `split_k`, `subgroup` and
     /// `image` alone follow each other, the plain one first.
     pub fn variants(self) -> Vec<Variant> {
         let plain = Variant::default();
@@ -179,12 +179,22 @@ impl Kernel {
             let three = Variant { columns: Columns::Three, ..with(RowTile::One, true, true) };
             let three = (base.rows == Rows::F32).then_some(three);
             let without = (base == plain).then_some(with(RowTile::Eight, false, false));
+            // A few rows on a GPU.
+            let few = [RowTile::One, RowTile::Two, RowTile::Four, RowTile::Eight];
+            let few = few.into_iter().filter(move |&tile| base == plain || tile == RowTile::One);
+            let few = few.map(move |tile| Variant { split_k: true, ..with(tile, false, false) });
             // What bytes make as f32 besides.
             let floats = RowTile::ALL.iter().map(move |&tile| with(tile, true, true));
             let floats =
                 floats.chain([with(RowTile::Eight, false, false)]).filter(move |_| base.rows == Rows::Bytes);
             let floats = floats.map(|v| Variant { rows: Rows::BytesAsF32, ..v });
-            std::iter::once(base).chain(all).chain(three).chain(buffers).chain(without).chain(floats)
+            std::iter::once(base)
+                .chain(all)
+                .chain(three)
+                .chain(buffers)
+                .chain(without)
+                .chain(few)
+                .chain(floats)
         };
         let tiles = |base: Variant| {
             let of_groups = [RowTile::ThirtyTwo, RowTile::SixtyFour];
@@ -277,10 +287,11 @@ pub fn texts() -> impl Iterator<Item = &'static str> {
 }
 
 /// Texts that kernels import, by name under `shared/`.
-pub(crate) const SHARED: [(&str, &str); 11] = [
+pub(crate) const SHARED: [(&str, &str); 12] = [
     ("weight", include_str!("../wgsl/shared/weight.wgsl")),
     ("matrix", include_str!("../wgsl/shared/matrix.wgsl")),
     ("cached", include_str!("../wgsl/shared/cached.wgsl")),
+    ("blocks", include_str!("../wgsl/shared/blocks.wgsl")),
     ("product", include_str!("../wgsl/shared/product.wgsl")),
     ("dot", include_str!("../wgsl/shared/dot.wgsl")),
     ("cooperative", include_str!("../wgsl/shared/cooperative.wgsl")),

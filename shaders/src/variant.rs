@@ -3,7 +3,7 @@
 use crate::{Cache, Kernel};
 
 /// What a kernel is specialised by besides `override` numbers. Variants that differ in
-/// `tile`, `columns`, `subgroup`, `image` or `values` alone give equal bits, and so do both kinds of rows in bytes.
+/// `tile`, `columns`, `split_k`, `subgroup`, `image` or `values` alone give equal bits, and so do both kinds of rows in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct Variant {
     /// Rows that a lane works on at once (matrix kernels only; others ignore it).
@@ -11,6 +11,9 @@ pub struct Variant {
     /// How many vec4s of columns a lane makes (matrix kernels with a tile of one row of f32 only; others ignore it). A `linear` that
     /// keeps and turns has to have two: both halves of a pair.
     pub columns: Columns,
+    /// Groups of lanes make blocks of k at once, in workgroups of [`SPLIT_K_LANES`] (matrix kernels where lanes multiply, and do not
+    /// hand each other what they loaded; others ignore it): few rows alone have too few columns for a GPU's many cores.
+    pub split_k: bool,
     /// What stands between an expert's matrices (`expert_up` only; others ignore it).
     pub activation: Activation,
     /// How weights lie (kernels of matrices only; others ignore it).
@@ -226,6 +229,10 @@ impl Columns {
     }
 }
 
+/// Lanes of a workgroup that splits k, of which each of [`SPLIT_K_COLUMN_LANES`] has columns of its own (`shared/blocks.wgsl`).
+pub const SPLIT_K_LANES: u32 = 64;
+const SPLIT_K_COLUMN_LANES: usize = 8;
+
 /// vec4s of columns that a workgroup makes on matrix units (`shared/cooperative.wgsl`).
 const COOPERATIVE_COLUMNS4: usize = 16;
 
@@ -269,10 +276,10 @@ impl Variant {
     /// vec4s of columns that a workgroup of a matrix kernel makes, which has `lanes` lanes where those multiply.
     pub fn group_columns4(self, kernel: Kernel, lanes: usize) -> usize {
         let matrices = if kernel == Kernel::ExpertUp { self.activation.matrices() } else { 1 };
-        if self.cooperative == Cooperative::No {
-            lanes * self.columns.count()
-        } else {
-            COOPERATIVE_COLUMNS4 / matrices
+        match self.cooperative {
+            Cooperative::No if self.split_k => SPLIT_K_COLUMN_LANES * self.columns.count(),
+            Cooperative::No => lanes * self.columns.count(),
+            _ => COOPERATIVE_COLUMNS4 / matrices,
         }
     }
 
@@ -282,7 +289,8 @@ impl Variant {
         let rounds = kernel.has_weights() && self.weights.has_scales();
         let cooperative = if kernel.is_cooperative() { self.cooperative } else { Cooperative::No };
         let alone = cooperative == Cooperative::No;
-        let single = kernel.has_weights() && alone && tile == RowTile::One;
+        let split_k = self.split_k && kernel.has_weights() && alone;
+        let single = kernel.has_weights() && alone && tile == RowTile::One && !split_k;
         Self {
             cooperative,
             tile,
@@ -290,6 +298,7 @@ impl Variant {
                 Columns::Three if single && !(rounds && self.rows != Rows::F32) => Columns::Three,
                 _ => Columns::Two,
             },
+            split_k,
             rows: if rounds && alone { self.rows } else { Rows::F32 },
             activation: if kernel == Kernel::ExpertUp { self.activation } else { Activation::default() },
             weights: match kernel {
@@ -305,15 +314,19 @@ impl Variant {
             },
             keeps: self.keeps && kernel == Kernel::Linear,
             split: self.split && kernel == Kernel::Attention,
-            subgroup: self.subgroup && kernel.hands_over() && alone,
+            subgroup: self.subgroup && kernel.hands_over() && alone && !split_k,
             image: self.image && kernel.takes_textures(),
         }
     }
 
     /// vec4s of k that a turn of a matrix kernel's loop takes: what lanes load at once, whole units, and a whole block
-    /// where it shares a scale.
+    /// where it shares a scale, or where k is split: many loads, as those of a GPU take long.
     pub(crate) fn turn4(&self) -> usize {
         let parts = if self.subgroup { 8usize.div_ceil(self.tile_rows()) } else { 1 };
-        if self.weights.has_scales() { WEIGHT_BLOCK / 4 } else { parts.max(self.weights.per_unit() / 4) }
+        if self.weights.has_scales() || self.split_k {
+            WEIGHT_BLOCK / 4
+        } else {
+            parts.max(self.weights.per_unit() / 4)
+        }
     }
 }

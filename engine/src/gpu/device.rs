@@ -9,7 +9,7 @@ use super::tuning::{Cut, Form, Tuning};
 use super::units::OnUnits;
 use crate::EngineError;
 use exflow_shaders::{
-    COOPERATIVE_BYTES, COOPERATIVE_SUBGROUPS, Columns, Cooperative, Kernel, Variant, Weights,
+    COOPERATIVE_BYTES, COOPERATIVE_SUBGROUPS, Columns, Cooperative, Kernel, SPLIT_K_LANES, Variant, Weights,
 };
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -239,6 +239,7 @@ impl Gpu {
     /// Lanes of a workgroup that makes a variant's products.
     pub(super) fn lanes(&self, variant: Variant) -> u32 {
         match variant.cooperative {
+            Cooperative::No if variant.split_k => SPLIT_K_LANES,
             Cooperative::No => self.workgroup(),
             _ => COOPERATIVE_SUBGROUPS * self.largest_subgroup,
         }

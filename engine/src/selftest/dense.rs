@@ -118,7 +118,7 @@ impl Bench {
             return self.linear_kept(variant, rows, v);
         }
         // More than one workgroup makes.
-        let n4 = 3 * N4;
+        let n4 = 2 * N4;
         let n = 4 * n4;
         // Whole rows with all that may be added; then two heads on parts of rows.
         for heads in [1, 2] {
@@ -155,7 +155,36 @@ impl Bench {
             let got = self.run(Kernel::Linear, variant, &p, &buffers, groups, expected.len())?;
             worst = worst.max(error(&expected, &got));
         }
-        Ok(worst)
+        Ok(worst.max(self.linear_long(variant, rows, v)?))
+    }
+
+    /// More blocks of k than a workgroup makes at once, the last of them a part.
+    fn linear_long(&self, variant: Variant, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
+        let (k, n, rows) = (4 * (9 * 64 + 3), 4 * 2, rows.min(17));
+        let x = v.floats(rows * k);
+        let (weights, w) = self.matrix(variant, &v.floats(n * k), (n, k))?;
+        let (w_units, w_stride) = variant.weights.units(k);
+        let p = params::Linear {
+            rows: rows as u32,
+            k4: k as u32 / 4,
+            n4: n as u32 / 4,
+            w_units: w_units as u32,
+            w_stride: w_stride as u32,
+            x_stride4: k as u32 / 4,
+            y_stride4: n as u32 / 4,
+            scale: 1.0,
+            ..Default::default()
+        };
+        let mut expected = vec![0.0; rows * n];
+        reference::linear(&p, (1, Factors::from(variant)), &x, &w, &[], &[], &mut expected);
+        let (x, out) = (self.up(&x)?, self.up(&expected.iter().map(|_| 0f32).collect::<Vec<_>>())?);
+        let groups = [
+            rows.div_ceil(variant.tile_rows()) as u32,
+            self.matrix_groups(Kernel::Linear, variant, n / 4),
+            1,
+        ];
+        let got = self.run(Kernel::Linear, variant, &p, &[&x, &weights, &x, &x, &out], groups, rows * n)?;
+        Ok(error(&expected, &got))
     }
 
     /// Queries, keys and values: of heads that turn; as they are.

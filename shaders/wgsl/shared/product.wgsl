@@ -2,6 +2,7 @@
 import package::shared::tile::{COLUMNS, LOADS, PerColumn, Starts, Sums, TILE_ROWS, accumulate};
 import package::shared::weight::{BLOCK4, UNIT4, Unit, scale_of, widen};
 import package::shared::matrix::unit_at; // binding 2
+import package::shared::blocks::{BLOCK_K4, SPLITS, add_blocks, split_of};
 
 @group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
 
@@ -97,37 +98,72 @@ fn turn(sums: ptr<function, Sums>, held: ptr<function, Held>, lane: From, k: u32
     }
 }
 
-// Turns up to vec4 `end` of k, for the first `rows` rows.
-fn add_all(sums: ptr<function, Sums>, matrix: From, units: u32, end: u32, k4: u32, lane: u32, rows: u32) {
+// The units that hold the scales of the block of k at vec4 `first`: one a row, for eight of those blocks that share a scale.
+@if(q8 || q4 || mx4) fn scales_at(lane: From, units: u32, first: u32) -> Units {
+    var lane_from = lane;
+    let unit = units + min(first, units * UNIT4 - 1u) / BLOCK_K4;
+    var eight: Units;
+    for (var c = 0u; c < COLUMNS; c++) {
+        for (var j = 0u; j < 4u; j++) {
+            eight[c][j] = unit_at(lane_from.columns[c] + (4u * unit + j) * lane_from.steps[c]);
+        }
+    }
+    return eight;
+}
+
+// The block of k that begins at vec4 `first`, up to vec4 `end`: for the first `rows` rows.
+fn add_block(sums: ptr<function, Sums>, lane: From, units: u32, first: u32, end: u32, k4: u32, rows: u32) {
     var held: Held;
-    var from_where = matrix;
-    from_where.part = lane % 8u / rows % parts_of(rows);
-    @if(q8 || q4 || mx4) {
-        var lane_from = from_where;
-        for (var first = 0u; first < end; first += 8u * BLOCK4) {
-            // One unit holds the scales of eight blocks.
-            var eight: Units;
-            let unit = units + first / (8u * BLOCK4);
+    @if(q8 || q4 || mx4) var eight = scales_at(lane, units, first);
+    // Left at its end: where a loop is left at its beginning, lavapipe works through it once more, for no lane.
+    var k = first;
+    loop {
+        @if(split_k) {
+            // There may be no such block.
+            if k >= end {
+                break;
+            }
+        }
+        @if(q8 || q4 || mx4) {
             for (var c = 0u; c < COLUMNS; c++) {
                 for (var j = 0u; j < 4u; j++) {
-                    eight[c][j] = unit_at(lane_from.columns[c] + (4u * unit + j) * lane_from.steps[c]);
+                    held.scales[c][j] = scale_of(eight[c][j], k / BLOCK4);
                 }
             }
-            for (var k = first; k < min(first + 8u * BLOCK4, end); k += BLOCK4) {
-                let block = k / BLOCK4;
-                for (var c = 0u; c < COLUMNS; c++) {
-                    for (var j = 0u; j < 4u; j++) {
-                        held.scales[c][j] = scale_of(eight[c][j], block);
-                    }
-                }
-                turn(sums, &held, from_where, k, k4, rows);
+        }
+        turn(sums, &held, lane, k, k4, rows);
+        k += TURN4;
+        @if(!split_k) {
+            if k >= end {
+                break;
             }
         }
     }
-    @else {
-        for (var k = 0u; k < end; k += TURN4) {
-            turn(sums, &held, from_where, k, k4, rows);
-        }
+}
+
+// The blocks that are made at once, from vec4 `first` of k on, for the first `rows` rows; k ends at vec4 `end`.
+fn add_some(sums: ptr<function, Sums>, matrix: From, units: u32, first: u32, end: u32, k4: u32, lane: u32, rows: u32) {
+    var from_where = matrix;
+    from_where.part = lane % 8u / rows % parts_of(rows);
+    var made: Sums;
+    let mine = first + split_of(lane) * BLOCK_K4;
+    add_block(&made, from_where, units, mine, min(mine + BLOCK_K4, end), k4, rows);
+    add_blocks(sums, &made, (end - first + BLOCK_K4 - 1u) / BLOCK_K4, lane, rows);
+}
+
+// All blocks for the first `rows` rows, or none. A loop of no turns in place of a branch, of which lavapipe works on both sides.
+@if(!one && !split_k) fn add_if(
+    is_so: bool,
+    sums: ptr<function, Sums>,
+    matrix: From,
+    units: u32,
+    k4: u32,
+    lane: u32,
+    rows: u32,
+) {
+    let end = select(0u, units * UNIT4, is_so);
+    for (var first = 0u; first < end; first += SPLITS * BLOCK_K4) {
+        add_some(sums, matrix, units, first, end, k4, lane, rows);
     }
 }
 
@@ -143,7 +179,15 @@ fn product(
     k4: u32,
     lane: u32,
 ) {
-    add_all(sums, From(starts, columns, steps, 0u), units, units * UNIT4, k4, lane, TILE_ROWS);
+    let end = units * UNIT4;
+    var first = 0u;
+    loop {
+        add_some(sums, From(starts, columns, steps, 0u), units, first, end, k4, lane, TILE_ROWS);
+        first += SPLITS * BLOCK_K4;
+        if first >= end {
+            break;
+        }
+    }
 }
 
 // The same for the first `rows` of them (`worked_on`) alone. Drivers take longer to compile it.
@@ -157,14 +201,15 @@ fn product_of(
     lane: u32,
     rows: u32,
 ) {
-    let from_where = From(starts, columns, steps, 0u);
-    let end = units * UNIT4;
-    // Loops of no turns in place of a branch, of which lavapipe works on both sides.
-    add_all(sums, from_where, units, select(0u, end, rows == TILE_ROWS), k4, lane, TILE_ROWS);
-    @if(!one) {
-        add_all(sums, from_where, units, select(0u, end, rows == TILE_ROWS / 2u), k4, lane, TILE_ROWS / 2u);
+    @if(one || split_k) {
+        product(sums, starts, columns, steps, units, k4, lane);
     }
-    @if(!one && !tile2) {
-        add_all(sums, from_where, units, select(0u, end, rows == TILE_ROWS / 4u), k4, lane, TILE_ROWS / 4u);
+    @else {
+        let matrix = From(starts, columns, steps, 0u);
+        add_if(rows == TILE_ROWS, sums, matrix, units, k4, lane, TILE_ROWS);
+        add_if(rows == TILE_ROWS / 2u, sums, matrix, units, k4, lane, TILE_ROWS / 2u);
+        @if(!tile2) {
+            add_if(rows == TILE_ROWS / 4u, sums, matrix, units, k4, lane, TILE_ROWS / 4u);
+        }
     }
 }
