@@ -119,7 +119,7 @@ impl Kernel {
     }
 
     /// The variants of this kernel that are worth telling apart; those that differ in `tile`, `columns`, `split_k`, `subgroup` and
-    /// `image` alone follow each other, the plain one first.
+    /// `image` alone follow each other, the plain one first. Each is for any number of columns ([`Variant::of_columns`]).
     pub fn variants(self) -> Vec<Variant> {
         let plain = Variant::default();
         let mut bases = vec![plain];

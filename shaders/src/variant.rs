@@ -3,7 +3,7 @@
 use crate::{Cache, Kernel};
 
 /// What a kernel is specialised by besides `override` numbers. Variants that differ in
-/// `tile`, `columns`, `split_k`, `subgroup`, `image` or `values` alone give equal bits, and so do both kinds of rows in bytes.
+/// `tile`, `columns`, `whole_k`, `split_k`, `subgroup`, `image` or `values` alone give equal bits, and so do both kinds of rows in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct Variant {
     /// Rows that a lane works on at once (matrix kernels only; others ignore it).
@@ -11,6 +11,9 @@ pub struct Variant {
     /// How many vec4s of columns a lane makes (matrix kernels with a tile of one row of f32 only; others ignore it). A `linear` that
     /// keeps and turns has to have two: both halves of a pair.
     pub columns: Columns,
+    /// All of k is one block ([`Variant::of_columns`]), which takes no sums of blocks (matrix kernels where lanes multiply all of k; others
+    /// ignore it).
+    pub whole_k: bool,
     /// Groups of lanes make blocks of k at once, in workgroups of [`SPLIT_K_LANES`] (matrix kernels where lanes multiply, and do not
     /// hand each other what they loaded; others ignore it): few rows alone have too few columns for a GPU's many cores.
     pub split_k: bool,
@@ -229,8 +232,11 @@ impl Columns {
     }
 }
 
+/// Columns of k whose sum is formed by itself (`shared/blocks.wgsl`).
+pub(crate) const BLOCK_K: usize = 512;
+
 /// Lanes of a workgroup that splits k, of which each of [`SPLIT_K_COLUMN_LANES`] has columns of its own (`shared/blocks.wgsl`).
-pub const SPLIT_K_LANES: u32 = 64;
+pub const SPLIT_K_LANES: u32 = 32;
 const SPLIT_K_COLUMN_LANES: usize = 8;
 
 /// vec4s of columns that a workgroup makes on matrix units (`shared/cooperative.wgsl`).
@@ -283,6 +289,11 @@ impl Variant {
         }
     }
 
+    /// The same for matrices of `4 * k4` columns.
+    pub fn of_columns(self, k4: usize) -> Self {
+        Self { whole_k: 4 * k4 <= BLOCK_K, ..self }
+    }
+
     /// What is left of it where `kernel` differs.
     pub fn of(self, kernel: Kernel) -> Self {
         let tile = if kernel.is_tiled() || kernel == Kernel::MatrixProbe { self.tile } else { RowTile::One };
@@ -299,6 +310,7 @@ impl Variant {
                 _ => Columns::Two,
             },
             split_k,
+            whole_k: self.whole_k && kernel.has_weights() && alone && !split_k,
             rows: if rounds && alone { self.rows } else { Rows::F32 },
             activation: if kernel == Kernel::ExpertUp { self.activation } else { Activation::default() },
             weights: match kernel {

@@ -177,6 +177,7 @@ impl<'g> Probe<'g> {
 
     /// Seconds of a product of `rows` rows.
     fn linear(&self, way: &Way, variant: Variant, rows: usize) -> Result<f64, EngineError> {
+        let variant = variant.of_columns(self.side4);
         let p = super::square_product(self.form.weights, self.side4, rows);
         let [x, y] = &self.rows;
         let buffers = [x, &way.matrix, x, x, y];
@@ -198,7 +199,7 @@ impl<'g> Probe<'g> {
             ..params::ExpertUp::default()
         };
         let (pairs, counts) = pairs(rows);
-        let variant = Variant { activation: Activation::SwiGlu, ..variant };
+        let variant = Variant { activation: Activation::SwiGlu, ..variant }.of_columns(self.side4);
         let tiles = tiles(&counts, variant.tile_rows());
         let across = self.gpu.matrix_groups(Kernel::ExpertUp, variant, self.side4);
         let groups = [tiles.len() as u32, across, 1];

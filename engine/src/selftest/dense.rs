@@ -117,6 +117,8 @@ impl Bench {
         if variant.keeps {
             return self.linear_kept(variant, rows, v);
         }
+        let in_blocks = variant;
+        let variant = variant.of_columns(H4);
         // More than one workgroup makes.
         let n4 = 2 * N4;
         let n = 4 * n4;
@@ -155,12 +157,12 @@ impl Bench {
             let got = self.run(Kernel::Linear, variant, &p, &buffers, groups, expected.len())?;
             worst = worst.max(error(&expected, &got));
         }
-        Ok(worst.max(self.linear_long(variant, rows, v)?))
+        Ok(worst.max(self.linear_long(in_blocks, rows, v)?))
     }
 
     /// More blocks of k than a workgroup makes at once, the last of them a part.
     fn linear_long(&self, variant: Variant, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
-        let (k, n, rows) = (4 * (9 * 64 + 3), 4 * 2, rows.min(17));
+        let (k, n, rows) = (4 * (5 * 128 + 3), 4 * 2, rows.min(17));
         let x = v.floats(rows * k);
         let (weights, w) = self.matrix(variant, &v.floats(n * k), (n, k))?;
         let (w_units, w_stride) = variant.weights.units(k);
@@ -194,7 +196,7 @@ impl Bench {
         for (heads, d4, half4) in [(2, 4, 2), (3, 5, 0)] {
             // Both halves of a pair are a lane's own: heads that turn have two vec4s a lane, as in a decoder.
             let columns = if half4 > 0 { Columns::Two } else { variant.columns };
-            let variant = Variant { columns, ..variant };
+            let variant = Variant { columns, ..variant }.of_columns(H4);
             let (n4, cache4) = ((heads + 2) * d4, 2 * d4);
             let (x, bias) = (v.floats(rows * H), v.floats(4 * n4));
             let (weights, w) = self.matrix(variant, &v.floats(4 * n4 * H), (4 * n4, H))?;

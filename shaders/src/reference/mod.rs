@@ -86,7 +86,7 @@ impl Factors {
 }
 
 /// Columns of k whose sum is formed by itself (`shared/blocks.wgsl`).
-const BLOCK_K: usize = 256;
+const BLOCK_K: usize = crate::variant::BLOCK_K;
 
 /// `x . w` with k ascending, one fused multiply-add each, block by block: the stated order of every matrix product.
 fn dot(x: &[f32], w: &[f32]) -> f32 {

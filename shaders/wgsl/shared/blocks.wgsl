@@ -1,13 +1,13 @@
-// How a product's sum over k is cut: into blocks of 256 columns at absolute multiples of 256. Within a block k ascends, one fma
-// each, from 0; the blocks are added ascending, from 0. One lane makes one block after the other, or (`split_k`) eight groups of
-// eight lanes make eight blocks at once and meet in workgroup memory, so that a few rows keep a GPU's cores busy: the same bits.
+// How a product's sum over k is cut: into blocks of 512 columns at absolute multiples of 512. Within a block k ascends, one fma
+// each, from 0; the blocks are added ascending, from 0. One lane makes one block after the other, or (`split_k`) four groups of
+// eight lanes make four blocks at once and meet in workgroup memory, so that a few rows keep a GPU's cores busy: the same bits.
 import package::shared::tile::{COLUMNS, Sums, TILE_ROWS};
 
 // vec4s of k in a block.
-const BLOCK_K4: u32 = 64u;
+const BLOCK_K4: u32 = 128u;
 
 // Blocks that a workgroup makes at once.
-@if(split_k) const SPLITS: u32 = 8u;
+@if(split_k) const SPLITS: u32 = 4u;
 @else const SPLITS: u32 = 1u;
 
 // Lanes of a workgroup with columns of their own, where each makes all of k.

@@ -5,7 +5,7 @@
 import package::shared::tile::{COLUMNS, LOADS, PARTS, PerColumn, Starts, Sums, TILE_ROWS, accumulate};
 import package::shared::weight::{BLOCK4, BYTE_SCALE, UNIT4, Unit, bytes_of, scale_of};
 import package::shared::matrix::unit_at; // binding 2
-import package::shared::blocks::{BLOCK_K4, SPLITS, add_blocks, split_of};
+@if(!whole_k) import package::shared::blocks::{BLOCK_K4, SPLITS, add_blocks, split_of};
 
 @group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
 
@@ -143,7 +143,7 @@ fn add_columns(sums: ptr<function, Sums>, held: ptr<function, Held>, starts: Sta
     }
 }
 
-// The block of k that begins at vec4 `first`, up to vec4 `end`.
+// A block of k, vec4s `first .. end`; `always`, a constant: there are some. Loops as in `product.wgsl`.
 fn add_block(
     sums: ptr<function, Sums>,
     starts: Starts,
@@ -153,40 +153,43 @@ fn add_block(
     end: u32,
     k4: u32,
     lane: u32,
+    always: bool,
 ) {
     var lane_matrix = matrix;
     let part = lane % 8u / TILE_ROWS % PARTS;
     var held: Held;
-    // One unit holds the scales of a block, which is eight of those that share them.
-    var eight: array<array<Unit, 4>, COLUMNS>;
-    let unit = units + min(first, units * UNIT4 - 1u) / BLOCK_K4;
-    for (var c = 0u; c < COLUMNS; c++) {
-        for (var j = 0u; j < 4u; j++) {
-            eight[c][j] = unit_at(lane_matrix.columns[c] + (4u * unit + j) * lane_matrix.steps[c]);
-        }
-    }
     var k = first;
     loop {
-        @if(split_k) {
-            if k >= end {
-                break;
-            }
+        if !always && k >= end {
+            break;
         }
-        let block = k / BLOCK4;
+        // One unit holds the scales of eight blocks.
+        var eight: array<array<Unit, 4>, COLUMNS>;
+        let unit = units + k / (8u * BLOCK4);
         for (var c = 0u; c < COLUMNS; c++) {
-            held.scales[c] = BYTE_SCALE * vec4<f32>(
-                scale_of(eight[c][0], block),
-                scale_of(eight[c][1], block),
-                scale_of(eight[c][2], block),
-                scale_of(eight[c][3], block),
-            );
+            for (var j = 0u; j < 4u; j++) {
+                eight[c][j] = unit_at(lane_matrix.columns[c] + (4u * unit + j) * lane_matrix.steps[c]);
+            }
         }
-        add_columns(sums, &held, starts, matrix, k, k4, part);
-        k += BLOCK4;
-        @if(!split_k) {
-            if k >= end {
+        let last = min(k + 8u * BLOCK4, end);
+        loop {
+            let block = k / BLOCK4;
+            for (var c = 0u; c < COLUMNS; c++) {
+                held.scales[c] = BYTE_SCALE * vec4<f32>(
+                    scale_of(eight[c][0], block),
+                    scale_of(eight[c][1], block),
+                    scale_of(eight[c][2], block),
+                    scale_of(eight[c][3], block),
+                );
+            }
+            add_columns(sums, &held, starts, matrix, k, k4, part);
+            k += BLOCK4;
+            if k >= last {
                 break;
             }
+        }
+        if always && k >= end {
+            break;
         }
     }
 }
@@ -201,16 +204,23 @@ fn product(
     k4: u32,
     lane: u32,
 ) {
+    let matrix = Matrix(columns, steps);
     let end = units * UNIT4;
-    var first = 0u;
-    loop {
-        var made: Sums;
-        let mine = first + split_of(lane) * BLOCK_K4;
-        add_block(&made, starts, Matrix(columns, steps), units, mine, min(mine + BLOCK_K4, end), k4, lane);
-        add_blocks(sums, &made, (end - first + BLOCK_K4 - 1u) / BLOCK_K4, lane, TILE_ROWS);
-        first += SPLITS * BLOCK_K4;
-        if first >= end {
-            break;
+    @if(whole_k) {
+        add_block(sums, starts, matrix, units, 0u, end, k4, lane, true);
+    }
+    @else {
+        var first = 0u;
+        loop {
+            var made: Sums;
+            let mine = first + split_of(lane) * BLOCK_K4;
+            @if(split_k) add_block(&made, starts, matrix, units, mine, min(mine + BLOCK_K4, end), k4, lane, false);
+            @else add_block(&made, starts, matrix, units, mine, min(mine + BLOCK_K4, end), k4, lane, true);
+            add_blocks(sums, &made, (end - first + BLOCK_K4 - 1u) / BLOCK_K4, lane, TILE_ROWS);
+            first += SPLITS * BLOCK_K4;
+            if first >= end {
+                break;
+            }
         }
     }
 }

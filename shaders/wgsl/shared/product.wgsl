@@ -2,7 +2,7 @@
 import package::shared::tile::{COLUMNS, LOADS, PerColumn, Starts, Sums, TILE_ROWS, accumulate};
 import package::shared::weight::{BLOCK4, UNIT4, Unit, scale_of, widen};
 import package::shared::matrix::unit_at; // binding 2
-import package::shared::blocks::{BLOCK_K4, SPLITS, add_blocks, split_of};
+@if(!whole_k) import package::shared::blocks::{BLOCK_K4, SPLITS, add_blocks, split_of};
 
 @group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
 
@@ -98,72 +98,134 @@ fn turn(sums: ptr<function, Sums>, held: ptr<function, Held>, lane: From, k: u32
     }
 }
 
-// The units that hold the scales of the block of k at vec4 `first`: one a row, for eight of those blocks that share a scale.
-@if(q8 || q4 || mx4) fn scales_at(lane: From, units: u32, first: u32) -> Units {
-    var lane_from = lane;
-    let unit = units + min(first, units * UNIT4 - 1u) / BLOCK_K4;
-    var eight: Units;
-    for (var c = 0u; c < COLUMNS; c++) {
-        for (var j = 0u; j < 4u; j++) {
-            eight[c][j] = unit_at(lane_from.columns[c] + (4u * unit + j) * lane_from.steps[c]);
-        }
-    }
-    return eight;
-}
+// Drivers of CPUs work through a loop that is left at its beginning once more than it turns, for no lane, and on both sides of a
+// branch. So loops that always turn are left at their ends (`always`), and what may have nothing to do is a loop of no turns.
+// Where turns are short a loop is left at its beginning nevertheless: at its end all sums would be copied at each turn.
 
-// The block of k that begins at vec4 `first`, up to vec4 `end`: for the first `rows` rows.
-fn add_block(sums: ptr<function, Sums>, lane: From, units: u32, first: u32, end: u32, k4: u32, rows: u32) {
-    var held: Held;
-    @if(q8 || q4 || mx4) var eight = scales_at(lane, units, first);
-    // Left at its end: where a loop is left at its beginning, lavapipe works through it once more, for no lane.
+@if(short_turns) const AT_END: bool = false;
+@else const AT_END: bool = true;
+
+// vec4s `first .. end` of k, for the first `rows` rows; `always`, a constant: there are some.
+fn add_turns(
+    sums: ptr<function, Sums>,
+    held: ptr<function, Held>,
+    lane: From,
+    first: u32,
+    end: u32,
+    k4: u32,
+    rows: u32,
+    always: bool,
+) {
     var k = first;
     loop {
-        @if(split_k) {
-            // There may be no such block.
-            if k >= end {
-                break;
-            }
+        if !(always && AT_END) && k >= end {
+            break;
         }
-        @if(q8 || q4 || mx4) {
-            for (var c = 0u; c < COLUMNS; c++) {
-                for (var j = 0u; j < 4u; j++) {
-                    held.scales[c][j] = scale_of(eight[c][j], k / BLOCK4);
-                }
-            }
-        }
-        turn(sums, &held, lane, k, k4, rows);
+        turn(sums, held, lane, k, k4, rows);
         k += TURN4;
-        @if(!split_k) {
-            if k >= end {
-                break;
-            }
+        if always && AT_END && k >= end {
+            break;
         }
     }
 }
 
-// The blocks that are made at once, from vec4 `first` of k on, for the first `rows` rows; k ends at vec4 `end`.
-fn add_some(sums: ptr<function, Sums>, matrix: From, units: u32, first: u32, end: u32, k4: u32, lane: u32, rows: u32) {
-    var from_where = matrix;
-    from_where.part = lane % 8u / rows % parts_of(rows);
-    var made: Sums;
-    let mine = first + split_of(lane) * BLOCK_K4;
-    add_block(&made, from_where, units, mine, min(mine + BLOCK_K4, end), k4, rows);
-    add_blocks(sums, &made, (end - first + BLOCK_K4 - 1u) / BLOCK_K4, lane, rows);
+// The same of weights that share scales: a unit holds those of eight blocks of 32.
+@if(q8 || q4 || mx4) fn add_scaled(
+    sums: ptr<function, Sums>,
+    held: ptr<function, Held>,
+    lane: From,
+    units: u32,
+    first: u32,
+    end: u32,
+    k4: u32,
+    rows: u32,
+    always: bool,
+) {
+    var lane_from = lane;
+    var eights = first;
+    loop {
+        if !always && eights >= end {
+            break;
+        }
+        var scales: Units;
+        let unit = units + eights / (8u * BLOCK4);
+        for (var c = 0u; c < COLUMNS; c++) {
+            for (var j = 0u; j < 4u; j++) {
+                scales[c][j] = unit_at(lane_from.columns[c] + (4u * unit + j) * lane_from.steps[c]);
+            }
+        }
+        let last = min(eights + 8u * BLOCK4, end);
+        loop {
+            for (var c = 0u; c < COLUMNS; c++) {
+                for (var j = 0u; j < 4u; j++) {
+                    (*held).scales[c][j] = scale_of(scales[c][j], eights / BLOCK4);
+                }
+            }
+            turn(sums, held, lane, eights, k4, rows);
+            eights += BLOCK4;
+            if eights >= last {
+                break;
+            }
+        }
+        if always && eights >= end {
+            break;
+        }
+    }
 }
 
-// All blocks for the first `rows` rows, or none. A loop of no turns in place of a branch, of which lavapipe works on both sides.
-@if(!one && !split_k) fn add_if(
-    is_so: bool,
+// A block of k, vec4s `first .. end`.
+fn add_block(
+    sums: ptr<function, Sums>,
+    lane: From,
+    units: u32,
+    first: u32,
+    end: u32,
+    k4: u32,
+    rows: u32,
+    always: bool,
+) {
+    var held: Held;
+    @if(q8 || q4 || mx4) {
+        add_scaled(sums, &held, lane, units, first, end, k4, rows, always);
+    }
+    @else {
+        add_turns(sums, &held, lane, first, end, k4, rows, always);
+    }
+}
+
+// All of k up to vec4 `end`.
+fn add_all(
     sums: ptr<function, Sums>,
     matrix: From,
     units: u32,
+    end: u32,
     k4: u32,
     lane: u32,
     rows: u32,
+    always: bool,
 ) {
-    let end = select(0u, units * UNIT4, is_so);
-    for (var first = 0u; first < end; first += SPLITS * BLOCK_K4) {
-        add_some(sums, matrix, units, first, end, k4, lane, rows);
+    var from_where = matrix;
+    from_where.part = lane % 8u / rows % parts_of(rows);
+    @if(whole_k) {
+        add_block(sums, from_where, units, 0u, end, k4, rows, always);
+    }
+    @else {
+        var first = 0u;
+        loop {
+            if !always && first >= end {
+                break;
+            }
+            var made: Sums;
+            // Of blocks that are made at once the last ones may not be there.
+            let mine = first + split_of(lane) * BLOCK_K4;
+            @if(split_k) add_block(&made, from_where, units, mine, min(mine + BLOCK_K4, end), k4, rows, false);
+            @else add_block(&made, from_where, units, mine, min(mine + BLOCK_K4, end), k4, rows, true);
+            add_blocks(sums, &made, (end - first + BLOCK_K4 - 1u) / BLOCK_K4, lane, rows);
+            first += SPLITS * BLOCK_K4;
+            if always && first >= end {
+                break;
+            }
+        }
     }
 }
 
@@ -179,15 +241,7 @@ fn product(
     k4: u32,
     lane: u32,
 ) {
-    let end = units * UNIT4;
-    var first = 0u;
-    loop {
-        add_some(sums, From(starts, columns, steps, 0u), units, first, end, k4, lane, TILE_ROWS);
-        first += SPLITS * BLOCK_K4;
-        if first >= end {
-            break;
-        }
-    }
+    add_all(sums, From(starts, columns, steps, 0u), units, units * UNIT4, k4, lane, TILE_ROWS, true);
 }
 
 // The same for the first `rows` of them (`worked_on`) alone. Drivers take longer to compile it.
@@ -201,15 +255,16 @@ fn product_of(
     lane: u32,
     rows: u32,
 ) {
+    let matrix = From(starts, columns, steps, 0u);
+    let end = units * UNIT4;
     @if(one || split_k) {
-        product(sums, starts, columns, steps, units, k4, lane);
+        add_all(sums, matrix, units, end, k4, lane, TILE_ROWS, true);
     }
     @else {
-        let matrix = From(starts, columns, steps, 0u);
-        add_if(rows == TILE_ROWS, sums, matrix, units, k4, lane, TILE_ROWS);
-        add_if(rows == TILE_ROWS / 2u, sums, matrix, units, k4, lane, TILE_ROWS / 2u);
+        add_all(sums, matrix, units, select(0u, end, rows == TILE_ROWS), k4, lane, TILE_ROWS, false);
+        add_all(sums, matrix, units, select(0u, end, rows == TILE_ROWS / 2u), k4, lane, TILE_ROWS / 2u, false);
         @if(!tile2) {
-            add_if(rows == TILE_ROWS / 4u, sums, matrix, units, k4, lane, TILE_ROWS / 4u);
+            add_all(sums, matrix, units, select(0u, end, rows == TILE_ROWS / 4u), k4, lane, TILE_ROWS / 4u, false);
         }
     }
 }
