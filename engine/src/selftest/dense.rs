@@ -4,7 +4,7 @@ use super::{Bench, H, H4, N4, Values, WIDTH, error};
 use crate::EngineError;
 use exflow_shaders::params::{self, Draw};
 use exflow_shaders::reference::{self, Factors};
-use exflow_shaders::{Cache, Columns, Kernel, NO_SLOT, Variant};
+use exflow_shaders::{Cache, Columns, Kernel, NO_SLOT, Variant, Weights};
 
 impl Bench {
     pub(super) fn embed(&self, variant: Variant, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
@@ -157,7 +157,11 @@ impl Bench {
             let got = self.run(Kernel::Linear, variant, &p, &buffers, groups, expected.len())?;
             worst = worst.max(error(&expected, &got));
         }
-        Ok(worst.max(self.linear_long(in_blocks, rows, v)?))
+        // Of some types; blocks are summed alike in all.
+        match variant.weights {
+            Weights::F32 | Weights::Q8 => Ok(worst.max(self.linear_long(in_blocks, rows, v)?)),
+            _ => Ok(worst),
+        }
     }
 
     /// More blocks of k than a workgroup makes at once, the last of them a part.

@@ -25,7 +25,10 @@ fn total(lane: u32, mine: Stretches) -> f32 {
         }
     }
     @else {
-        stretches[lane] = mine[0];
+        // A workgroup may have more lanes, for what follows.
+        if lane < LANES {
+            stretches[lane] = mine[0];
+        }
         workgroupBarrier();
         for (var i = 0u; i < STRETCHES; i++) {
             sum += stretches[i];
