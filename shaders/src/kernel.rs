@@ -180,8 +180,9 @@ impl Kernel {
             let three = (base.rows == Rows::F32).then_some(three);
             let without = (base == plain).then_some(with(RowTile::Eight, false, false));
             // A few rows on a GPU.
-            let few = [RowTile::One, RowTile::Two, RowTile::Four, RowTile::Eight];
-            let few = few.into_iter().filter(move |&tile| base == plain || tile == RowTile::One);
+            let few = [RowTile::One, RowTile::Four]
+                .into_iter()
+                .filter(move |&tile| base == plain || tile == RowTile::One);
             let few = few.map(move |tile| Variant { split_k: true, ..with(tile, false, false) });
             // What bytes make as f32 besides.
             let floats = RowTile::ALL.iter().map(move |&tile| with(tile, true, true));
