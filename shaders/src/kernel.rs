@@ -118,8 +118,8 @@ impl Kernel {
         self.takes_textures() || self.hands_over()
     }
 
-    /// The variants of this kernel that are worth telling apart; those that differ in `tile`, `columns`, `split_k`, `subgroup` and
-    /// `image` alone follow each other, the plain one first. Each is for any number of columns ([`Variant::of_columns`]).
+    /// The variants of this kernel that are worth telling apart; those that differ in `tile`, `columns`, `subgroup` and
+    /// `image` alone follow each other, the plain one first.
     pub fn variants(self) -> Vec<Variant> {
         let plain = Variant::default();
         let mut bases = vec![plain];
@@ -179,23 +179,12 @@ impl Kernel {
             let three = Variant { columns: Columns::Three, ..with(RowTile::One, true, true) };
             let three = (base.rows == Rows::F32).then_some(three);
             let without = (base == plain).then_some(with(RowTile::Eight, false, false));
-            // A few rows on a GPU.
-            let few = [RowTile::One, RowTile::Four]
-                .into_iter()
-                .filter(move |&tile| base == plain || tile == RowTile::One);
-            let few = few.map(move |tile| Variant { split_k: true, ..with(tile, false, false) });
             // What bytes make as f32 besides.
             let floats = RowTile::ALL.iter().map(move |&tile| with(tile, true, true));
             let floats =
                 floats.chain([with(RowTile::Eight, false, false)]).filter(move |_| base.rows == Rows::Bytes);
             let floats = floats.map(|v| Variant { rows: Rows::BytesAsF32, ..v });
-            std::iter::once(base)
-                .chain(all)
-                .chain(three)
-                .chain(buffers)
-                .chain(without)
-                .chain(few)
-                .chain(floats)
+            std::iter::once(base).chain(all).chain(three).chain(buffers).chain(without).chain(floats)
         };
         let tiles = |base: Variant| {
             let of_groups = [RowTile::ThirtyTwo, RowTile::SixtyFour];
@@ -288,11 +277,10 @@ pub fn texts() -> impl Iterator<Item = &'static str> {
 }
 
 /// Texts that kernels import, by name under `shared/`.
-pub(crate) const SHARED: [(&str, &str); 12] = [
+pub(crate) const SHARED: [(&str, &str); 11] = [
     ("weight", include_str!("../wgsl/shared/weight.wgsl")),
     ("matrix", include_str!("../wgsl/shared/matrix.wgsl")),
     ("cached", include_str!("../wgsl/shared/cached.wgsl")),
-    ("blocks", include_str!("../wgsl/shared/blocks.wgsl")),
     ("product", include_str!("../wgsl/shared/product.wgsl")),
     ("dot", include_str!("../wgsl/shared/dot.wgsl")),
     ("cooperative", include_str!("../wgsl/shared/cooperative.wgsl")),

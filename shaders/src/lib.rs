@@ -18,7 +18,7 @@ pub use kernel::{Kernel, texts};
 pub use reflect::{Access, Binding};
 pub use variant::{
     Activation, COOPERATIVE_BYTES, COOPERATIVE_SUBGROUPS, Columns, Cooperative, IMAGE_WIDTH, RowTile, Rows,
-    SPLIT_K_LANES, Values, Variant, WEIGHT_BLOCK, Weights,
+    Values, Variant, WEIGHT_BLOCK, Weights,
 };
 
 /// Positions per block of the paged KV cache, as `attention.wgsl` has it.

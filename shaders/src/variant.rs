@@ -3,7 +3,7 @@
 use crate::{Cache, Kernel};
 
 /// What a kernel is specialised by besides `override` numbers. Variants that differ in
-/// `tile`, `columns`, `whole_k`, `split_k`, `subgroup`, `image` or `values` alone give equal bits, and so do both kinds of rows in bytes.
+/// `tile`, `columns`, `subgroup`, `image` or `values` alone give equal bits, and so do both kinds of rows in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct Variant {
     /// Rows that a lane works on at once (matrix kernels only; others ignore it).
@@ -11,12 +11,6 @@ pub struct Variant {
     /// How many vec4s of columns a lane makes (matrix kernels with a tile of one row of f32 only; others ignore it). A `linear` that
     /// keeps and turns has to have two: both halves of a pair.
     pub columns: Columns,
-    /// All of k is one block ([`Variant::of_columns`]), which takes no sums of blocks (matrix kernels where lanes multiply all of k; others
-    /// ignore it).
-    pub whole_k: bool,
-    /// Groups of lanes make blocks of k at once, in workgroups of [`SPLIT_K_LANES`] (matrix kernels where lanes multiply, and do not
-    /// hand each other what they loaded; others ignore it): few rows alone have too few columns for a GPU's many cores.
-    pub split_k: bool,
     /// What stands between an expert's matrices (`expert_up` only; others ignore it).
     pub activation: Activation,
     /// How weights lie (kernels of matrices only; others ignore it).
@@ -232,13 +226,6 @@ impl Columns {
     }
 }
 
-/// Columns of k whose sum is formed by itself (`shared/blocks.wgsl`).
-pub(crate) const BLOCK_K: usize = 512;
-
-/// Lanes of a workgroup that splits k, of which each of [`SPLIT_K_COLUMN_LANES`] has columns of its own (`shared/blocks.wgsl`).
-pub const SPLIT_K_LANES: u32 = 32;
-const SPLIT_K_COLUMN_LANES: usize = 8;
-
 /// vec4s of columns that a workgroup makes on matrix units (`shared/cooperative.wgsl`).
 const COOPERATIVE_COLUMNS4: usize = 16;
 
@@ -282,16 +269,11 @@ impl Variant {
     /// vec4s of columns that a workgroup of a matrix kernel makes, which has `lanes` lanes where those multiply.
     pub fn group_columns4(self, kernel: Kernel, lanes: usize) -> usize {
         let matrices = if kernel == Kernel::ExpertUp { self.activation.matrices() } else { 1 };
-        match self.cooperative {
-            Cooperative::No if self.split_k => SPLIT_K_COLUMN_LANES * self.columns.count(),
-            Cooperative::No => lanes * self.columns.count(),
-            _ => COOPERATIVE_COLUMNS4 / matrices,
+        if self.cooperative == Cooperative::No {
+            lanes * self.columns.count()
+        } else {
+            COOPERATIVE_COLUMNS4 / matrices
         }
-    }
-
-    /// The same for matrices of `4 * k4` columns.
-    pub fn of_columns(self, k4: usize) -> Self {
-        Self { whole_k: 4 * k4 <= BLOCK_K, ..self }
     }
 
     /// What is left of it where `kernel` differs.
@@ -300,8 +282,7 @@ impl Variant {
         let rounds = kernel.has_weights() && self.weights.has_scales();
         let cooperative = if kernel.is_cooperative() { self.cooperative } else { Cooperative::No };
         let alone = cooperative == Cooperative::No;
-        let split_k = self.split_k && kernel.has_weights() && alone;
-        let single = kernel.has_weights() && alone && tile == RowTile::One && !split_k;
+        let single = kernel.has_weights() && alone && tile == RowTile::One;
         Self {
             cooperative,
             tile,
@@ -309,8 +290,6 @@ impl Variant {
                 Columns::Three if single && !(rounds && self.rows != Rows::F32) => Columns::Three,
                 _ => Columns::Two,
             },
-            split_k,
-            whole_k: self.whole_k && kernel.has_weights() && alone && !split_k,
             rows: if rounds && alone { self.rows } else { Rows::F32 },
             activation: if kernel == Kernel::ExpertUp { self.activation } else { Activation::default() },
             weights: match kernel {
@@ -326,19 +305,15 @@ impl Variant {
             },
             keeps: self.keeps && kernel == Kernel::Linear,
             split: self.split && kernel == Kernel::Attention,
-            subgroup: self.subgroup && kernel.hands_over() && alone && !split_k,
+            subgroup: self.subgroup && kernel.hands_over() && alone,
             image: self.image && kernel.takes_textures(),
         }
     }
 
     /// vec4s of k that a turn of a matrix kernel's loop takes: what lanes load at once, whole units, and a whole block
-    /// where it shares a scale, or where k is split: many loads, as those of a GPU take long.
+    /// where it shares a scale.
     pub(crate) fn turn4(&self) -> usize {
         let parts = if self.subgroup { 8usize.div_ceil(self.tile_rows()) } else { 1 };
-        if self.weights.has_scales() || self.split_k {
-            WEIGHT_BLOCK / 4
-        } else {
-            parts.max(self.weights.per_unit() / 4)
-        }
+        if self.weights.has_scales() { WEIGHT_BLOCK / 4 } else { parts.max(self.weights.per_unit() / 4) }
     }
 }

@@ -91,12 +91,6 @@ fn glsl(module: &Module, info: &ModuleInfo) -> Written {
     Ok(text)
 }
 
-/// Every variant, for matrices of any number of columns and for those that are one block of k.
-fn both(kernel: Kernel) -> impl Iterator<Item = Variant> {
-    let all = kernel.variants().into_iter();
-    all.flat_map(move |variant| [variant, variant.of_columns(1).of(kernel)])
-}
-
 /// A variant as this back end writes it.
 fn written(back_end: &BackEnd, kernel: Kernel, variant: Variant) -> Written {
     let text = module(kernel, variant).map_err(|e| e.to_string())?.wgsl;
@@ -115,7 +109,7 @@ fn every_variant_through(back_end: &BackEnd) {
     let mut failed = Vec::new();
     for kernel in Kernel::ALL {
         let takes = |of: &Variant| back_end.matrix_units || of.matrix_side(kernel).is_none();
-        for variant in both(kernel).filter(takes) {
+        for variant in kernel.variants().into_iter().filter(takes) {
             match written(back_end, kernel, variant) {
                 Ok(text) if text.contains(back_end.mark) => {}
                 Ok(text) => failed.push(format!("{} {variant:?}: no kernel in {text}", kernel.name())),

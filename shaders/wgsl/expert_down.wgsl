@@ -1,7 +1,6 @@
 // partial[slot] = weight * scale * (w2[expert] a[pair] (+ b2[expert])), a workgroup per (tile of pairs, group of columns).
 import package::shared::tile::{COLUMNS, LOADS, PerColumn, Starts, Sums, TILE_ROWS, row_of, worked_on};
 import package::shared::weight::{column_start, column_step};
-@if(!coop) import package::shared::blocks::{column_lane, column_lanes};
 @if(coop) import package::shared::cooperative::{Lane, TILE_COLUMNS4, block_at, product, product_at, starts};
 @elif(dot) import package::shared::dot::product_of;
 @else import package::shared::product::product_of; // binding 1: a [pairs, I/4], binding 2: w2 [experts, H, ..]
@@ -43,18 +42,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var w_at: PerColumn;
     var steps: PerColumn;
     for (var c = 0u; c < COLUMNS; c++) {
-        columns[c] = (group.y * COLUMNS + c) * column_lanes(WORKGROUP) + column_lane(lane);
+        columns[c] = (group.y * COLUMNS + c) * WORKGROUP + lane;
         let column = min(columns[c], p.h4 - 1u);
         w_at[c] = expert * p.h4 * 4u * p.w_stride + column_start(column, p.w_stride);
         steps[c] = column_step(column, p.h4);
     }
     var sums: Sums;
     product_of(&sums, starts, w_at, steps, p.w_units, p.i4, lane, rows);
-    @if(split_k) {
-        if column_lane(lane) != lane {
-            return;
-        }
-    }
     for (var c = 0u; c < COLUMNS; c++) {
         let column = columns[c];
         if column >= p.h4 {

@@ -2,7 +2,6 @@
 // activation takes two products: w1 holds an expert's gate rows, then its up rows.
 import package::shared::tile::{COLUMNS, LOADS, PerColumn, Starts, Sums, TILE_ROWS, row_of, worked_on};
 import package::shared::weight::{column_start, column_step};
-@if(!coop) import package::shared::blocks::{column_lane, column_lanes};
 @if(coop) import package::shared::cooperative::{Lane, TILE_COLUMNS4, block_at, product, product_at, starts};
 @elif(dot) import package::shared::dot::product_of;
 @else import package::shared::product::product_of; // binding 1: x [.., H/4] normed rows, binding 2: w1 [experts, MATRICES, I, ..]
@@ -45,7 +44,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     var columns: PerColumn;
     for (var c = 0u; c < COLUMNS; c++) {
-        columns[c] = (group.y * COLUMNS + c) * column_lanes(WORKGROUP) + column_lane(lane);
+        columns[c] = (group.y * COLUMNS + c) * WORKGROUP + lane;
     }
     var sums: array<Sums, MATRICES>;
     for (var m = 0u; m < MATRICES; m++) {
@@ -68,11 +67,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             }
         }
         sums[m] = one;
-    }
-    @if(split_k) {
-        if column_lane(lane) != lane {
-            return;
-        }
     }
     for (var c = 0u; c < COLUMNS; c++) {
         if columns[c] >= p.i4 {

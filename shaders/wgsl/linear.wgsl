@@ -4,7 +4,6 @@
 // keys by their positions and puts keys and values into the cache, rounded to its type, as `place.wgsl` does it.
 import package::shared::tile::{COLUMNS, LOADS, PerColumn, Starts, Sums, TILE_ROWS, row_of};
 import package::shared::weight::{column_start, column_step};
-@if(!coop) import package::shared::blocks::{column_lane, column_lanes};
 @if(coop) import package::shared::cooperative::{Lane, TILE_COLUMNS4, block_at, product, product_at, starts};
 @elif(dot) import package::shared::dot::product;
 @else import package::shared::product::product; // binding 1: x [T, x_stride/4], binding 2: w [heads, N, ..]
@@ -44,14 +43,14 @@ struct Params {
 override WORKGROUP: u32 = 32u;
 
 // The c-th vec4 of columns of a lane: where pairs turn, a lane has both halves of them.
-@if(!coop) fn column_of(group: u32, lane: u32, c: u32) -> u32 {
+fn column_of(group: u32, lane: u32, c: u32) -> u32 {
     @if(keeps) {
         if p.half4 > 0u {
-            let i = group * column_lanes(WORKGROUP) + column_lane(lane);
+            let i = group * WORKGROUP + lane;
             return i / p.half4 * 2u * p.half4 + i % p.half4 + c * p.half4;
         }
     }
-    return (group * COLUMNS + c) * column_lanes(WORKGROUP) + column_lane(lane);
+    return (group * COLUMNS + c) * WORKGROUP + lane;
 }
 
 @if(keeps) fn put(i: u32, value: Cached) {
@@ -120,11 +119,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     var sums: Sums;
     product(&sums, starts, w_at, steps, p.w_units, p.k4, lane);
-    @if(split_k) {
-        if column_lane(lane) != lane {
-            return;
-        }
-    }
     @if(keeps) {
         keep(&sums, columns, first, last);
     }

@@ -34,10 +34,6 @@ struct Params {
 @group(0) @binding(6) var<storage, read_write> launches: array<u32>;   // [2, 3] expert_up, expert_down, likewise
 @group(0) @binding(8) var<storage, read_write> y: array<vec4<f32>>;    // [T, H/4] normed
 
-// Lanes that score experts: on GPUs, whose loads take long, an expert each.
-@if(subgroup) const WORKERS: u32 = LANES;
-@else const WORKERS: u32 = 256u;
-
 const NEVER: f32 = -3.0e38;
 const SOFTMAX: u32 = 0u;
 const SOFTMAX_OF_CHOSEN: u32 = 1u;
@@ -45,7 +41,6 @@ const SIGMOID: u32 = 2u;
 const SPARSEMIXER: u32 = 3u;
 var<workgroup> scores: array<f32, 1024>;
 var<workgroup> choice: array<f32, 1024>;
-@if(!subgroup) var<workgroup> ranked: array<u32, 1024>; // the top_k best in front
 
 fn best_of(first: u32, count: u32) -> u32 {
     var best = first;
@@ -143,18 +138,12 @@ fn list_pairs() {
     launches[5] = 1u;
 }
 
-// The k-th best of those that are left, all better ones being chosen.
-fn next_best(k: u32) -> u32 {
-    @if(subgroup) return best_of(0u, p.experts);
-    @else return ranked[k];
-}
-
-@compute @workgroup_size(WORKERS)
+@compute @workgroup_size(LANES)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let row = group.x;
     let x_base = row * p.h4;
     let s = spread(x_base, p.width, p.h4, p.centred != 0u, p.eps, lane);
-    for (var i = lane; i < p.h4; i += WORKERS) {
+    for (var i = lane; i < p.h4; i += LANES) {
         var value = (x[x_base + i] - vec4<f32>(s.mean)) * s.scale * constants[i];
         if p.centred != 0u {
             value += constants[p.h4 + i];
@@ -163,73 +152,35 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     @if(subgroup) {
         // A lane reads of the normed row what it wrote, and hands it to the others.
-        // Loops are left at their ends (`shared/product.wgsl` says why).
-        let h4 = p.h4;
-        var first = 0u;
-        loop {
+        for (var first = 0u; first < p.experts; first += LANES) {
             let e = min(first + lane, p.experts - 1u);
-            let w_base = (2u + e) * h4;
             var sum = vec4<f32>(0.0);
-            var k = 0u;
-            loop {
-                let begin = k;
-                let end = min(k + LANES, h4);
-                let mine = y[x_base + min(k + lane, h4 - 1u)];
-                loop {
-                    sum = fma(subgroupShuffle(mine, k - begin), constants[w_base + k], sum);
-                    k++;
-                    if k >= end {
-                        break;
-                    }
-                }
-                if k >= h4 {
-                    break;
+            for (var k = 0u; k < p.h4; k += LANES) {
+                let mine = y[x_base + min(k + lane, p.h4 - 1u)];
+                for (var i = 0u; i < min(LANES, p.h4 - k); i++) {
+                    sum = fma(subgroupShuffle(mine, i), constants[(2u + e) * p.h4 + k + i], sum);
                 }
             }
             note(e, sum);
-            first += LANES;
-            if first >= p.experts {
-                break;
-            }
         }
     }
     @else {
         storageBarrier();
-        for (var e = lane; e < p.experts; e += WORKERS) {
+        for (var e = lane; e < p.experts; e += LANES) {
             var sum = vec4<f32>(0.0);
             for (var k = 0u; k < p.h4; k++) {
                 sum = fma(y[x_base + k], constants[(2u + e) * p.h4 + k], sum);
             }
             note(e, sum);
-            ranked[e] = e; // where scores are no numbers none is better
         }
     }
     workgroupBarrier();
-    @if(!subgroup) {
-        if lane == 0u && p.groups > 1u {
-            keep_best_groups();
-        }
-        workgroupBarrier();
-        // Each lane counts who is better than its experts, in place of one lane that looks for the best top_k times.
-        for (var e = lane; e < p.experts; e += WORKERS) {
-            let mine = choice[e];
-            var better = 0u;
-            for (var other = 0u; other < p.experts; other++) {
-                let it = choice[other];
-                better += select(0u, 1u, it > mine || (it == mine && other < e));
-            }
-            ranked[better] = e;
-        }
-        workgroupBarrier();
-    }
     if lane != 0u {
         return;
     }
 
-    @if(subgroup) {
-        if p.groups > 1u {
-            keep_best_groups();
-        }
+    if p.groups > 1u {
+        keep_best_groups();
     }
     var largest = scores[0];
     var denominator = 0.0;
@@ -244,7 +195,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let base = row * p.top_k;
     var selected = 0.0;
     for (var k = 0u; k < p.top_k; k++) {
-        let best = next_best(k);
+        let best = best_of(0u, p.experts);
         var weight = scores[best];
         switch p.score {
             case SOFTMAX: {

@@ -142,12 +142,7 @@ fn variants(form: &str, of: &FormTuning) -> String {
     let lanes = if of.subgroups { "subgroup" } else { "plain" };
     let wide = if of.wide { ", one row by three columns a lane" } else { "" };
     let tiles = |tiles: &[TileUpTo]| {
-        let kind = |of: &TileUpTo| match (of.as_f32, of.split_k) {
-            (true, true) => " as f32 with k split",
-            (true, false) => " as f32",
-            (false, true) => " with k split",
-            (false, false) => "",
-        };
+        let kind = |of: &TileUpTo| if of.as_f32 { " as f32" } else { "" };
         let each: Vec<_> =
             tiles.iter().map(|of| format!("{}{} up to {}", of.tile, kind(of), of.rows)).collect();
         each.join(", ")

@@ -173,7 +173,7 @@ fn what_was_measured_is_what_runs() {
         let all = events.as_array().expect("events").iter().map(|event| &event["args"]);
         let linear = all.filter(|args| args["kernel"].as_str().is_some_and(|name| name.contains("linear")));
         let of = |args: &Value| {
-            let told = ["tile", "subgroup", "texture", "split_k", "rows"].map(|name| args[name].to_string());
+            let told = ["tile", "subgroup", "texture", "rows"].map(|name| args[name].to_string());
             told.join(" ").replace('"', "")
         };
         (out, linear.map(of).collect())
@@ -184,7 +184,7 @@ fn what_was_measured_is_what_runs() {
     let mut file: Value = serde_json::from_slice(&fs::read(&path).expect("a file")).expect("JSON");
     file["weights"]["f32"] = serde_json::json!({
         "textures": false, "subgroups": false,
-        "linear": [{ "rows": 1, "tile": 4, "split_k": true }], "experts": [{ "rows": 1, "tile": 8 }],
+        "linear": [{ "rows": 1, "tile": 4 }], "experts": [{ "rows": 1, "tile": 8 }],
     });
     file["weights"]["q8_fast"] = serde_json::json!({
         "textures": false, "subgroups": false,
@@ -192,14 +192,14 @@ fn what_was_measured_is_what_runs() {
     });
     fs::write(&path, file.to_string()).expect("writes");
     for (more, before, launch) in
-        [(&[][..], &measured, "4 false false true F32"), (&fast, &rounded, "2 false false false BytesAsF32")]
+        [(&[][..], &measured, "4 false false F32"), (&fast, &rounded, "2 false false BytesAsF32")]
     {
         let (forced, linear) = launches("forced.json", more);
         assert_eq!(forced, *before, "the same text");
         assert!(linear.iter().all(|of| of == launch), "{linear:?}"); // none where the device has no clock
     }
     let told = run(&["devices"]);
-    assert!(told.contains("f32      buffers, plain; rows in a tile: 4 with k split up to 1"), "{told}");
+    assert!(told.contains("f32      buffers, plain; rows in a tile: 4 up to 1"), "{told}");
     assert!(
         told.contains("q8_fast  buffers, plain; rows in a tile: 2 as f32 up to 1; of experts: 4 up to 1")
     );

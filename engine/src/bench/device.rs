@@ -125,7 +125,7 @@ fn read_rate(gpu: &Gpu, form: Weights, side4: usize) -> Result<f64, EngineError>
     }
     let mut least = f64::INFINITY;
     for variant in ways {
-        let (variant, across) = gpu.along(Kernel::Linear, variant, (side4, side4));
+        let (variant, across) = gpu.along(Kernel::Linear, variant, side4);
         let groups = [1, across, 1];
         let record = |r: &mut Recording<'_>| r.launch(Kernel::Linear, variant, &p, &buffers, groups);
         least = least.min(seconds(gpu, &out, &record)?);

@@ -54,13 +54,8 @@ const PASSES: usize = 3;
 /// Experts of the grouped launches, and half of the average that each of them has in rows: loads differ.
 const HALVES: [usize; 8] = [1, 2, 4, 2, 0, 2, 3, 2];
 
-/// What a tuning chooses among where matrices lie and lanes work in one way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Choice {
-    tile: RowTile,
-    rows: Rows,
-    split_k: bool,
-}
+/// Rows that a lane works on at once, and what they are.
+type Choice = (RowTile, Rows);
 
 /// Matrices in one form with rows for them.
 struct Probe<'g> {
@@ -131,8 +126,7 @@ impl<'g> Probe<'g> {
                      time: &dyn Fn(Choice, usize) -> Result<f64, EngineError>| {
             let of = |&rows: &usize| {
                 let rule = choice(rule(rows));
-                let all = candidates(rule, self.form.rows(), rows, self.splits(way));
-                let found = all[least(0, all.len(), &|of| time(all[of], rows))?];
+                let found = quickest(rule, self.form.rows(), rows, &|choice| time(choice, rows))?;
                 Ok(TileUpTo::of(rows, self.variant(way, found)))
             };
             points.iter().map(of).collect::<Result<Vec<_>, EngineError>>()
@@ -154,8 +148,7 @@ impl<'g> Probe<'g> {
 
     /// Whether one row's products are for workgroups of more columns; `rule` where the matrices here are not for them.
     fn wide_gains(&self, way: &Way, rule: bool) -> Result<bool, EngineError> {
-        let one = Choice { tile: RowTile::One, rows: self.form.rows()[0], split_k: false };
-        let one = self.variant(way, one);
+        let one = self.variant(way, (RowTile::One, self.form.rows()[0]));
         match self.gpu.widths(Kernel::Linear, one, self.side4) {
             (two, Some(three)) if way.textures => {
                 let time = |of: usize| self.linear(way, [two, three][of].0, 1);
@@ -165,19 +158,13 @@ impl<'g> Probe<'g> {
         }
     }
 
-    fn variant(&self, way: &Way, Choice { tile, rows, split_k }: Choice) -> Variant {
+    fn variant(&self, way: &Way, (tile, rows): Choice) -> Variant {
         let weights = self.form.weights;
-        Variant { tile, weights, rows, split_k, subgroup: way.subgroups, ..Variant::default() }
-    }
-
-    /// Whether k may be split: a CPU has no more use for lanes than it has cores.
-    fn splits(&self, way: &Way) -> bool {
-        !self.gpu.is_cpu() && !way.textures
+        Variant { tile, weights, rows, subgroup: way.subgroups, ..Variant::default() }
     }
 
     /// Seconds of a product of `rows` rows.
     fn linear(&self, way: &Way, variant: Variant, rows: usize) -> Result<f64, EngineError> {
-        let variant = variant.of_columns(self.side4);
         let p = super::square_product(self.form.weights, self.side4, rows);
         let [x, y] = &self.rows;
         let buffers = [x, &way.matrix, x, x, y];
@@ -199,7 +186,7 @@ impl<'g> Probe<'g> {
             ..params::ExpertUp::default()
         };
         let (pairs, counts) = pairs(rows);
-        let variant = Variant { activation: Activation::SwiGlu, ..variant }.of_columns(self.side4);
+        let variant = Variant { activation: Activation::SwiGlu, ..variant };
         let tiles = tiles(&counts, variant.tile_rows());
         let across = self.gpu.matrix_groups(Kernel::ExpertUp, variant, self.side4);
         let groups = [tiles.len() as u32, across, 1];
@@ -210,22 +197,23 @@ impl<'g> Probe<'g> {
     }
 }
 
-fn choice(Variant { tile, rows, split_k, .. }: Variant) -> Choice {
-    Choice { tile, rows, split_k }
+fn choice(variant: Variant) -> Choice {
+    (variant.tile, variant.rows)
 }
 
-/// What could take the least time for `rows` rows, that of the rules first: other tiles waste most of their work, or load each weight
-/// many times.
-fn candidates(rule: Choice, kinds: &[Rows], rows: usize, splits: bool) -> Vec<Choice> {
+/// The tile that takes the least time for `rows` rows, and what these are, among those that could: the other tiles waste
+/// most of their work, or load each weight many times.
+fn quickest(
+    rule: Choice,
+    kinds: &[Rows],
+    rows: usize,
+    time: &dyn Fn(Choice) -> Result<f64, EngineError>,
+) -> Result<Choice, EngineError> {
     let could = |tile: &RowTile| tile.rows() <= 2 * rows && 8 * tile.rows() >= rows;
-    let mut all = vec![rule];
-    for tile in RowTile::ALL.into_iter().filter(could) {
-        for &rows in kinds {
-            let split = [false, true].into_iter().filter(|&split_k| splits || !split_k);
-            all.extend(split.map(|split_k| Choice { tile, rows, split_k }).filter(|of| *of != rule));
-        }
-    }
-    all
+    let all = RowTile::ALL.into_iter().filter(could);
+    let all = all.flat_map(|tile| kinds.iter().map(move |&kind| (tile, kind)));
+    let choices: Vec<Choice> = std::iter::once(rule).chain(all.filter(|choice| *choice != rule)).collect();
+    Ok(choices[least(0, choices.len(), &|of| time(choices[of]))?])
 }
 
 /// Which of `count` candidates takes the least time; `rule` does unless another gains something.
@@ -300,8 +288,7 @@ mod tests {
         for fast in [false, true] {
             let probe = Probe::new(&gpu, Form::new(Weights::Q8, fast)).expect("fits");
             let way = probe.way(true, gpu.hands_over()).expect("fits");
-            let one = Choice { tile: RowTile::One, rows: probe.form.rows()[0], split_k: false };
-            let one = probe.variant(&way, one);
+            let one = probe.variant(&way, (RowTile::One, probe.form.rows()[0]));
             let (two, three) = gpu.widths(Kernel::Linear, one, probe.side4);
             assert_eq!(two.0.columns.count(), 2);
             assert_eq!(three.is_some(), gpu.is_cpu() && !fast, "rows in bytes have no such variant");
@@ -329,19 +316,14 @@ mod tests {
         }
     }
 
-    /// The choice for so many rows where what each takes is known.
-    fn quickest(rule: Choice, form: Form, rows: usize, splits: bool, time: &dyn Fn(Choice) -> f64) -> Choice {
-        let all = candidates(rule, form.rows(), rows, splits);
-        all[least(0, all.len(), &|of| Ok(time(all[of]))).expect("times")]
-    }
-
-    const FOUR: Choice = Choice { tile: RowTile::Four, rows: Rows::F32, split_k: false };
-
     #[test]
     fn another_tile_has_to_gain_something() {
         let at = |tile: RowTile| RowTile::ALL.iter().position(|known| *known == tile).expect("known");
-        let form = Form::new(Weights::F32, false);
-        let chosen = |of: [f64; 5]| quickest(FOUR, form, 4, false, &|choice| of[at(choice.tile)]).tile;
+        let chosen = |of: [f64; 5]| {
+            quickest((RowTile::Four, Rows::F32), &[Rows::F32], 4, &|(tile, _)| Ok(of[at(tile)]))
+                .expect("times")
+                .0
+        };
         assert_eq!(chosen([1.0, 1.0, 1.0, 0.92, 0.1]), RowTile::Four, "16 rows would be thrown away");
         assert_eq!(chosen([1.0, 1.0, 1.0, 0.8, 1.0]), RowTile::Eight);
         assert_eq!(chosen([0.8, 0.7, 1.0, 0.9, 1.0]), RowTile::Two);
@@ -350,26 +332,17 @@ mod tests {
     #[test]
     fn what_rows_are_is_measured_where_they_may_be_rounded() {
         let chosen = |bytes: f64, floats: f64| {
-            let rule = Choice { rows: Rows::Bytes, ..FOUR };
-            let time = |choice: Choice| match (choice.tile, choice.rows) {
-                (RowTile::Four, Rows::Bytes) => bytes,
-                (RowTile::Eight, Rows::BytesAsF32) => floats,
-                _ => 1.0,
+            let rule = (RowTile::Four, Rows::Bytes);
+            let time = |choice: Choice| {
+                Ok(match choice {
+                    (RowTile::Four, Rows::Bytes) => bytes,
+                    (RowTile::Eight, Rows::BytesAsF32) => floats,
+                    _ => 1.0,
+                })
             };
-            quickest(rule, Form::new(Weights::Q4, true), 4, false, &time)
+            quickest(rule, Form::new(Weights::Q4, true).rows(), 4, &time).expect("times")
         };
-        assert_eq!(chosen(0.9, 0.7), Choice { tile: RowTile::Eight, rows: Rows::BytesAsF32, ..FOUR });
-        assert_eq!(chosen(0.7, 0.68), Choice { rows: Rows::Bytes, ..FOUR });
-    }
-
-    #[test]
-    fn k_is_split_where_that_may_be_and_gains() {
-        let form = Form::new(Weights::F16, false);
-        let chosen = |rule: bool, splits: bool, split: f64| {
-            let time = |choice: Choice| if choice.split_k { split } else { 1.0 };
-            quickest(Choice { split_k: rule, ..FOUR }, form, 4, splits, &time).split_k
-        };
-        assert!(chosen(false, true, 0.5) && !chosen(false, true, 0.95) && !chosen(false, false, 0.5));
-        assert!(chosen(true, true, 1.05) && !chosen(true, true, 1.5));
+        assert_eq!(chosen(0.9, 0.7), (RowTile::Eight, Rows::BytesAsF32));
+        assert_eq!(chosen(0.7, 0.68), (RowTile::Four, Rows::Bytes));
     }
 }

@@ -9,7 +9,7 @@ use super::tuning::{Cut, Form, Tuning};
 use super::units::OnUnits;
 use crate::EngineError;
 use exflow_shaders::{
-    COOPERATIVE_BYTES, COOPERATIVE_SUBGROUPS, Columns, Cooperative, Kernel, SPLIT_K_LANES, Variant, Weights,
+    COOPERATIVE_BYTES, COOPERATIVE_SUBGROUPS, Columns, Cooperative, Kernel, Variant, Weights,
 };
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -239,7 +239,6 @@ impl Gpu {
     /// Lanes of a workgroup that makes a variant's products.
     pub(super) fn lanes(&self, variant: Variant) -> u32 {
         match variant.cooperative {
-            Cooperative::No if variant.split_k => SPLIT_K_LANES,
             Cooperative::No => self.workgroup(),
             _ => COOPERATIVE_SUBGROUPS * self.largest_subgroup,
         }
@@ -250,11 +249,10 @@ impl Gpu {
         n4.div_ceil(variant.group_columns4(kernel, self.workgroup() as usize)) as u32
     }
 
-    /// The variant that makes `n4` vec4s of columns of `k4` of k, and its workgroups along them. A workgroup of one row is dear on a CPU, and what it
+    /// The variant that makes `n4` vec4s of columns, and its workgroups along them. A workgroup of one row is dear on a CPU, and what it
     /// makes beyond the last column is work that is thrown away: wider ones run where they make no more of it, unless `devices --tune`
     /// found that they gain nothing.
-    pub(crate) fn along(&self, kernel: Kernel, variant: Variant, (k4, n4): (usize, usize)) -> (Variant, u32) {
-        let variant = variant.of_columns(k4);
+    pub(crate) fn along(&self, kernel: Kernel, variant: Variant, n4: usize) -> (Variant, u32) {
         let (two, three) = self.widths(kernel, variant, n4);
         let rule = self.is_cpu && self.hands_over;
         match three {

@@ -79,8 +79,7 @@ impl Stamps {
         for ((kernel, variant), ends) in self.launches.iter().zip(ticks.windows(2)) {
             let us = ends[1].saturating_sub(ends[0]) as f64 * period_ns / 1e3;
             let (tile, subgroup, texture) = (variant.tile_rows(), variant.subgroup, variant.image);
-            let split_k = variant.split_k;
-            tracing::trace!(kernel = kernel.name(), us, tile, subgroup, texture, split_k, rows = ?variant.rows, "launch");
+            tracing::trace!(kernel = kernel.name(), us, tile, subgroup, texture, rows = ?variant.rows, "launch");
         }
         Ok(())
     }

@@ -43,9 +43,6 @@ pub struct TileUpTo {
     /// Bytes that rows are rounded to (`--numerics fast`) are multiplied one by one as f32, else four at a time.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub as_f32: bool,
-    /// Groups of lanes make blocks of k at once; else each lane makes all of k.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub split_k: bool,
 }
 
 /// Matrices that are tuned by themselves: how their weights lie, and under which numerics.
@@ -86,10 +83,6 @@ impl TuningReport {
 pub(crate) const LINEAR_ROWS: [usize; 6] = [1, 2, 4, 8, 16, 64];
 /// Rows of each expert at which its tiles are.
 pub(crate) const EXPERT_ROWS: [usize; 6] = [1, 2, 5, 8, 16, 64];
-
-/// Rows of a launch, or of each expert, that are too few to keep a GPU busy by their columns alone: a lane makes eight columns, and a
-/// matrix of 2,048 of them would have 256 lanes. A CPU has no more use for them than it has cores.
-const FEW_ROWS: usize = 8;
 
 /// What the file is about; a file about anything else is stale.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -212,8 +205,7 @@ impl FormTuning {
 impl TileUpTo {
     /// That `variant` is for up to `rows` rows.
     pub(crate) fn of(rows: usize, variant: Variant) -> Self {
-        let (tile, as_f32) = (variant.tile_rows(), variant.rows == Rows::BytesAsF32);
-        Self { rows, tile, as_f32, split_k: variant.split_k }
+        Self { rows, tile: variant.tile_rows(), as_f32: variant.rows == Rows::BytesAsF32 }
     }
 }
 
@@ -330,7 +322,6 @@ impl Cut<'_> {
         let found = measured.and_then(|tiles| tiles.iter().find(|of| rows <= of.rows).or(tiles.last()));
         let tile = found.and_then(|of| row_tile(of.tile)).unwrap_or(by_rule);
         let subgroup = self.tuned.is_none_or(|of| of.subgroups);
-        let few = rows <= FEW_ROWS;
         let rows = match found {
             Some(of) if self.form.fast => {
                 if of.as_f32 {
@@ -341,8 +332,7 @@ impl Cut<'_> {
             }
             _ => self.form.rows_by_rule(tile, self.is_cpu),
         };
-        let split_k = found.map_or(few && !self.is_cpu, |of| of.split_k);
-        Variant { tile, weights: self.form.weights, subgroup, rows, split_k, ..Variant::default() }
+        Variant { tile, weights: self.form.weights, subgroup, rows, ..Variant::default() }
     }
 }
 
@@ -370,7 +360,7 @@ mod tests {
 
     fn tuning() -> Tuning {
         let tiles = |of: &[(usize, usize, bool)]| {
-            of.iter().map(|&(rows, tile, as_f32)| TileUpTo { rows, tile, as_f32, split_k: false }).collect()
+            of.iter().map(|&(rows, tile, as_f32)| TileUpTo { rows, tile, as_f32 }).collect()
         };
         let form = |fast: bool| FormTuning {
             textures: false,
@@ -409,9 +399,6 @@ mod tests {
         assert_eq!([0, 1, 3, 4, 64].map(|rows| rules.each(rows).tile_rows()), [1, 2, 4, 8, 16]);
         let gpu = Cut::rules(Form::new(Weights::F32, true), false);
         assert_eq!([0, 1, 2, 5, 63, 64].map(|rows| gpu.each(rows).tile_rows()), [1, 1, 2, 4, 8, 16]);
-        // Few rows have too few columns for a GPU; a file says what was measured.
-        assert_eq!([1, 8, 9].map(|rows| gpu.linear(rows).split_k), [true, true, false]);
-        assert!(gpu.each(0).split_k && !rules.linear(1).split_k && !cut.linear(1).split_k);
         let shown = FormTuning::by_rule(Form::new(Weights::F16, true), true, true);
         assert_eq!(shown.linear.iter().map(|of| of.tile).collect::<Vec<_>>(), [1, 2, 4, 8, 8, 8]);
         assert_eq!(shown.check(Form::new(Weights::F16, false)), Ok(()));

@@ -65,7 +65,7 @@ impl Bench {
                     let parts = self.up(&parts)?;
                     let [q, cache, queries, table, sinks, out] = buffers;
                     let into = [q, cache, queries, table, sinks, &parts];
-                    self.launch::<_, f32>(Kernel::Attention, variant, &p, &into, groups, 1)?;
+                    self.run::<_, f32>(Kernel::Attention, variant, &p, &into, groups, 1)?;
                     let p = params::AttentionMerge { v4: p.v4, splits: splits as u32, window, has_sinks };
                     let groups = [heads as u32, rows as u32, 1];
                     let buffers = [&parts, queries, sinks, out];

@@ -4,7 +4,7 @@ use super::{Bench, H, H4, N4, Values, WIDTH, error};
 use crate::EngineError;
 use exflow_shaders::params::{self, Draw};
 use exflow_shaders::reference::{self, Factors};
-use exflow_shaders::{Cache, Columns, Kernel, NO_SLOT, Variant, Weights};
+use exflow_shaders::{Cache, Columns, Kernel, NO_SLOT, Variant};
 
 impl Bench {
     pub(super) fn embed(&self, variant: Variant, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
@@ -117,10 +117,8 @@ impl Bench {
         if variant.keeps {
             return self.linear_kept(variant, rows, v);
         }
-        let in_blocks = variant;
-        let variant = variant.of_columns(H4);
         // More than one workgroup makes.
-        let n4 = 2 * N4;
+        let n4 = 3 * N4;
         let n = 4 * n4;
         // Whole rows with all that may be added; then two heads on parts of rows.
         for heads in [1, 2] {
@@ -157,40 +155,7 @@ impl Bench {
             let got = self.run(Kernel::Linear, variant, &p, &buffers, groups, expected.len())?;
             worst = worst.max(error(&expected, &got));
         }
-        // Of some types; blocks are summed alike in all.
-        match variant.weights {
-            Weights::F32 | Weights::Q8 => Ok(worst.max(self.linear_long(in_blocks, rows, v)?)),
-            _ => Ok(worst),
-        }
-    }
-
-    /// More blocks of k than a workgroup makes at once, the last of them a part.
-    fn linear_long(&self, variant: Variant, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
-        let (k, n, rows) = (4 * (5 * 128 + 3), 4 * 2, rows.min(17));
-        let x = v.floats(rows * k);
-        let (weights, w) = self.matrix(variant, &v.floats(n * k), (n, k))?;
-        let (w_units, w_stride) = variant.weights.units(k);
-        let p = params::Linear {
-            rows: rows as u32,
-            k4: k as u32 / 4,
-            n4: n as u32 / 4,
-            w_units: w_units as u32,
-            w_stride: w_stride as u32,
-            x_stride4: k as u32 / 4,
-            y_stride4: n as u32 / 4,
-            scale: 1.0,
-            ..Default::default()
-        };
-        let mut expected = vec![0.0; rows * n];
-        reference::linear(&p, (1, Factors::from(variant)), &x, &w, &[], &[], &mut expected);
-        let (x, out) = (self.up(&x)?, self.up(&expected.iter().map(|_| 0f32).collect::<Vec<_>>())?);
-        let groups = [
-            rows.div_ceil(variant.tile_rows()) as u32,
-            self.matrix_groups(Kernel::Linear, variant, n / 4),
-            1,
-        ];
-        let got = self.run(Kernel::Linear, variant, &p, &[&x, &weights, &x, &x, &out], groups, rows * n)?;
-        Ok(error(&expected, &got))
+        Ok(worst)
     }
 
     /// Queries, keys and values: of heads that turn; as they are.
@@ -200,7 +165,7 @@ impl Bench {
         for (heads, d4, half4) in [(2, 4, 2), (3, 5, 0)] {
             // Both halves of a pair are a lane's own: heads that turn have two vec4s a lane, as in a decoder.
             let columns = if half4 > 0 { Columns::Two } else { variant.columns };
-            let variant = Variant { columns, ..variant }.of_columns(H4);
+            let variant = Variant { columns, ..variant };
             let (n4, cache4) = ((heads + 2) * d4, 2 * d4);
             let (x, bias) = (v.floats(rows * H), v.floats(4 * n4));
             let (weights, w) = self.matrix(variant, &v.floats(4 * n4 * H), (4 * n4, H))?;

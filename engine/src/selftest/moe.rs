@@ -160,7 +160,6 @@ impl Bench {
         rows: usize,
         v: &mut Values,
     ) -> Result<f64, EngineError> {
-        let variant = variant.of_columns(N4);
         let (pairs, tiles) = self.lists(variant, rows, v);
         let (a, b2) = (v.floats(rows * N), v.floats(EXPERTS * H));
         let w2 = v.floats(EXPERTS * H * N);

@@ -85,13 +85,9 @@ impl Factors {
     }
 }
 
-/// Columns of k whose sum is formed by itself (`shared/blocks.wgsl`).
-const BLOCK_K: usize = crate::variant::BLOCK_K;
-
-/// `x . w` with k ascending, one fused multiply-add each, block by block: the stated order of every matrix product.
+/// `x . w` with k ascending, one fused multiply-add each: the stated order of every matrix product.
 fn dot(x: &[f32], w: &[f32]) -> f32 {
-    let block = |(x, w): (&[f32], &[f32])| x.iter().zip(w).fold(0.0, |sum, (&x, &w)| x.mul_add(w, sum));
-    x.chunks(BLOCK_K).zip(w.chunks(BLOCK_K)).map(block).sum()
+    x.iter().zip(w).fold(0.0, |sum, (&x, &w)| x.mul_add(w, sum))
 }
 
 /// GELU in GPT-2's tanh form.

@@ -1,11 +1,10 @@
 // The product that matrix kernels make of matrices whose weights share scales where numerics are fast: 32 columns of a row
 // of x are rounded to bytes with a scale of their own, and bytes are multiplied four at a time, or one by one as f32
-// (`floats`): both ways their sum is exact, whatever its order, as it is below 2^24. Such sums are added k ascending,
-// one fma each, from 0, within a block of k (`blocks.wgsl`), in every variant. A row is rounded by itself.
+// (`floats`): both ways the sum of a block is exact, whatever its order, as it is below 2^24. Blocks are added k ascending,
+// one fma each, from 0, in every variant. A row is rounded by itself.
 import package::shared::tile::{COLUMNS, LOADS, PARTS, PerColumn, Starts, Sums, TILE_ROWS, accumulate};
 import package::shared::weight::{BLOCK4, BYTE_SCALE, UNIT4, Unit, bytes_of, scale_of};
 import package::shared::matrix::unit_at; // binding 2
-@if(!whole_k) import package::shared::blocks::{BLOCK_K4, SPLITS, add_blocks, split_of};
 
 @group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
 
@@ -114,8 +113,8 @@ fn add_word(held: ptr<function, Held>, matrix: Matrix, k: u32, i: u32) {
     }
 }
 
-// The 32 columns at `k` of a lane's rows and columns.
-fn add_columns(sums: ptr<function, Sums>, held: ptr<function, Held>, starts: Starts, matrix: Matrix, k: u32, k4: u32, part: u32) {
+// The block at `k` of a lane's rows and columns.
+fn add_block(sums: ptr<function, Sums>, held: ptr<function, Held>, starts: Starts, matrix: Matrix, k: u32, k4: u32, part: u32) {
     var lane_starts = starts;
     for (var l = 0u; l < LOADS; l++) {
         (*held).rows[l] = rounded(lane_starts[l], k, part, k4);
@@ -143,57 +142,6 @@ fn add_columns(sums: ptr<function, Sums>, held: ptr<function, Held>, starts: Sta
     }
 }
 
-// A block of k, vec4s `first .. end`; `always`, a constant: there are some. Loops as in `product.wgsl`.
-fn add_block(
-    sums: ptr<function, Sums>,
-    starts: Starts,
-    matrix: Matrix,
-    units: u32,
-    first: u32,
-    end: u32,
-    k4: u32,
-    lane: u32,
-    always: bool,
-) {
-    var lane_matrix = matrix;
-    let part = lane % 8u / TILE_ROWS % PARTS;
-    var held: Held;
-    var k = first;
-    loop {
-        if !always && k >= end {
-            break;
-        }
-        // One unit holds the scales of eight blocks.
-        var eight: array<array<Unit, 4>, COLUMNS>;
-        let unit = units + k / (8u * BLOCK4);
-        for (var c = 0u; c < COLUMNS; c++) {
-            for (var j = 0u; j < 4u; j++) {
-                eight[c][j] = unit_at(lane_matrix.columns[c] + (4u * unit + j) * lane_matrix.steps[c]);
-            }
-        }
-        let last = min(k + 8u * BLOCK4, end);
-        loop {
-            let block = k / BLOCK4;
-            for (var c = 0u; c < COLUMNS; c++) {
-                held.scales[c] = BYTE_SCALE * vec4<f32>(
-                    scale_of(eight[c][0], block),
-                    scale_of(eight[c][1], block),
-                    scale_of(eight[c][2], block),
-                    scale_of(eight[c][3], block),
-                );
-            }
-            add_columns(sums, &held, starts, matrix, k, k4, part);
-            k += BLOCK4;
-            if k >= last {
-                break;
-            }
-        }
-        if always && k >= end {
-            break;
-        }
-    }
-}
-
 // As in `product.wgsl`.
 fn product(
     sums: ptr<function, Sums>,
@@ -204,23 +152,30 @@ fn product(
     k4: u32,
     lane: u32,
 ) {
-    let matrix = Matrix(columns, steps);
+    var matrix = Matrix(columns, steps);
+    let part = lane % 8u / TILE_ROWS % PARTS;
+    var held: Held;
     let end = units * UNIT4;
-    @if(whole_k) {
-        add_block(sums, starts, matrix, units, 0u, end, k4, lane, true);
-    }
-    @else {
-        var first = 0u;
-        loop {
-            var made: Sums;
-            let mine = first + split_of(lane) * BLOCK_K4;
-            @if(split_k) add_block(&made, starts, matrix, units, mine, min(mine + BLOCK_K4, end), k4, lane, false);
-            @else add_block(&made, starts, matrix, units, mine, min(mine + BLOCK_K4, end), k4, lane, true);
-            add_blocks(sums, &made, (end - first + BLOCK_K4 - 1u) / BLOCK_K4, lane, TILE_ROWS);
-            first += SPLITS * BLOCK_K4;
-            if first >= end {
-                break;
+    for (var first = 0u; first < end; first += 8u * BLOCK4) {
+        // One unit holds the scales of eight blocks.
+        var eight: array<array<Unit, 4>, COLUMNS>;
+        let unit = units + first / (8u * BLOCK4);
+        for (var c = 0u; c < COLUMNS; c++) {
+            for (var j = 0u; j < 4u; j++) {
+                eight[c][j] = unit_at(matrix.columns[c] + (4u * unit + j) * matrix.steps[c]);
             }
+        }
+        for (var k = first; k < min(first + 8u * BLOCK4, end); k += BLOCK4) {
+            let block = k / BLOCK4;
+            for (var c = 0u; c < COLUMNS; c++) {
+                held.scales[c] = BYTE_SCALE * vec4<f32>(
+                    scale_of(eight[c][0], block),
+                    scale_of(eight[c][1], block),
+                    scale_of(eight[c][2], block),
+                    scale_of(eight[c][3], block),
+                );
+            }
+            add_block(sums, &held, starts, matrix, k, k4, part);
         }
     }
 }

@@ -2,7 +2,6 @@
 import package::shared::tile::{COLUMNS, LOADS, PerColumn, Starts, Sums, TILE_ROWS, accumulate};
 import package::shared::weight::{BLOCK4, UNIT4, Unit, scale_of, widen};
 import package::shared::matrix::unit_at; // binding 2
-@if(!whole_k) import package::shared::blocks::{BLOCK_K4, SPLITS, add_blocks, split_of};
 
 @group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
 
@@ -98,133 +97,36 @@ fn turn(sums: ptr<function, Sums>, held: ptr<function, Held>, lane: From, k: u32
     }
 }
 
-// Drivers of CPUs work through a loop that is left at its beginning once more than it turns, for no lane, and on both sides of a
-// branch. So loops that always turn are left at their ends (`always`), and what may have nothing to do is a loop of no turns.
-// Where turns are short a loop is left at its beginning nevertheless: at its end all sums would be copied at each turn.
-
-@if(short_turns) const AT_END: bool = false;
-@else const AT_END: bool = true;
-
-// vec4s `first .. end` of k, for the first `rows` rows; `always`, a constant: there are some.
-fn add_turns(
-    sums: ptr<function, Sums>,
-    held: ptr<function, Held>,
-    lane: From,
-    first: u32,
-    end: u32,
-    k4: u32,
-    rows: u32,
-    always: bool,
-) {
-    var k = first;
-    loop {
-        if !(always && AT_END) && k >= end {
-            break;
-        }
-        turn(sums, held, lane, k, k4, rows);
-        k += TURN4;
-        if always && AT_END && k >= end {
-            break;
-        }
-    }
-}
-
-// The same of weights that share scales: a unit holds those of eight blocks of 32.
-@if(q8 || q4 || mx4) fn add_scaled(
-    sums: ptr<function, Sums>,
-    held: ptr<function, Held>,
-    lane: From,
-    units: u32,
-    first: u32,
-    end: u32,
-    k4: u32,
-    rows: u32,
-    always: bool,
-) {
-    var lane_from = lane;
-    var eights = first;
-    loop {
-        if !always && eights >= end {
-            break;
-        }
-        var scales: Units;
-        let unit = units + eights / (8u * BLOCK4);
-        for (var c = 0u; c < COLUMNS; c++) {
-            for (var j = 0u; j < 4u; j++) {
-                scales[c][j] = unit_at(lane_from.columns[c] + (4u * unit + j) * lane_from.steps[c]);
-            }
-        }
-        let last = min(eights + 8u * BLOCK4, end);
-        loop {
-            for (var c = 0u; c < COLUMNS; c++) {
-                for (var j = 0u; j < 4u; j++) {
-                    (*held).scales[c][j] = scale_of(scales[c][j], eights / BLOCK4);
-                }
-            }
-            turn(sums, held, lane, eights, k4, rows);
-            eights += BLOCK4;
-            if eights >= last {
-                break;
-            }
-        }
-        if always && eights >= end {
-            break;
-        }
-    }
-}
-
-// A block of k, vec4s `first .. end`.
-fn add_block(
-    sums: ptr<function, Sums>,
-    lane: From,
-    units: u32,
-    first: u32,
-    end: u32,
-    k4: u32,
-    rows: u32,
-    always: bool,
-) {
+// Turns up to vec4 `end` of k, for the first `rows` rows.
+fn add_all(sums: ptr<function, Sums>, matrix: From, units: u32, end: u32, k4: u32, lane: u32, rows: u32) {
     var held: Held;
-    @if(q8 || q4 || mx4) {
-        add_scaled(sums, &held, lane, units, first, end, k4, rows, always);
-    }
-    @else {
-        add_turns(sums, &held, lane, first, end, k4, rows, always);
-    }
-}
-
-// All of k up to vec4 `end`.
-fn add_all(
-    sums: ptr<function, Sums>,
-    matrix: From,
-    units: u32,
-    end: u32,
-    k4: u32,
-    lane: u32,
-    rows: u32,
-    always: bool,
-) {
     var from_where = matrix;
     from_where.part = lane % 8u / rows % parts_of(rows);
-    @if(whole_k) {
-        add_block(sums, from_where, units, 0u, end, k4, rows, always);
+    @if(q8 || q4 || mx4) {
+        var lane_from = from_where;
+        for (var first = 0u; first < end; first += 8u * BLOCK4) {
+            // One unit holds the scales of eight blocks.
+            var eight: Units;
+            let unit = units + first / (8u * BLOCK4);
+            for (var c = 0u; c < COLUMNS; c++) {
+                for (var j = 0u; j < 4u; j++) {
+                    eight[c][j] = unit_at(lane_from.columns[c] + (4u * unit + j) * lane_from.steps[c]);
+                }
+            }
+            for (var k = first; k < min(first + 8u * BLOCK4, end); k += BLOCK4) {
+                let block = k / BLOCK4;
+                for (var c = 0u; c < COLUMNS; c++) {
+                    for (var j = 0u; j < 4u; j++) {
+                        held.scales[c][j] = scale_of(eight[c][j], block);
+                    }
+                }
+                turn(sums, &held, from_where, k, k4, rows);
+            }
+        }
     }
     @else {
-        var first = 0u;
-        loop {
-            if !always && first >= end {
-                break;
-            }
-            var made: Sums;
-            // Of blocks that are made at once the last ones may not be there.
-            let mine = first + split_of(lane) * BLOCK_K4;
-            @if(split_k) add_block(&made, from_where, units, mine, min(mine + BLOCK_K4, end), k4, rows, false);
-            @else add_block(&made, from_where, units, mine, min(mine + BLOCK_K4, end), k4, rows, true);
-            add_blocks(sums, &made, (end - first + BLOCK_K4 - 1u) / BLOCK_K4, lane, rows);
-            first += SPLITS * BLOCK_K4;
-            if always && first >= end {
-                break;
-            }
+        for (var k = 0u; k < end; k += TURN4) {
+            turn(sums, &held, from_where, k, k4, rows);
         }
     }
 }
@@ -241,7 +143,7 @@ fn product(
     k4: u32,
     lane: u32,
 ) {
-    add_all(sums, From(starts, columns, steps, 0u), units, units * UNIT4, k4, lane, TILE_ROWS, true);
+    add_all(sums, From(starts, columns, steps, 0u), units, units * UNIT4, k4, lane, TILE_ROWS);
 }
 
 // The same for the first `rows` of them (`worked_on`) alone. Drivers take longer to compile it.
@@ -255,16 +157,14 @@ fn product_of(
     lane: u32,
     rows: u32,
 ) {
-    let matrix = From(starts, columns, steps, 0u);
+    let from_where = From(starts, columns, steps, 0u);
     let end = units * UNIT4;
-    @if(one || split_k) {
-        add_all(sums, matrix, units, end, k4, lane, TILE_ROWS, true);
+    // Loops of no turns in place of a branch, of which lavapipe works on both sides.
+    add_all(sums, from_where, units, select(0u, end, rows == TILE_ROWS), k4, lane, TILE_ROWS);
+    @if(!one) {
+        add_all(sums, from_where, units, select(0u, end, rows == TILE_ROWS / 2u), k4, lane, TILE_ROWS / 2u);
     }
-    @else {
-        add_all(sums, matrix, units, select(0u, end, rows == TILE_ROWS), k4, lane, TILE_ROWS, false);
-        add_all(sums, matrix, units, select(0u, end, rows == TILE_ROWS / 2u), k4, lane, TILE_ROWS / 2u, false);
-        @if(!tile2) {
-            add_all(sums, matrix, units, select(0u, end, rows == TILE_ROWS / 4u), k4, lane, TILE_ROWS / 4u, false);
-        }
+    @if(!one && !tile2) {
+        add_all(sums, from_where, units, select(0u, end, rows == TILE_ROWS / 4u), k4, lane, TILE_ROWS / 4u);
     }
 }

@@ -32,7 +32,7 @@ fn row_of(i: u32, lane: u32, rows: u32) -> u32 {
 
 // How many rows of a tile are worked on where its first `count` are there: all of them, half or a quarter.
 fn worked_on(count: u32) -> u32 {
-    @if(one || dot || split_k) return TILE_ROWS;
+    @if(one || dot) return TILE_ROWS;
     @else return select(select(TILE_ROWS / 4u, TILE_ROWS / 2u, 4u * count > TILE_ROWS), TILE_ROWS, 2u * count > TILE_ROWS);
 }
 
@@ -40,8 +40,8 @@ alias Sums = array<array<vec4<f32>, TILE_ROWS>, COLUMNS>;
 alias Starts = array<u32, LOADS>;
 alias PerColumn = array<u32, COLUMNS>;
 
-// acc + x . w_j for four output columns j, one element of k after another, one fma each: the stated order of every matrix
-// product in this folder within a block of k (`blocks.wgsl`).
+// acc + x . w_j for four output columns j, one element of k after another: the stated order of every matrix
+// product in this folder is k ascending, one fma each, from 0.
 fn accumulate(acc: vec4<f32>, x: vec4<f32>, w0: vec4<f32>, w1: vec4<f32>, w2: vec4<f32>, w3: vec4<f32>) -> vec4<f32> {
     var sum = fma(vec4<f32>(x.x), vec4<f32>(w0.x, w1.x, w2.x, w3.x), acc);
     sum = fma(vec4<f32>(x.y), vec4<f32>(w0.y, w1.y, w2.y, w3.y), sum);

@@ -107,8 +107,8 @@ impl Decoder {
         let bias = product.bias.unwrap_or(self.absent());
         // Where pairs turn, a lane has both halves of them.
         let (variant, across) = match p.half4 {
-            0 => self.gpu.along(Kernel::Linear, variant, (self.spec.h4(), n4)),
-            _ => (variant.of_columns(self.spec.h4()), self.gpu.matrix_groups(Kernel::Linear, variant, n4)),
+            0 => self.gpu.along(Kernel::Linear, variant, n4),
+            _ => (variant, self.gpu.matrix_groups(Kernel::Linear, variant, n4)),
         };
         let groups = [rows.div_ceil(variant.tile_rows()) as u32, across, 1];
         let from = [within.normed, &product.weight.buffer, bias];

@@ -80,8 +80,8 @@ impl Decoder {
 
     /// The variants of the two launches, and their workgroups along the columns.
     fn ffn_cuts(&self, variant: Variant, i4: usize) -> [(Variant, u32); 2] {
-        let (of, h4) = (|(kernel, sides)| self.gpu.along(kernel, variant, sides), self.spec.h4());
-        [(Kernel::ExpertUp, (h4, i4)), (Kernel::ExpertDown, (i4, h4))].map(of)
+        let of = |(kernel, n4)| self.gpu.along(kernel, variant, n4);
+        [(Kernel::ExpertUp, i4), (Kernel::ExpertDown, self.spec.h4())].map(of)
     }
 
     /// A batch of uploaded pairs and tiles through an FFN of the layer.

@@ -345,7 +345,7 @@ impl Decoder {
         };
         let absent = self.absent();
         let (bias, residual) = (product.bias.unwrap_or(absent), product.residual.unwrap_or(absent));
-        let (variant, across) = self.gpu.along(Kernel::Linear, variant, (k4, n4));
+        let (variant, across) = self.gpu.along(Kernel::Linear, variant, n4);
         let groups = [rows.div_ceil(variant.tile_rows()) as u32, across, heads as u32];
         r.launch(Kernel::Linear, variant, &p, &[x, &product.weight.buffer, bias, residual, y], groups);
     }
