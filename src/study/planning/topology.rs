@@ -1,6 +1,7 @@
 //! What a planner measured, as a topology file for the solver.
 
 use super::Planner;
+use crate::study::grid::median;
 use std::fmt::Write;
 
 impl Planner {
@@ -35,9 +36,7 @@ impl Planner {
             let (mut latencies, mut rates): (Vec<f64>, Vec<f64>) =
                 of_class.map(|(_, _, link)| (1e6 * link.latency_s, 8e-9 * link.bytes_per_s)).unzip();
             if !latencies.is_empty() {
-                latencies.sort_by(f64::total_cmp);
-                rates.sort_by(f64::total_cmp);
-                let (latency, rate) = (latencies[latencies.len() / 2], rates[rates.len() / 2]);
+                let (latency, rate) = (median(&mut latencies), median(&mut rates));
                 let _ = writeln!(text, "[link.{class}]\nlatency_us = {latency:.1}\ngbit_per_s = {rate:.6}");
             }
         }

@@ -41,8 +41,8 @@ impl<W> Trials<W> {
         self.sequences
     }
 
-    /// A turn of each way; nothing once all have had theirs. The further apart turns
-    /// are, the fewer of them fall into one mood of the machine. The cluster is left in any of the ways.
+    /// A turn of each way; nothing once all have had theirs. The further apart turns are, the fewer of them fall into one
+    /// mood of the machine. The cluster is left in any of the ways.
     pub(in crate::study) fn turn(&mut self, cluster: &mut Cluster) -> Result<(), StudyError> {
         if self.turns == TURNS {
             return Ok(());
