@@ -1,4 +1,4 @@
-//! How much memory of the host a load takes.
+//! How much memory of the host a load takes, and that steps take none.
 
 mod common;
 
@@ -7,10 +7,10 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// The most memory that a process which loads `model` in `ranks` ranks has, in bytes, where the system tells.
-fn peak(model: &Path, ranks: &str, more: &[&str]) -> Option<u64> {
+/// The most memory that a process has, in bytes, which loads `model` in `ranks` ranks and makes `steps` tokens, where the system tells.
+fn peak(model: &Path, ranks: &str, steps: &str, more: &[&str]) -> Option<u64> {
     let mut child = Command::new(env!("CARGO_BIN_EXE_exflow"))
-        .args(["bench", "model", "-p", "2", "-n", "1", "-r", "1", "--ep-size", ranks, "-m"])
+        .args(["bench", "model", "-p", "2", "-n", steps, "-r", "1", "--ep-size", ranks, "-m"])
         .arg(model)
         .args(more)
         .stdin(Stdio::null())
@@ -47,14 +47,38 @@ fn a_load_takes_little_more_than_what_it_loads() {
     {
         // Compiling takes memory too; once done, drivers find kernels on disk.
         for model in [&small, &large] {
-            peak(model.path(), ranks, more);
+            peak(model.path(), ranks, "1", more);
         }
         // A device of each rank has memory of its own.
-        let Some(without) = peak(small.path(), ranks, more) else { return };
-        let taken = peak(large.path(), ranks, more).expect("as before").saturating_sub(without);
+        let Some(without) = peak(small.path(), ranks, "1", more) else { return };
+        let taken = peak(large.path(), ranks, "1", more).expect("as before").saturating_sub(without);
         assert!(taken > held, "{ranks} ranks, {more:?}: {taken} bytes hold {held}");
         // A rank's window on the file is 32 MiB.
         let most = held + held / 5 + ranks.parse::<u64>().expect("a number") * (32 << 20);
         assert!(taken < most, "{ranks} ranks, {more:?}: {taken} of {most} bytes for {held} of weights");
+    }
+}
+
+// A driver that compiles a kernel anew at a step keeps what it compiled: lavapipe does that for values of uniforms, where it thinks that
+// it gains (`shaders/wgsl/shared/product.wgsl`). 100 steps of it take 150 to 400 MiB; steps as they should be take none.
+#[test]
+fn steps_take_no_memory() {
+    let fixtures = Path::new("tests/parity/fixtures");
+    let mut models: Vec<_> =
+        fs::read_dir(fixtures).expect("fixtures").map(|entry| entry.expect("a fixture").path()).collect();
+    models.push("examples/models/gpt-moe-16e".into());
+    let held: [&[&str]; 3] = [&[], &["--dtype", "f16"], &["--quant", "q8_0"]];
+    for model in models {
+        // Weights in other types have kernels of their own, the same for every model of an activation.
+        let of_many = ["olmoe", "gpt_oss", "gpt-moe-16e"].iter().any(|name| model.ends_with(name));
+        for more in &held[..if of_many { 3 } else { 1 }] {
+            let Some(few) = peak(&model, "1", "20", more) else { return };
+            let many = peak(&model, "1", "120", more).expect("as before");
+            assert!(
+                many < few + (48 << 20),
+                "{} {more:?}: {few} bytes, {many} with 100 steps more",
+                model.display()
+            );
+        }
     }
 }

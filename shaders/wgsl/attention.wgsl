@@ -151,18 +151,27 @@ fn write(row: u32, split: u32, splits: u32, all: ptr<function, Sums>, lanes: u32
     var c = vec4<f32>(0.0);
     var d = vec4<f32>(0.0);
     var held = mine;
-    for (var first = 0u; first < d4; first += 8u) {
-        if first > 0u {
-            held = q[q_base + min(first + lane, d4 - 1u)];
-        }
-        for (var e = 0u; e < min(8u, d4 - first); e++) {
-            let value = subgroupShuffle(held, e);
-            let column = k_base + first + e;
+    // Loops are left at their ends (`shared/product.wgsl` says why).
+    var first = 0u;
+    loop {
+        var e = first;
+        loop {
+            let value = subgroupShuffle(held, e - first);
+            let column = k_base + e;
             a = fma(value, cached(rows.x, column), a);
             b = fma(value, cached(rows.y, column), b);
             c = fma(value, cached(rows.z, column), c);
             d = fma(value, cached(rows.w, column), d);
+            e++;
+            if e >= min(first + 8u, d4) {
+                break;
+            }
         }
+        first += 8u;
+        if first >= d4 {
+            break;
+        }
+        held = q[q_base + min(first + lane, d4 - 1u)];
     }
     return vec4<f32>(
         (a.x + a.y) + (a.z + a.w), (b.x + b.y) + (b.z + b.w), (c.x + c.y) + (c.z + c.w), (d.x + d.y) + (d.z + d.w)
@@ -206,7 +215,14 @@ fn main(
         columns[c] = v_base + min(c * 8u + lane, p.v4 - 1u);
     }
 
-    for (var tile = seen_here.from_position / LANES * LANES; tile < seen_here.to_position; tile += LANES) {
+    var tile = seen_here.from_position / LANES * LANES;
+    loop {
+        @if(split) {
+            // There may be nothing of this context in the split.
+            if tile >= seen_here.to_position {
+                break;
+            }
+        }
         @if(!split) {
             if tile % SPLIT == 0u && tile > first {
                 merge(&all, &sums);
@@ -233,7 +249,8 @@ fn main(
             sums.values[c] *= correction;
         }
         var weights = select(vec4<f32>(0.0), exp(scores - vec4<f32>(tile_max)), seen);
-        for (var eights = tile; eights <= query.position && eights < tile + LANES; eights += 8u) {
+        var eights = tile;
+        loop {
             for (var i = 0u; i < 8u; i++) {
                 let weight = subgroupShuffle(weights.x, i);
                 sums.denominator += weight;
@@ -245,6 +262,16 @@ fn main(
             }
             weights = weights.yzwx;
             rows = rows.yzwx;
+            eights += 8u;
+            if eights > query.position || eights >= tile + LANES {
+                break;
+            }
+        }
+        tile += LANES;
+        @if(!split) {
+            if tile >= seen_here.to_position {
+                break;
+            }
         }
     }
 

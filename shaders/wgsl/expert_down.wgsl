@@ -25,6 +25,11 @@ struct Params {
 
 override WORKGROUP: u32 = 32u;
 
+// As in `expert_up.wgsl`.
+fn bias_at(i: u32) -> vec4<f32> {
+    return select(vec4<f32>(0.0), b2[select(0u, i, p.has_bias != 0u)], p.has_bias != 0u);
+}
+
 @if(!coop) @compute @workgroup_size(WORKGROUP)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let tile = tiles[p.first_tile + group.x];
@@ -54,10 +59,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         if column >= p.h4 {
             continue;
         }
-        var bias = vec4<f32>(0.0);
-        if p.has_bias != 0u {
-            bias = b2[expert * p.h4 + column];
-        }
+        let bias = bias_at(expert * p.h4 + column);
         for (var r = 0u; r < TILE_ROWS; r++) {
             if r <= last {
                 let pair = pairs[tile.first + r];
@@ -98,10 +100,7 @@ fn main(
             continue;
         }
         let pair = pairs[tile.first + i / TILE_COLUMNS4];
-        var sum = product_at(i / TILE_COLUMNS4, i % TILE_COLUMNS4);
-        if p.has_bias != 0u {
-            sum += b2[expert * p.h4 + to];
-        }
+        let sum = product_at(i / TILE_COLUMNS4, i % TILE_COLUMNS4) + bias_at(expert * p.h4 + to);
         partials[pair.slot * p.h4 + to] = pair.weight * p.scale * sum;
     }
 }

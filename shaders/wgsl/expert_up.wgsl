@@ -29,6 +29,11 @@ override WORKGROUP: u32 = 32u;
 @if(swiglu || clamped_glu) const MATRICES: u32 = 2u;
 @else const MATRICES: u32 = 1u;
 
+// No branch on a uniform: lavapipe works on both sides, and may compile a kernel anew for every value (`shared/product.wgsl`).
+fn bias_at(i: u32) -> vec4<f32> {
+    return select(vec4<f32>(0.0), b1[select(0u, i, p.has_bias != 0u)], p.has_bias != 0u);
+}
+
 @if(!coop) @compute @workgroup_size(WORKGROUP)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let tile = tiles[p.first_tile + group.x];
@@ -58,12 +63,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
         var one: Sums;
         product_of(&one, starts, w_at, steps, p.w_units, p.h4, lane, rows);
-        if p.has_bias != 0u {
-            for (var c = 0u; c < COLUMNS; c++) {
-                let bias = b1[matrix + min(columns[c], p.i4 - 1u)];
-                for (var r = 0u; r < TILE_ROWS; r++) {
-                    one[c][r] += bias;
-                }
+        for (var c = 0u; c < COLUMNS; c++) {
+            let bias = bias_at(matrix + min(columns[c], p.i4 - 1u));
+            for (var r = 0u; r < TILE_ROWS; r++) {
+                one[c][r] += bias;
             }
         }
         sums[m] = one;
@@ -117,10 +120,7 @@ fn main(
         }
         var sums: array<vec4<f32>, MATRICES>;
         for (var m = 0u; m < MATRICES; m++) {
-            sums[m] = product_at(row, m * COLUMNS4 + i % COLUMNS4);
-            if p.has_bias != 0u {
-                sums[m] += b1[(expert * MATRICES + m) * p.i4 + to];
-            }
+            sums[m] = product_at(row, m * COLUMNS4 + i % COLUMNS4) + bias_at((expert * MATRICES + m) * p.i4 + to);
         }
         @if(swiglu) let value = swiglu(sums[0], sums[1]);
         @elif(clamped_glu) let value = clamped_glu(sums[0], sums[1], p.limit);

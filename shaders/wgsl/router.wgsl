@@ -152,16 +152,34 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     @if(subgroup) {
         // A lane reads of the normed row what it wrote, and hands it to the others.
-        for (var first = 0u; first < p.experts; first += LANES) {
+        // Loops are left at their ends (`shared/product.wgsl` says why).
+        let h4 = p.h4;
+        var first = 0u;
+        loop {
             let e = min(first + lane, p.experts - 1u);
+            let w_base = (2u + e) * h4;
             var sum = vec4<f32>(0.0);
-            for (var k = 0u; k < p.h4; k += LANES) {
-                let mine = y[x_base + min(k + lane, p.h4 - 1u)];
-                for (var i = 0u; i < min(LANES, p.h4 - k); i++) {
-                    sum = fma(subgroupShuffle(mine, i), constants[(2u + e) * p.h4 + k + i], sum);
+            var k = 0u;
+            loop {
+                let begin = k;
+                let end = min(k + LANES, h4);
+                let mine = y[x_base + min(k + lane, h4 - 1u)];
+                loop {
+                    sum = fma(subgroupShuffle(mine, k - begin), constants[w_base + k], sum);
+                    k++;
+                    if k >= end {
+                        break;
+                    }
+                }
+                if k >= h4 {
+                    break;
                 }
             }
             note(e, sum);
+            first += LANES;
+            if first >= p.experts {
+                break;
+            }
         }
     }
     @else {

@@ -156,16 +156,19 @@ fn product(
     let part = lane % 8u / TILE_ROWS % PARTS;
     var held: Held;
     let end = units * UNIT4;
-    for (var first = 0u; first < end; first += 8u * BLOCK4) {
+    // Loops are left at their ends (`product.wgsl` says why).
+    var k = 0u;
+    loop {
         // One unit holds the scales of eight blocks.
         var eight: array<array<Unit, 4>, COLUMNS>;
-        let unit = units + first / (8u * BLOCK4);
+        let unit = units + k / (8u * BLOCK4);
         for (var c = 0u; c < COLUMNS; c++) {
             for (var j = 0u; j < 4u; j++) {
                 eight[c][j] = unit_at(matrix.columns[c] + (4u * unit + j) * matrix.steps[c]);
             }
         }
-        for (var k = first; k < min(first + 8u * BLOCK4, end); k += BLOCK4) {
+        let last = min(k + 8u * BLOCK4, end);
+        loop {
             let block = k / BLOCK4;
             for (var c = 0u; c < COLUMNS; c++) {
                 held.scales[c] = BYTE_SCALE * vec4<f32>(
@@ -176,6 +179,13 @@ fn product(
                 );
             }
             add_block(sums, &held, starts, matrix, k, k4, part);
+            k += BLOCK4;
+            if k >= last {
+                break;
+            }
+        }
+        if k >= end {
+            break;
         }
     }
 }

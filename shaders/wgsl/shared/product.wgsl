@@ -97,38 +97,79 @@ fn turn(sums: ptr<function, Sums>, held: ptr<function, Held>, lane: From, k: u32
     }
 }
 
-// Turns up to vec4 `end` of k, for the first `rows` rows.
-fn add_all(sums: ptr<function, Sums>, matrix: From, units: u32, end: u32, k4: u32, lane: u32, rows: u32) {
+// Drivers of CPUs work through a loop that is left at its beginning once more than it turns, for no lane, and on both sides of a
+// branch. So loops that always turn are left at their ends (`always`), and what may have nothing to do is a loop of no turns.
+// Where turns are short a loop is left at its beginning nevertheless: at its end all sums would be copied at each turn.
+@if(turn4 || turn8) const AT_END: bool = true;
+@else const AT_END: bool = false;
+
+// Turns up to vec4 `end` of k, for the first `rows` rows; `always`, a constant: there are some.
+fn add_all(
+    sums: ptr<function, Sums>,
+    matrix: From,
+    units: u32,
+    end: u32,
+    k4: u32,
+    lane: u32,
+    rows: u32,
+    always: bool,
+) {
     var held: Held;
     var from_where = matrix;
     from_where.part = lane % 8u / rows % parts_of(rows);
     @if(q8 || q4 || mx4) {
         var lane_from = from_where;
-        for (var first = 0u; first < end; first += 8u * BLOCK4) {
+        var k = 0u;
+        loop {
+            if !always && k >= end {
+                break;
+            }
             // One unit holds the scales of eight blocks.
             var eight: Units;
-            let unit = units + first / (8u * BLOCK4);
+            let unit = units + k / (8u * BLOCK4);
             for (var c = 0u; c < COLUMNS; c++) {
                 for (var j = 0u; j < 4u; j++) {
                     eight[c][j] = unit_at(lane_from.columns[c] + (4u * unit + j) * lane_from.steps[c]);
                 }
             }
-            for (var k = first; k < min(first + 8u * BLOCK4, end); k += BLOCK4) {
-                let block = k / BLOCK4;
+            let last = min(k + 8u * BLOCK4, end);
+            loop {
                 for (var c = 0u; c < COLUMNS; c++) {
                     for (var j = 0u; j < 4u; j++) {
-                        held.scales[c][j] = scale_of(eight[c][j], block);
+                        held.scales[c][j] = scale_of(eight[c][j], k / BLOCK4);
                     }
                 }
                 turn(sums, &held, from_where, k, k4, rows);
+                k += BLOCK4;
+                if k >= last {
+                    break;
+                }
+            }
+            if always && k >= end {
+                break;
             }
         }
     }
     @else {
-        for (var k = 0u; k < end; k += TURN4) {
+        var k = 0u;
+        loop {
+            if !(always && AT_END) && k >= end {
+                break;
+            }
             turn(sums, &held, from_where, k, k4, rows);
+            k += TURN4;
+            if always && AT_END && k >= end {
+                break;
+            }
         }
     }
+}
+
+// Where k ends. lavapipe compiles a kernel anew for every value of a uniform that alone says how often a loop turns, if it can
+// unroll the loop then; for an end that is also of the lane it does not.
+fn end_of(units: u32, lane: u32) -> u32 {
+    @if(subgroup) return units * UNIT4 + (lane >> 31u);
+    @else return units * UNIT4;
 }
 
 // Adds rows of x times rows of w to the sums. `starts` are the vec4s of x at which this lane's rows begin, `columns`
@@ -143,7 +184,7 @@ fn product(
     k4: u32,
     lane: u32,
 ) {
-    add_all(sums, From(starts, columns, steps, 0u), units, units * UNIT4, k4, lane, TILE_ROWS);
+    add_all(sums, From(starts, columns, steps, 0u), units, end_of(units, lane), k4, lane, TILE_ROWS, true);
 }
 
 // The same for the first `rows` of them (`worked_on`) alone. Drivers take longer to compile it.
@@ -158,13 +199,15 @@ fn product_of(
     rows: u32,
 ) {
     let from_where = From(starts, columns, steps, 0u);
-    let end = units * UNIT4;
-    // Loops of no turns in place of a branch, of which lavapipe works on both sides.
-    add_all(sums, from_where, units, select(0u, end, rows == TILE_ROWS), k4, lane, TILE_ROWS);
-    @if(!one) {
-        add_all(sums, from_where, units, select(0u, end, rows == TILE_ROWS / 2u), k4, lane, TILE_ROWS / 2u);
+    let end = end_of(units, lane);
+    @if(one) {
+        add_all(sums, from_where, units, end, k4, lane, TILE_ROWS, true);
     }
-    @if(!one && !tile2) {
-        add_all(sums, from_where, units, select(0u, end, rows == TILE_ROWS / 4u), k4, lane, TILE_ROWS / 4u);
+    @else {
+        add_all(sums, from_where, units, select(0u, end, rows == TILE_ROWS), k4, lane, TILE_ROWS, false);
+        add_all(sums, from_where, units, select(0u, end, rows == TILE_ROWS / 2u), k4, lane, TILE_ROWS / 2u, false);
+        @if(!tile2) {
+            add_all(sums, from_where, units, select(0u, end, rows == TILE_ROWS / 4u), k4, lane, TILE_ROWS / 4u, false);
+        }
     }
 }

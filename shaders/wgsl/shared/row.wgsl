@@ -41,25 +41,38 @@ struct Spread {
 }
 
 // Of the row whose first vec4 is `base`: `width` columns in `width4` vec4s, of which lane l reads l, l + LANES, ..
+// What stands beyond the width counts nothing. Loops are left at their ends (`shared/product.wgsl` says why).
 fn spread(base: u32, width: u32, width4: u32, centred: bool, eps: f32, lane: u32) -> Spread {
+    let last = width4 - 1u;
     var mean = 0.0;
     if centred {
         var sums: Stretches;
-        for (var j = 0u; j < PER_LANE; j++) {
-            for (var i = j * LANES + lane; i < width4; i += STRETCHES) {
-                let v = x[base + i];
-                sums[j] += (v.x + v.y) + (v.z + v.w);
+        var first = 0u;
+        loop {
+            for (var j = 0u; j < PER_LANE; j++) {
+                let i = first + j * LANES + lane;
+                let v = x[base + min(i, last)];
+                sums[j] += select(0.0, (v.x + v.y) + (v.z + v.w), i <= last);
+            }
+            first += STRETCHES;
+            if first >= width4 {
+                break;
             }
         }
         mean = total(lane, sums) / f32(width);
     }
     var squares: Stretches;
-    for (var j = 0u; j < PER_LANE; j++) {
-        for (var i = j * LANES + lane; i < width4; i += STRETCHES) {
-            // Columns beyond the width count as the mean.
+    var first = 0u;
+    loop {
+        for (var j = 0u; j < PER_LANE; j++) {
+            let i = first + j * LANES + lane;
             let column = vec4<u32>(4u * i) + vec4<u32>(0u, 1u, 2u, 3u);
-            let d = select(vec4<f32>(0.0), x[base + i] - vec4<f32>(mean), column < vec4<u32>(width));
+            let d = select(vec4<f32>(0.0), x[base + min(i, last)] - vec4<f32>(mean), column < vec4<u32>(width));
             squares[j] += (d.x * d.x + d.y * d.y) + (d.z * d.z + d.w * d.w);
+        }
+        first += STRETCHES;
+        if first >= width4 {
+            break;
         }
     }
     return Spread(mean, 1.0 / sqrt(total(lane, squares) / f32(width) + eps));
