@@ -99,13 +99,17 @@ impl Kernel {
 
     /// Whether a binding may be a texture instead of a buffer.
     pub fn takes_textures(self) -> bool {
-        self.has_weights() || matches!(self, Kernel::Embed | Kernel::Place | Kernel::Attention)
+        self.has_weights()
+            || matches!(self, Kernel::Embed | Kernel::Place | Kernel::Attention | Kernel::Router)
     }
 
     /// Whether lanes may hand each other what they have.
     pub fn hands_over(self) -> bool {
         self.has_weights()
-            || matches!(self, Kernel::Norm | Kernel::Router | Kernel::Place | Kernel::Attention)
+            || matches!(
+                self,
+                Kernel::Norm | Kernel::Router | Kernel::Place | Kernel::Attention | Kernel::Argmax
+            )
     }
 
     /// Whether the kernel reads a matrix that may lie in another type than f32.
@@ -199,7 +203,11 @@ impl Kernel {
             Kernel::MatrixProbe => {
                 [RowTile::Eight, RowTile::Sixteen].map(|tile| Variant { tile, ..plain }).into()
             }
-            Kernel::Norm | Kernel::Router => vec![plain, Variant { subgroup: true, ..plain }],
+            Kernel::Norm | Kernel::Argmax => vec![plain, Variant { subgroup: true, ..plain }],
+            Kernel::Router => {
+                let of = |subgroup, image| Variant { subgroup, image, ..plain };
+                vec![plain, of(true, false), of(false, true), of(true, true)]
+            }
             _ => bases,
         }
     }

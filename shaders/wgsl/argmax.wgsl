@@ -7,34 +7,61 @@ struct Params {
 @group(0) @binding(1) var<storage, read> logits: array<vec4<f32>>;  // [T, stride/4]
 @group(0) @binding(2) var<storage, read_write> chosen: array<u32>;  // [T]
 
-const LANES: u32 = 32u;
-var<workgroup> best_value: array<f32, 32>;
-var<workgroup> best_index: array<u32, 32>;
+@if(subgroup) const LANES: u32 = 8u;
+@else const LANES: u32 = 32u;
+
+struct Best {
+    value: f32,
+    index: u32,
+}
+
+// Equal values go to the lower index.
+fn better_of(a: Best, b: Best) -> Best {
+    let second = b.value > a.value || (b.value == a.value && b.index < a.index);
+    return Best(select(a.value, b.value, second), select(a.index, b.index, second));
+}
+
+@if(subgroup) fn of_lane(mine: Best, lane: u32) -> Best {
+    return Best(subgroupShuffle(mine.value, lane), subgroupShuffle(mine.index, lane));
+}
+@if(!subgroup) var<workgroup> of_lanes: array<Best, LANES>;
 
 @compute @workgroup_size(LANES)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let base = group.x * p.stride / 4u;
-    var value = -3.4e38;
-    var index = 0xffffffffu;
-    for (var i = lane; 4u * i < p.vocab; i += LANES) {
-        let four = logits[base + i];
+    let last = (p.vocab - 1u) / 4u;
+    var best = Best(-3.4e38, 0xffffffffu);
+    // Left at its end (`shared/product.wgsl` says why).
+    var i = lane;
+    loop {
+        let at = min(i, last);
+        let four = logits[base + at];
         for (var j = 0u; j < 4u; j++) {
             // What stands behind the last of the vocabulary is no token's.
-            if four[j] > value && 4u * i + j < p.vocab {
-                value = four[j];
-                index = 4u * i + j;
+            let is_better = four[j] > best.value && 4u * at + j < p.vocab;
+            best.value = select(best.value, four[j], is_better);
+            best.index = select(best.index, 4u * at + j, is_better);
+        }
+        i += LANES;
+        if i > last {
+            break;
+        }
+    }
+    @if(subgroup) {
+        best = better_of(best, of_lane(best, lane ^ 1u));
+        best = better_of(best, of_lane(best, lane ^ 2u));
+        best = better_of(best, of_lane(best, lane ^ 4u));
+    }
+    @else {
+        of_lanes[lane] = best;
+        workgroupBarrier();
+        if lane == 0u {
+            for (var i = 1u; i < LANES; i++) {
+                best = better_of(best, of_lanes[i]);
             }
         }
     }
-    best_value[lane] = value;
-    best_index[lane] = index;
-    workgroupBarrier();
     if lane == 0u {
-        for (var i = 1u; i < LANES; i++) {
-            let better = best_value[i] > value || (best_value[i] == value && best_index[i] < index);
-            value = select(value, best_value[i], better);
-            index = select(index, best_index[i], better);
-        }
-        chosen[group.x] = min(index, p.vocab - 1u);
+        chosen[group.x] = min(best.index, p.vocab - 1u);
     }
 }

@@ -25,8 +25,10 @@ struct Params {
     down_groups: u32,
 }
 @group(0) @binding(0) var<uniform> p: Params;
-// The norm's weight and bias [2, H/4], w [E, H/4], the experts' bias and correction [2 * E]
-@group(0) @binding(1) var<storage, read> constants: array<vec4<f32>>;
+// The norm's weight and bias [2, H/4], w [E, H/4], the experts' bias and correction [2 * E]; where CPUs read them, in a texture as
+// matrices are (`shared/matrix.wgsl`).
+@if(image) @group(0) @binding(1) var constants: texture_storage_2d<rgba32uint, read>;
+@else @group(0) @binding(1) var<storage, read> constants: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read_write> chosen: array<u32>;     // [T, K]
 @group(0) @binding(3) var<storage, read_write> weights: array<f32>;    // [T, K]
 @group(0) @binding(4) var<storage, read_write> pairs: array<Pair>;     // [K], any buffer where no lists are wanted
@@ -41,6 +43,11 @@ const SIGMOID: u32 = 2u;
 const SPARSEMIXER: u32 = 3u;
 var<workgroup> scores: array<f32, 1024>;
 var<workgroup> choice: array<f32, 1024>;
+
+fn constant(i: u32) -> vec4<f32> {
+    @if(image) return bitcast<vec4<f32>>(textureLoad(constants, vec2<u32>(i & 0x3fffu, i >> 14u)));
+    @else return constants[i];
+}
 
 fn best_of(first: u32, count: u32) -> u32 {
     var best = first;
@@ -101,7 +108,7 @@ fn sparsemixer_weight(best: u32) -> f32 {
 // The bias (0) or the correction (1) of an expert.
 fn of_expert(which: u32, e: u32) -> f32 {
     let at = which * p.experts + e;
-    return constants[(2u + p.experts) * p.h4 + at / 4u][at % 4u];
+    return constant((2u + p.experts) * p.h4 + at / 4u)[at % 4u];
 }
 
 fn note(e: u32, product: vec4<f32>) {
@@ -144,9 +151,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let x_base = row * p.h4;
     let s = spread(x_base, p.width, p.h4, p.centred != 0u, p.eps, lane);
     for (var i = lane; i < p.h4; i += LANES) {
-        var value = (x[x_base + i] - vec4<f32>(s.mean)) * s.scale * constants[i];
+        var value = (x[x_base + i] - vec4<f32>(s.mean)) * s.scale * constant(i);
         if p.centred != 0u {
-            value += constants[p.h4 + i];
+            value += constant(p.h4 + i);
         }
         y[x_base + i] = value;
     }
@@ -165,7 +172,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 let end = min(k + LANES, h4);
                 let mine = y[x_base + min(k + lane, h4 - 1u)];
                 loop {
-                    sum = fma(subgroupShuffle(mine, k - begin), constants[w_base + k], sum);
+                    sum = fma(subgroupShuffle(mine, k - begin), constant(w_base + k), sum);
                     k++;
                     if k >= end {
                         break;
@@ -187,7 +194,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         for (var e = lane; e < p.experts; e += LANES) {
             var sum = vec4<f32>(0.0);
             for (var k = 0u; k < p.h4; k++) {
-                sum = fma(y[x_base + k], constants[(2u + e) * p.h4 + k], sum);
+                sum = fma(y[x_base + k], constant((2u + e) * p.h4 + k), sum);
             }
             note(e, sum);
         }
@@ -245,7 +252,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let divisor = select(1.0, selected, p.renormalise != 0u || p.score == SOFTMAX_OF_CHOSEN);
     for (var k = 0u; k < p.top_k; k++) {
         weights[base + k] = weights[base + k] / divisor * p.scale;
-    }    if p.lists != 0u {
+    }
+    if p.lists != 0u {
         list_pairs();
     }
 }

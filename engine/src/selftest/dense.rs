@@ -332,7 +332,7 @@ impl Bench {
         Ok(worst)
     }
 
-    pub(super) fn argmax(&self, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
+    pub(super) fn argmax(&self, variant: Variant, rows: usize, v: &mut Values) -> Result<f64, EngineError> {
         let (vocab, stride) = (257, 260);
         let mut logits = v.floats(rows * stride);
         // In the first row a tie, which the lower index wins, and more behind the last token, which counts nothing.
@@ -342,8 +342,7 @@ impl Bench {
         reference::argmax(&p, &logits, &mut expected);
         let out = self.up(&vec![0u32; rows])?;
         let buffers = [&self.up(&logits)?, &out];
-        let got: Vec<u32> =
-            self.run(Kernel::Argmax, Variant::default(), &p, &buffers, [rows as u32, 1, 1], rows)?;
+        let got: Vec<u32> = self.run(Kernel::Argmax, variant, &p, &buffers, [rows as u32, 1, 1], rows)?;
         Ok(if got == expected { 0.0 } else { 1.0 })
     }
 

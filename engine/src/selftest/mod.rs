@@ -136,7 +136,7 @@ impl Bench {
             Kernel::ExpertPermute => self.expert_permute(variant, rows, &mut values)?,
             Kernel::ExpertUp => self.expert_up(variant, rows, &mut values)?,
             Kernel::ExpertDown => self.expert_down(variant, rows, &mut values)?,
-            Kernel::Argmax => self.argmax(rows, &mut values)?,
+            Kernel::Argmax => self.argmax(variant, rows, &mut values)?,
             Kernel::Sample => self.sample(rows, &mut values)?,
             Kernel::Probe => self.probe(variant, rows)?,
             Kernel::MatrixProbe => self.matrix_probe(variant, rows, &mut values)?,

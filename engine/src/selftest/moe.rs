@@ -61,7 +61,11 @@ impl Bench {
             let lists = (self.up(&pairs)?, self.up(&tiles)?, self.up(&launches)?);
             let (ids, out) = (self.up(&vec![0u32; count])?, self.up(&vec![0f32; count])?);
             let (row, y) = (self.up(&x)?, self.up(&normed)?);
-            let buffers = [&self.up(&constants)?, &ids, &out, &lists.0, &lists.1, &lists.2, &row, &y];
+            let held = match variant.image {
+                true => self.gpu.image_of::<4>("selftest", bytemuck::pod_collect_to_vec(&constants)),
+                false => self.up(&constants)?,
+            };
+            let buffers = [&held, &ids, &out, &lists.0, &lists.1, &lists.2, &row, &y];
             let (chosen_too, weights_too) = (&mut chosen, &mut weights);
             reference::router(
                 &p,

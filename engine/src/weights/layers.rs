@@ -173,7 +173,8 @@ impl Loader<'_> {
             both[experts..].copy_from_slice(&self.vector(&name, experts)?.values);
         }
         router.extend(both);
-        let router = self.upload(&name, &router)?;
+        router.resize(router.len().next_multiple_of(4), 0.0);
+        let router = self.gpu.matrix(&name, Weights::F32, bytemuck::pod_collect_to_vec(&router))?;
         let shared = match self.spec.shared {
             None => None,
             Some(shared) => {

@@ -3,7 +3,8 @@
 use super::RoutingHistory;
 use crate::study::Gathered;
 use exflow_placement::{
-    Affinity, PlacementTable, RoutingTrace, Score, SolveError, SolveOptions, Topology, score_affinity, solve,
+    Affinity, Balance, PlacementTable, RoutingTrace, Score, SolveError, SolveOptions, Topology,
+    score_affinity, solve,
 };
 use std::time::Duration;
 
@@ -19,6 +20,18 @@ pub struct StudyOptions {
     pub time_limit: Duration,
     /// Seed of solver, splits and shuffles.
     pub seed: u64,
+}
+
+impl StudyOptions {
+    /// For a solve with each expert once, and layers spread evenly.
+    pub(super) fn solving(&self) -> SolveOptions {
+        SolveOptions {
+            seed: self.seed,
+            time_limit: self.time_limit,
+            replicas: false,
+            ..SolveOptions::default()
+        }
+    }
 }
 
 /// Routes, split, and a table.
@@ -61,7 +74,8 @@ impl<'e> Evidence<'e> {
             }
         };
         let others = found.traces.get(1..).unwrap_or_default();
-        let (options, table) = (*options, solve_for(&profile, &Topology::uniform(options.ranks), options)?);
+        let table = solve(&profile, &Topology::uniform(options.ranks), &options.solving(), &mut |_| ())?;
+        let options = *options;
         Ok(Some(Self { options, whole, profile, unseen, replayed, others, table }))
     }
 
@@ -76,27 +90,19 @@ impl<'e> Evidence<'e> {
 
     /// A table for a topology, solved on `on`.
     pub(super) fn solved(&self, on: &Affinity, topology: &Topology) -> Result<PlacementTable, SolveError> {
-        solve_for(on, topology, &self.options)
+        solve(on, topology, &self.options.solving(), &mut |_| ())
+    }
+
+    /// A table for a topology in which layers may be left off ranks, solved on the profile.
+    pub(super) fn in_total(&self, topology: &Topology) -> Result<PlacementTable, SolveError> {
+        let options = SolveOptions { balance: Balance::Total, ..self.options.solving() };
+        solve(&self.profile, topology, &options, &mut |_| ())
     }
 
     /// On the tokens that were kept back.
     pub(super) fn score(&self, table: &PlacementTable) -> Score {
         score_affinity(table, &self.unseen, &Topology::uniform(table.ranks))
     }
-}
-
-fn solve_for(
-    on: &Affinity,
-    topology: &Topology,
-    options: &StudyOptions,
-) -> Result<PlacementTable, SolveError> {
-    let options = SolveOptions {
-        seed: options.seed,
-        time_limit: options.time_limit,
-        replicas: false,
-        ..SolveOptions::default()
-    };
-    solve(on, topology, &options, &mut |_| ())
 }
 
 /// Blocks of a trace in turn, so that both parts hold of every text.

@@ -6,7 +6,7 @@ use super::evidence::Evidence;
 use crate::report::CheckFacts;
 use crate::study::placing::independent;
 use exflow_placement::{
-    Balance, LayerId, PlacementTable, SolveError, SolveOptions, Topology, score_affinity, solve,
+    LayerId, PlacementTable, Score, SolveError, SolveOptions, Topology, score_affinity, solve,
 };
 
 /// Stay rate on tokens that were not profiled, against what popularity alone gives.
@@ -69,20 +69,26 @@ pub(super) fn two_levels(evidence: &Evidence<'_>) -> Result<CheckFacts, SolveErr
     let table = evidence.solved(&evidence.profile, &hosts)?;
     let score = |table: &PlacementTable| score_affinity(table, &evidence.unseen, &hosts);
     let (own, flat, even) = (score(&table), score(&evidence.table), score(&evidence.round_robin(ranks)));
+    let total = score(&evidence.in_total(&hosts)?);
     let away = |share: f64| 100.0 * (1.0 - share);
-    let gone = 1.0 - (1.0 - own.host_stay_rate) / (1.0 - even.host_stay_rate).max(f64::MIN_POSITIVE);
+    let gone =
+        |of: &Score| 1.0 - (1.0 - of.host_stay_rate) / (1.0 - even.host_stay_rate).max(f64::MIN_POSITIVE);
     let figure = format!(
-        "two hosts of {} ranks, unseen tokens: {:.1} % of transitions leave the host, {:.1} % with a table blind to hosts, \
-         {:.1} % round-robin: {:.0} % of crossings between hosts gone; stay rate on host {:.2} times round-robin's",
+        "two hosts of {} ranks, unseen tokens: {:.1} % of transitions leave the host where each layer is spread evenly, {:.1} % with a \
+         table blind to hosts, {:.1} % round-robin: {:.0} % of crossings between hosts gone; {:.1} % where experts are spread evenly in \
+         total (--balance total): {:.0} % gone; stay rate on host {:.2} and {:.2} times round-robin's",
         ranks / 2,
         away(own.host_stay_rate),
         away(flat.host_stay_rate),
         away(even.host_stay_rate),
-        100.0 * gone,
-        own.host_stay_rate / even.host_stay_rate.max(f64::MIN_POSITIVE)
+        100.0 * gone(&own),
+        away(total.host_stay_rate),
+        100.0 * gone(&total),
+        own.host_stay_rate / even.host_stay_rate.max(f64::MIN_POSITIVE),
+        total.host_stay_rate / even.host_stay_rate.max(f64::MIN_POSITIVE)
     );
-    // On two hosts chance keeps half: twice as many would be all. Half of the crossings gone is what we hold it to.
-    Ok(done("two levels", claim, gone >= 0.5, figure))
+    // On two hosts chance keeps half: twice as many would be all. Half of the crossings gone, by either balance, is what we hold it to.
+    Ok(done("two levels", claim, gone(&own).max(gone(&total)) >= 0.5, figure))
 }
 
 /// How soon the placement was there.
@@ -113,14 +119,7 @@ pub(super) fn contexts(evidence: &Evidence<'_>) -> Result<CheckFacts, SolveError
         let domains = (0..table.layers).map(|layer| table.ranks_of(LayerId::from(layer)).len());
         domains.sum::<usize>() as f64 / table.layers as f64
     };
-    let options = SolveOptions {
-        balance: Balance::Total,
-        seed: evidence.options.seed,
-        time_limit: evidence.options.time_limit,
-        replicas: false,
-        ..SolveOptions::default()
-    };
-    let total = solve(&evidence.profile, &evidence.topology(), &options, &mut |_| ())?;
+    let total = evidence.in_total(&evidence.topology())?;
     let (spread, few) = (held(&evidence.table), held(&total));
     let moves = |table: &PlacementTable| evidence.score(table).crossings_per_token;
     let figure = format!(
@@ -136,13 +135,7 @@ pub(super) fn contexts(evidence: &Evidence<'_>) -> Result<CheckFacts, SolveError
 pub(super) fn load_balance(evidence: &Evidence<'_>) -> Result<CheckFacts, SolveError> {
     let claim = "the paper's program ignores load; bounded to 1.15 times round-robin's busiest rank, placement by affinity \
                  loses 3 % at most";
-    let options = SolveOptions {
-        load_bound: Some(1.15),
-        seed: evidence.options.seed,
-        time_limit: evidence.options.time_limit,
-        replicas: false,
-        ..SolveOptions::default()
-    };
+    let options = SolveOptions { load_bound: Some(1.15), ..evidence.options.solving() };
     let bounded = solve(&evidence.profile, &evidence.topology(), &options, &mut |_| ())?;
     let price = bounded.cost.unwrap_or(0.0) / evidence.table.cost.unwrap_or(1.0).max(f64::MIN_POSITIVE) - 1.0;
     let worst = |table: &PlacementTable| evidence.score(table).worst_load;

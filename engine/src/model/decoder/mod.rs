@@ -212,7 +212,7 @@ impl Decoder {
         let p = params::Argmax { vocab: spec.vocab_size as u32, stride: 4 * spec.v4() as u32 };
         for (part, rows) in s.head_parts(rows) {
             let (groups, [logits, sampled]) = ([rows as u32, 1, 1], [&part.logits, &part.sampled]);
-            r.launch(Kernel::Argmax, Variant::default(), &p, &[logits, sampled], groups);
+            r.launch(Kernel::Argmax, self.lanes(), &p, &[logits, sampled], groups);
             if s.has_draws.get() {
                 let p = params::Sample { vocab: p.vocab, stride: p.stride };
                 r.launch(Kernel::Sample, Variant::default(), &p, &[logits, &part.draws, sampled], groups);
