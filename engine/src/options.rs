@@ -306,6 +306,9 @@ pub struct ClusterOptions {
     /// Bytes of experts' matrices, of the embedding's and the head's rows, or of logits, that are bound together at most; an expert, 32
     /// rows of a matrix and the logits of 64 tokens are never cut. `None`: as much as the adapter binds.
     pub chunk_bytes: Option<u64>,
+    /// Decode steps that a single rank submits to its device as one; `None`: as many as take 3 ms together, four at most. Tokens come
+    /// so many at a time, and are the same ones.
+    pub steps_together: Option<usize>,
     /// Whether every kernel that steps of any number of rows launch is made before the first one, or each when it is first launched,
     /// for which that step waits; `None`: before the first where steps will be many, of several ranks or of an
     /// [`Engine`](crate::Engine).
@@ -410,6 +413,7 @@ impl ClusterOptions {
             chunk_bytes: None,
             draws_on_device: None,
             scales_on_units: None,
+            steps_together: None,
             warm_up: None,
             group: None,
         }

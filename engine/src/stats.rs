@@ -155,6 +155,8 @@ pub struct RunStats {
     pub peer_starts: u64,
     /// In rounds: share of decode steps that ran in two halves.
     pub halved_steps: f64,
+    /// In rounds: share of decode steps that a single rank submitted with the one before them.
+    pub joined_steps: f64,
     /// In flow: rows in one submission, mean; 0 in rounds.
     pub rows_per_hop: f64,
     /// In flow: share of the time that ranks worked, mean; 0 in rounds.
@@ -266,6 +268,7 @@ pub(crate) fn summarise(
             steps(|r| r.decode_parts.saturating_sub(r.decode_steps)),
             steps(|r| r.decode_steps),
         ),
+        joined_steps: ratio(steps(|r| r.joined_steps), steps(|r| r.decode_steps)),
         rows_per_hop: ratio(sum(|r| r.hop_rows), sum(|r| r.hops)),
         busy_share: {
             let (busy, idle) =

@@ -237,6 +237,44 @@ fn steps_may_run_in_halves() {
 }
 
 #[test]
+fn steps_may_be_submitted_together() {
+    let shape = Tiny { seed: 101, top_k: 2, layers: 3, experts: 8, positions: 400, ..Tiny::default() };
+    let folder = shape.write();
+    let by = |steps: usize| {
+        start(folder.path(), |options| (options.ranks, options.steps_together) = (1, Some(steps)))
+    };
+    let prompts: Vec<_> =
+        [5, 1, 300, 8, 33].iter().zip(0..).map(|(n, seed)| shape.prompt(*n, seed)).collect();
+    let free: Vec<_> = prompts.iter().map(|prompt| request(prompt, 40)).collect();
+    let run = generate(&mut by(1), &free);
+    assert_eq!(run.stats.joined_steps, 0.0);
+    // Texts that end by themselves, one after another and amidst steps that are submitted together; the others go on.
+    let end = tokens(&run)[1][6];
+    folder.edit_config(|config| {
+        config.insert("eos_token_id".to_string(), end.into());
+    });
+    let mut requests = free.clone();
+    requests.extend(prompts.iter().zip(3..).map(|(p, n)| Request { ignore_eos: false, ..request(p, n * 7) }));
+    let mut single = by(1);
+    let alone = generate(&mut single, &requests);
+    let expected = tokens(&alone);
+    assert!(expected[5..].iter().zip(3..).any(|(ids, n)| ids.len() < n * 7), "one ends before its time");
+    for steps in [2, 4, 7] {
+        let mut together = by(steps);
+        let run = generate(&mut together, &requests);
+        assert_eq!(tokens(&run), expected, "{steps} steps");
+        let of_all = (steps - 1) as f64 / steps as f64;
+        assert!(run.stats.joined_steps > 0.6 * of_all, "{steps} steps: {}", run.stats.joined_steps);
+        // The same pairs, whatever was submitted in vain.
+        assert_eq!(run.stats.expert_load, alone.stats.expert_load, "{steps} steps");
+        for request in &requests {
+            let of_one = |cluster: &mut Cluster| tokens(&generate(cluster, std::slice::from_ref(request)));
+            assert_eq!(of_one(&mut together), of_one(&mut single), "{steps} steps");
+        }
+    }
+}
+
+#[test]
 fn rows_may_be_held_back_for_a_fuller_launch() {
     for (top_k, strategy) in [(1, Strategy::Coherent), (2, Strategy::Coherent), (1, Strategy::Vanilla)] {
         let shape = Tiny { seed: 97, top_k, layers: 3, experts: 8, positions: 400, ..Tiny::default() };

@@ -143,6 +143,7 @@ impl Host {
                 kv_wire: plan.kv_wire,
                 groups: plan.groups.clone(),
                 cache_blocks: plan.cache_blocks,
+                steps_together: self.options.steps_together.map(|steps| steps.max(1)),
             };
             let (news, commands) = (news.clone(), commands.take());
             let run = move || {

@@ -354,19 +354,31 @@ impl Gpu {
     /// from step to step with most lists, nothing is uploaded.
     pub(crate) fn hold<T: Pod>(&self, buffer: &Buffer, data: &[T]) {
         let bytes: &[u8] = bytemuck::cast_slice(data);
-        if self.held.borrow().get(&buffer.id).is_some_and(|held| held.starts_with(bytes)) {
-            return;
+        if !self.holds(buffer, bytes) {
+            self.write(buffer, 0, data);
+            self.note_held(buffer.id, bytes);
         }
-        self.write(buffer, 0, data);
+    }
+
+    /// Whether a buffer that no kernel writes is known to begin with these bytes.
+    pub(super) fn holds(&self, buffer: &Buffer, bytes: &[u8]) -> bool {
+        self.held.borrow().get(&buffer.id).is_some_and(|held| held.starts_with(bytes))
+    }
+
+    pub(super) fn note_held(&self, buffer: u64, bytes: &[u8]) {
         if bytes.len() <= HELD_BYTES {
-            self.held.borrow_mut().insert(buffer.id, bytes.to_vec());
+            self.held.borrow_mut().insert(buffer, bytes.to_vec());
         }
+    }
+
+    pub(super) fn forget(&self, buffer: &Buffer) {
+        self.held.borrow_mut().remove(&buffer.id);
     }
 
     /// Writes `data` at byte `offset`, before whatever is submitted next.
     pub(crate) fn write<T: Pod>(&self, buffer: &Buffer, offset: u64, data: &[T]) {
         if let (false, Memory::Buffer(raw)) = (data.is_empty(), &buffer.memory) {
-            self.held.borrow_mut().remove(&buffer.id);
+            self.forget(buffer);
             self.queue.write_buffer(raw, offset, bytemuck::cast_slice(data));
         }
     }

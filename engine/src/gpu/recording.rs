@@ -1,4 +1,4 @@
-//! A recording of launches and read-backs, executed as one submission.
+//! A recording of launches, uploads between them and read-backs, executed as one submission.
 
 use super::pipelines::Bound;
 use super::stamps::Stamps;
@@ -6,6 +6,7 @@ use super::{Buffer, Gpu, Usage};
 use crate::EngineError;
 use bytemuck::Pod;
 use exflow_shaders::{Kernel, Variant};
+use std::collections::HashMap;
 
 #[derive(PartialEq)]
 enum Size {
@@ -30,20 +31,34 @@ struct Launch {
     bind_group: wgpu::BindGroup,
 }
 
+/// Bytes of a buffer, from byte `offset` on.
+#[derive(PartialEq)]
+struct Span {
+    buffer: Buffer,
+    offset: u64,
+    bytes: u64,
+}
+
+/// What a submission does is a list of such.
+enum Command {
+    Launch(Launch),
+    /// From byte `.1` of a buffer of parameter blocks.
+    Upload(Buffer, u64, Span),
+    Read(Span),
+}
+
 /// Bytes of a buffer of parameter blocks; a recording that needs more takes several.
 const PARAMS_BYTES: usize = 1 << 15;
 
-/// What a submission does; parameter blocks and what else is uploaded for it are no part of it.
+/// What a submission does, in its order. What parameter blocks hold and what is uploaded before the first launch is no part of it.
 #[derive(Default)]
 struct Work {
-    launches: Vec<Launch>,
-    /// Buffer, offset and size in bytes of what is read back.
-    reads: Vec<(Buffer, u64, u64)>,
+    commands: Vec<Command>,
 }
 
 /// Commands that a device takes, with what they copy read-backs to.
 struct Encoded {
-    commands: wgpu::CommandBuffer,
+    buffer: wgpu::CommandBuffer,
     staging: Option<wgpu::Buffer>,
     /// Bytes of each read-back, and those that it takes in the staging buffer.
     sizes: Vec<(u64, u64)>,
@@ -60,13 +75,14 @@ pub(super) struct Ahead {
 /// Launches in order; each sees what the ones before it wrote.
 pub(crate) struct Recording<'g> {
     gpu: &'g Gpu,
-    /// What was submitted last, of which the first `same` launches are this recording's; once one differs, all are.
+    /// What was submitted last, of which the first `same` commands are this recording's; once one differs, all are.
     ahead: Ahead,
     same: usize,
     differs: bool,
-    reads: Vec<(Buffer, u64, u64)>,
     /// What goes into each buffer of parameter blocks.
     params: Vec<Vec<u8>>,
+    /// By buffer: what [`Recording::hold`] last had written to it.
+    held: HashMap<u64, Vec<u8>>,
     /// Launches are of no workgroups, and only of kernels that the device has not made yet.
     without_work: bool,
     failure: Option<EngineError>,
@@ -95,8 +111,8 @@ impl<'g> Recording<'g> {
             ahead,
             same: 0,
             differs: false,
-            reads: Vec::new(),
             params: Vec::new(),
+            held: HashMap::new(),
             without_work: false,
             failure: None,
         }
@@ -161,18 +177,30 @@ impl<'g> Recording<'g> {
     ) -> Result<(), EngineError> {
         let params = self.gpu.params_buffer(block)?;
         let call = Call { kernel, variant, bound: Bound::of(&params, buffers)?, params_offset, size };
-        let launches = &mut self.ahead.last.launches;
-        if !self.differs {
-            if launches.get(self.same).is_some_and(|launch| launch.call == call) {
-                self.same += 1;
-                return Ok(());
-            }
-            launches.truncate(self.same);
-            self.differs = true;
+        if self.repeats(|command| matches!(command, Command::Launch(launch) if launch.call == call)) {
+            return Ok(());
         }
         let (pipeline, bind_group) = self.gpu.bound(kernel, variant, call.bound, (&params, buffers))?;
-        launches.push(Launch { call, pipeline, bind_group });
+        self.ahead.last.commands.push(Command::Launch(Launch { call, pipeline, bind_group }));
         Ok(())
+    }
+
+    /// Whether the last submission did the same here: then it is here already.
+    fn repeats(&mut self, is_same: impl FnOnce(&Command) -> bool) -> bool {
+        let commands = &mut self.ahead.last.commands;
+        if !self.differs && commands.get(self.same).is_some_and(is_same) {
+            self.same += 1;
+            return true;
+        }
+        if !self.differs {
+            commands.truncate(self.same);
+            self.differs = true;
+        }
+        false
+    }
+
+    fn commands(&self) -> &[Command] {
+        if self.differs { &self.ahead.last.commands } else { &self.ahead.last.commands[..self.same] }
     }
 
     /// Notes a launch's parameters; returns which buffer they are in, and where.
@@ -190,14 +218,62 @@ impl<'g> Recording<'g> {
         (block, start as u32)
     }
 
-    /// Asks for `count` elements of `T` from byte `offset` of `buffer`, as they are after the last launch.
+    /// Writes `data` at byte `offset`, for the launches from here on. Before the first one that is no command of the submission.
+    pub(crate) fn write<T: Pod>(&mut self, buffer: &Buffer, offset: u64, data: &[T]) {
+        if self.commands().is_empty() {
+            return self.gpu.write(buffer, offset, data);
+        }
+        self.gpu.forget(buffer);
+        self.held.remove(&buffer.id);
+        let mut done = 0;
+        for piece in bytemuck::cast_slice(data).chunks(PARAMS_BYTES) {
+            let to = Span { buffer: buffer.clone(), offset: offset + done, bytes: piece.len() as u64 };
+            done += to.bytes;
+            if let Err(e) = self.upload(piece, to) {
+                let _ = self.failure.get_or_insert(e);
+            }
+        }
+    }
+
+    /// As [`Gpu::hold`], for the launches from here on.
+    pub(crate) fn hold<T: Pod>(&mut self, buffer: &Buffer, data: &[T]) {
+        if self.commands().is_empty() {
+            return self.gpu.hold(buffer, data);
+        }
+        let bytes: &[u8] = bytemuck::cast_slice(data);
+        let holds = match self.held.get(&buffer.id) {
+            Some(held) => held.starts_with(bytes),
+            None => self.gpu.holds(buffer, bytes),
+        };
+        if !holds {
+            self.write(buffer, 0, data);
+            self.held.insert(buffer.id, bytes.to_vec());
+        }
+    }
+
+    fn upload(&mut self, piece: &[u8], to: Span) -> Result<(), EngineError> {
+        let (block, at) = self.put(piece);
+        let (from, at) = (self.gpu.params_buffer(block)?, u64::from(at));
+        if !self
+            .repeats(|command| matches!(command, Command::Upload(f, a, t) if (f, *a, t) == (&from, at, &to)))
+        {
+            self.ahead.last.commands.push(Command::Upload(from, at, to));
+        }
+        Ok(())
+    }
+
+    /// Asks for `count` elements of `T` from byte `offset` of `buffer`, as they are here.
     pub(crate) fn read<T: Pod>(&mut self, buffer: &Buffer, offset: u64, count: usize) {
-        self.reads.push((buffer.clone(), offset, (count * std::mem::size_of::<T>()) as u64));
+        let bytes = (count * std::mem::size_of::<T>()) as u64;
+        let span = Span { buffer: buffer.clone(), offset, bytes };
+        if !self.repeats(|command| matches!(command, Command::Read(read) if *read == span)) {
+            self.ahead.last.commands.push(Command::Read(span));
+        }
     }
 
     /// How many launches it has.
     pub(crate) fn launches(&self) -> usize {
-        if self.differs { self.ahead.last.launches.len() } else { self.same }
+        self.commands().iter().filter(|command| matches!(command, Command::Launch(_))).count()
     }
 
     /// Executes the recording.
@@ -209,18 +285,19 @@ impl<'g> Recording<'g> {
         for (block, bytes) in self.params.iter().enumerate() {
             gpu.hold(&gpu.params_buffer(block)?, bytes);
         }
+        self.held.iter().for_each(|(&buffer, bytes)| gpu.note_held(buffer, bytes));
         let Ahead { last: mut work, again } = self.ahead;
-        let repeats = !self.differs && self.same == work.launches.len() && self.reads == work.reads;
+        let repeats = !self.differs && self.same == work.commands.len();
         if !self.differs {
-            work.launches.truncate(self.same);
+            work.commands.truncate(self.same);
         }
-        work.reads = self.reads;
-        let stamps = gpu.stamps(work.launches.iter().map(|of| (of.call.kernel, of.call.variant)));
+        let launches = work.launches().map(|of| (of.call.kernel, of.call.variant));
+        let stamps = gpu.stamps(|| launches.collect());
         let encoded = match again.filter(|_| repeats && stamps.is_none()) {
             Some(encoded) => encoded,
             None => work.encode(gpu, stamps.as_ref())?,
         };
-        let index = gpu.queue.submit([encoded.commands]);
+        let index = gpu.queue.submit([encoded.buffer]);
         let again = match repeats && stamps.is_none() {
             true => Some(work.encode(gpu, None)?),
             false => None,
@@ -232,40 +309,67 @@ impl<'g> Recording<'g> {
 }
 
 impl Work {
+    fn launches(&self) -> impl Iterator<Item = &Launch> {
+        self.commands.iter().filter_map(|command| match command {
+            Command::Launch(launch) => Some(launch),
+            _ => None,
+        })
+    }
+
     fn encode(&self, gpu: &Gpu, stamps: Option<&Stamps>) -> Result<Encoded, EngineError> {
         let mut encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        if !self.launches.is_empty() {
-            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-            stamps.iter().for_each(|stamps| stamps.write(&mut pass, 0));
-            for (index, launch) in self.launches.iter().enumerate() {
-                pass.set_pipeline(&launch.pipeline);
-                pass.set_bind_group(0, &launch.bind_group, &[launch.call.params_offset]);
-                match &launch.call.size {
-                    Size::Groups([x, y, z]) => pass.dispatch_workgroups(*x, *y, *z),
-                    Size::Indirect(buffer, offset) => {
-                        pass.dispatch_workgroups_indirect(buffer.raw()?, *offset)
-                    }
-                }
-                stamps.iter().for_each(|stamps| stamps.write(&mut pass, index + 1));
-            }
-            drop(pass);
-            stamps.iter().for_each(|stamps| stamps.resolve(&mut encoder));
-        }
         let sizes: Vec<(u64, u64)> = self
-            .reads
+            .commands
             .iter()
-            .map(|(buffer, _, size)| (*size, buffer.copied(*size).next_multiple_of(8)))
+            .filter_map(|command| match command {
+                Command::Read(Span { buffer, bytes, .. }) => {
+                    Some((*bytes, buffer.copied(*bytes).next_multiple_of(8)))
+                }
+                _ => None,
+            })
             .collect();
         let total: u64 = sizes.iter().map(|size| size.1).sum();
         let staging = (total > 0).then(|| gpu.take_staging(total));
-        if let Some(staging) = &staging {
-            let mut at = 0;
-            for ((buffer, offset, size), taken) in self.reads.iter().zip(&sizes) {
-                buffer.copy_from(&mut encoder, (*offset, *size), staging, at);
-                at += taken.1;
+        let (mut launched, mut read, mut at) = (0, 0, 0);
+        let of_a_pass = |a: &Command, b: &Command| matches!((a, b), (Command::Launch(_), Command::Launch(_)));
+        for run in self.commands.chunk_by(of_a_pass) {
+            match &run[0] {
+                Command::Launch(_) => {
+                    let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+                    stamps.iter().filter(|_| launched == 0).for_each(|stamps| stamps.write(&mut pass, 0));
+                    for command in run {
+                        let Command::Launch(launch) = command else { continue };
+                        launch.encode(&mut pass)?;
+                        launched += 1;
+                        stamps.iter().for_each(|stamps| stamps.write(&mut pass, launched));
+                    }
+                }
+                Command::Upload(from, first, to) => {
+                    encoder.copy_buffer_to_buffer(from.raw()?, *first, to.buffer.raw()?, to.offset, to.bytes);
+                }
+                Command::Read(Span { buffer, offset, bytes }) => {
+                    if let Some(staging) = &staging {
+                        buffer.copy_from(&mut encoder, (*offset, *bytes), staging, at);
+                    }
+                    at += sizes[read].1;
+                    read += 1;
+                }
             }
         }
-        Ok(Encoded { commands: encoder.finish(), staging, sizes })
+        stamps.iter().filter(|_| launched > 0).for_each(|stamps| stamps.resolve(&mut encoder));
+        Ok(Encoded { buffer: encoder.finish(), staging, sizes })
+    }
+}
+
+impl Launch {
+    fn encode(&self, pass: &mut wgpu::ComputePass<'_>) -> Result<(), EngineError> {
+        pass.set_pipeline(&self.pipeline);
+        pass.set_bind_group(0, &self.bind_group, &[self.call.params_offset]);
+        match &self.call.size {
+            Size::Groups([x, y, z]) => pass.dispatch_workgroups(*x, *y, *z),
+            Size::Indirect(buffer, offset) => pass.dispatch_workgroups_indirect(buffer.raw()?, *offset),
+        }
+        Ok(())
     }
 }
 
@@ -341,5 +445,41 @@ impl Gpu {
                 mapped_at_creation: false,
             })
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Thrice, as the third is encoded ahead; then in another order.
+    #[test]
+    fn uploads_and_read_backs_are_done_where_they_are_recorded() {
+        let gpu = Gpu::open(None, 0).expect("an adapter");
+        let [a, b] = ["a", "b"].map(|name| gpu.buffer_of(name, &[0u32; 40_000]).expect("a buffer"));
+        for round in [1u32, 2, 3, 4] {
+            let long: Vec<u32> = (0..20_000).map(|i| i * round).collect();
+            let mut r = Recording::new(&gpu);
+            r.write(&a, 0, &[round, 10]);
+            r.read::<u32>(&a, 0, 2);
+            r.write(&a, 4, &[round + 100]);
+            r.hold(&b, &long);
+            r.read::<u32>(&a, 0, 2);
+            if round < 4 {
+                r.hold(&b, &long[..9]);
+                r.read::<u32>(&b, 4 * 9_000, 1);
+            }
+            r.write(&b, 0, &[7u32]);
+            r.hold(&b, &long[..2]);
+            r.read::<u32>(&b, 0, 3);
+            let read = r.submit().and_then(|submission| submission.fetch()).expect("read");
+            let read: Vec<Vec<u32>> = read.iter().map(|part| bytemuck::pod_collect_to_vec(part)).collect();
+            let mut expected = vec![vec![round, 10], vec![round, round + 100]];
+            expected.extend((round < 4).then(|| vec![9_000 * round]));
+            expected.push(vec![0, round, 2 * round]);
+            assert_eq!(read, expected, "round {round}");
+            // What is held is known behind the submission too.
+            assert!(gpu.holds(&b, bytemuck::cast_slice(&[0, round])));
+        }
     }
 }

@@ -17,13 +17,14 @@ pub(super) struct Stamps {
 
 impl Gpu {
     /// Timestamps for these launches, where the device has a clock and spans at level `trace` are asked for.
-    pub(super) fn stamps(
-        &self,
-        launches: impl ExactSizeIterator<Item = (Kernel, Variant)>,
-    ) -> Option<Stamps> {
+    pub(super) fn stamps(&self, launches: impl FnOnce() -> Vec<(Kernel, Variant)>) -> Option<Stamps> {
         let has_clock = self.device.features().contains(wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES);
+        if !has_clock || !tracing::enabled!(tracing::Level::TRACE) {
+            return None;
+        }
+        let launches = launches();
         let count = launches.len() + 1;
-        if !has_clock || !tracing::enabled!(tracing::Level::TRACE) || count > MOST {
+        if count > MOST {
             return None;
         }
         let buffer = |usage| {
@@ -43,7 +44,7 @@ impl Gpu {
             set,
             resolved: buffer(wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC),
             read_back: buffer(wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST),
-            launches: launches.collect(),
+            launches,
         })
     }
 }

@@ -46,15 +46,18 @@ struct Rounds {
     halves: bool,
     /// Orders that were heard and have still to be carried out.
     held: Vec<(Rank, Directive)>,
-    /// One rank: a decode step that was submitted before it was its turn, and whether nothing was submitted since.
-    ahead: Option<(Submitted, bool)>,
-    /// Seconds that the last decode step took.
-    step_seconds: f64,
+    /// One rank: decode steps that were submitted before it was their turn.
+    ahead: Submitted,
 }
 
-/// One rank submits a decode step ahead where it takes less: what is between two steps, some 0.2 ms, is nothing beside longer ones, and
-/// a request that comes in between waits for both.
+/// One rank submits decode steps ahead where one takes less: what is between two steps, some 0.2 ms, is nothing beside longer ones, and
+/// a request that comes in between waits for all that are submitted.
 const AHEAD_SECONDS: f64 = 0.02;
+
+/// So many of them as one submission, where they take less together: what a submission costs, some 50 us between threads, is shared by
+/// their steps.
+const TOGETHER_SECONDS: f64 = 0.003;
+const MOST_TOGETHER: usize = 4;
 
 /// How long the first gathering waits for ranks that still load; one that dies is noticed at once.
 const LOADING: Duration = Duration::from_secs(3600);
@@ -109,8 +112,7 @@ impl Worker {
                 self.stats.decode_parts += 1 + u64::from(self.splits(&batch));
                 self.stats.decode_tokens += batch.tokens.len() as u64;
                 let seconds = started.elapsed().as_secs_f64();
-                (rounds.step_seconds, self.stats.decode_seconds) =
-                    (seconds, self.stats.decode_seconds + seconds);
+                self.stats.decode_seconds += seconds;
                 let waited = self.add_waits(seconds, &wire);
                 self.halving.stepped(batch.total, self.splits(&batch), seconds, waited);
             }
@@ -196,26 +198,30 @@ impl Worker {
     }
 
     /// The step of one rank. What follows on it is submitted before it has ended, so that the device need not wait for what is done
-    /// between two steps.
+    /// between two steps: as one submission with what follows on that, where steps are short.
     fn run_alone(&mut self, rounds: &mut Rounds, batch: &Batch) -> Result<Outcome, EngineError> {
         let wanted: Vec<Row> = batch.tokens.iter().map(|(row, _)| *row).collect();
         if wanted.is_empty() {
             return Ok(Outcome::default());
         }
-        let (step, is_last) = match rounds.ahead.take_if(|_| batch.decode) {
-            Some(ahead) => ahead,
-            None => {
-                if let Some((_, is_last)) = &mut rounds.ahead {
-                    *is_last = false;
-                }
-                let rows = self.stepper().begin(batch)?;
-                (self.stepper().submit_alone(rows)?, true)
-            }
-        };
-        if batch.decode && is_last && rounds.step_seconds < AHEAD_SECONDS {
-            rounds.ahead = self.stepper().submit_next(&step)?.map(|next| (next, true));
+        if !batch.decode {
+            rounds.ahead.overtake();
+            let mut chunk = Submitted::default();
+            self.stepper().submit_alone(batch, &mut chunk)?;
+            return self.stepper().finish_alone(&mut chunk, &wanted);
         }
-        self.stepper().finish_alone(step, &wanted)
+        let (ahead, together) = (&mut rounds.ahead, self.options.steps_together);
+        if ahead.next().is_none() {
+            self.stepper().submit_alone(batch, ahead)?;
+        }
+        // The first step is followed by one: nobody knows what it takes.
+        let seconds = ahead.step_seconds().unwrap_or(TOGETHER_SECONDS);
+        let by_time = ((TOGETHER_SECONDS / seconds) as usize).clamp(1, MOST_TOGETHER);
+        let together = together.unwrap_or(if seconds < AHEAD_SECONDS { by_time } else { 0 });
+        if ahead.may_go_on() && together > 0 {
+            self.stepper().submit_next(ahead, together)?;
+        }
+        self.stepper().finish_alone(ahead, &wanted)
     }
 
     /// Whether a step runs in two halves: alike on every rank.
@@ -288,11 +294,11 @@ impl Worker {
         let mut tokens: Vec<(Row, u32)> =
             std::mem::take(&mut rounds.residents).into_iter().map(row).collect();
         // Of those that a step was submitted for, that is the next one; the others wait for the one behind it.
-        if let Some((ahead, _)) = &rounds.ahead {
+        if let Some(ahead) = rounds.ahead.next() {
             let (now, later): (Vec<_>, Vec<_>) =
-                tokens.iter().copied().partition(|(row, _)| ahead.rows().contains(row));
+                tokens.iter().copied().partition(|(row, _)| ahead.contains(row));
             if now.is_empty() {
-                rounds.ahead = None;
+                rounds.ahead.clear();
             } else {
                 tokens = now;
                 let resident = |(row, token): (Row, u32)| (row.sequence, (token, row.position));

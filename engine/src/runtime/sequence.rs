@@ -367,14 +367,16 @@ impl Sequences {
         Some((next.token, self.running.get(&id)?.tokens() as u32))
     }
 
-    /// Whether the token that is sampled at a position, the last one that is known of, goes on as the next step's whatever it is,
-    /// unless it ends the text: none is forced in its place, there is room for it, and its keys are made as those before it were.
+    /// Whether the token that is sampled at a position, the last one that is known of or one of those behind it, goes on as the next
+    /// step's whatever it is, unless it ends the text: none is forced in its place, there is room for it, and its keys are made as
+    /// those before it were.
     pub(crate) fn goes_on(&self, id: u32, position: u32) -> bool {
         self.running.get(&id).is_some_and(|sequence| {
-            let ends = sequence.is_full(1, self.context) || sequence.is_outgrown(1, self.remade_beyond);
-            let forced = sequence.start.forced.len() > sequence.output.len();
-            let known = sequence.finished.is_none() && sequence.tokens() == position as usize + 1;
-            known && !ends && !forced && sequence.slot(position + 1).is_some()
+            let Some(unknown) = (position as usize + 1).checked_sub(sequence.tokens()) else { return false };
+            let ends = sequence.is_full(unknown + 1, self.context)
+                || sequence.is_outgrown(unknown + 1, self.remade_beyond);
+            let forced = sequence.start.forced.len() > sequence.output.len() + unknown;
+            sequence.finished.is_none() && !ends && !forced && sequence.slot(position + 1).is_some()
         })
     }
 

@@ -44,6 +44,8 @@ pub(crate) struct RankStats {
     pub(crate) prefill_steps: u64,
     /// Decode steps, those in two halves counted twice.
     pub(crate) decode_parts: u64,
+    /// Decode steps that were submitted with the one before them.
+    pub(crate) joined_steps: u64,
     /// Tokens put through decode steps.
     pub(crate) decode_tokens: u64,
     pub(crate) decode_seconds: f64,

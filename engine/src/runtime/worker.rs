@@ -95,6 +95,8 @@ pub(crate) struct WorkerOptions {
     /// `[R]` the group that each rank's sequences are bounded to; empty: to none.
     pub(crate) groups: Vec<u16>,
     pub(crate) cache_blocks: usize,
+    /// Decode steps that are submitted as one, where this is the only rank; `None`: by what they take.
+    pub(crate) steps_together: Option<usize>,
 }
 
 /// One rank.

@@ -1,14 +1,28 @@
-//! A step of one rank: one submission from embedding to sampled ids. While the device works on it the step behind it may be submitted
-//! already: all that is unknown of that are the ids that this one samples, and they are on the device.
+//! Steps of one rank: submissions from embedding to sampled ids. While the device works on some, those behind them may be submitted
+//! already, several of them as one: all that is unknown of them are the ids that the ones before sample, and they are on the device.
 
 use super::super::experts::PairList;
-use super::{Outcome, Row, Stepper, floats, rows_of, words};
+use super::{Batch, Outcome, Row, Stepper, floats, rows_of, words};
 use crate::EngineError;
-use crate::gpu::Pending;
+use crate::gpu::{Pending, Recording};
 use crate::model::decoder::{ExpertBatch, LocalFfn};
+use std::collections::VecDeque;
+use std::time::Instant;
 
-/// A step that was submitted.
+/// Steps that were submitted and have still to be taken, oldest first.
+#[derive(Default)]
 pub(crate) struct Submitted {
+    steps: VecDeque<Step>,
+    /// What was read back of those whose submission has ended.
+    read: VecDeque<Vec<u8>>,
+    /// Something was submitted since: what the last of them samples is no longer where a next one would look for it.
+    overtaken: bool,
+    /// When the last submission ended, and seconds that each of its steps took.
+    ended: Option<Instant>,
+    step_seconds: Option<f64>,
+}
+
+struct Step {
     rows: Vec<Row>,
     /// Which of them the head was asked for.
     heads: Vec<u32>,
@@ -16,99 +30,164 @@ pub(crate) struct Submitted {
     logits: usize,
     /// Whether every row's routes are read back.
     routes: bool,
-    pending: Pending,
+    /// The first of those that were submitted together: they, how many they are, and since when.
+    submission: Option<(Pending, usize, Instant)>,
 }
 
 impl Submitted {
-    pub(crate) fn rows(&self) -> &[Row] {
-        &self.rows
+    /// The rows of the next step.
+    pub(crate) fn next(&self) -> Option<&[Row]> {
+        self.steps.front().map(|step| step.rows.as_slice())
+    }
+
+    /// Seconds of the device that a step takes; `None`: none was taken yet.
+    pub(crate) fn step_seconds(&self) -> Option<f64> {
+        self.step_seconds
+    }
+
+    /// Whether others may be submitted behind these, which are on one submission.
+    pub(crate) fn may_go_on(&self) -> bool {
+        !self.overtaken && self.steps.iter().skip(1).all(|step| step.submission.is_none())
+    }
+
+    /// Notes that something else was submitted.
+    pub(crate) fn overtake(&mut self) {
+        self.overtaken = true;
+    }
+
+    /// Forgets them: nobody wants what they sample.
+    pub(crate) fn clear(&mut self) {
+        (self.steps, self.read, self.overtaken) = Default::default();
+    }
+
+    fn add(&mut self, steps: Vec<Step>, pending: Pending) {
+        let count = steps.len();
+        let first = self.steps.len();
+        self.steps.extend(steps);
+        self.steps[first].submission = Some((pending, count, Instant::now()));
     }
 }
 
 impl Stepper<'_> {
-    /// Submits a step whose rows were uploaded ([`Stepper::begin`]); only the sampled ids (and what is captured) are read back.
-    pub(crate) fn submit_alone(&mut self, rows: Vec<Row>) -> Result<Submitted, EngineError> {
-        self.submit(rows, false)
+    /// Submits a step by itself; only the sampled ids (and what is captured) are read back.
+    pub(crate) fn submit_alone(&mut self, batch: &Batch, to: &mut Submitted) -> Result<(), EngineError> {
+        let rows = self.begin(batch)?;
+        let mut r = self.decoder.record();
+        let step = self.record_step(&mut r, rows, false)?;
+        to.overtaken = false;
+        to.add(vec![step], r.submit()?.later());
+        Ok(())
     }
 
-    /// Submits the step behind the one that was submitted last, before it is known what that samples. `None` where more of it is
-    /// unknown than ids that stay on the device.
-    pub(crate) fn submit_next(&mut self, last: &Submitted) -> Result<Option<Submitted>, EngineError> {
-        let all_sampled = last.heads.len() == last.rows.len() && last.logits == 0 && !last.routes;
-        if !all_sampled || !last.rows.iter().all(|row| self.sequences.goes_on(row.sequence, row.position)) {
-            return Ok(None);
+    /// Submits `most` steps behind those, as one, before it is known what they sample; fewer where more is unknown of a step than ids
+    /// that stay on the device.
+    pub(crate) fn submit_next(&mut self, to: &mut Submitted, most: usize) -> Result<(), EngineError> {
+        let mut r = self.decoder.record();
+        let mut steps: Vec<Step> = Vec::with_capacity(most);
+        while steps.len() < most {
+            let Some(last) = steps.last().or(to.steps.back()) else { break };
+            let all_sampled = last.heads.len() == last.rows.len() && last.logits == 0 && !last.routes;
+            if !all_sampled || !last.rows.iter().all(|row| self.sequences.goes_on(row.sequence, row.position))
+            {
+                break;
+            }
+            let next = |row: &Row| {
+                let position = row.position + 1;
+                Ok(Row::new(row.sequence, position, self.sequence(row.sequence)?.edition_at(position)))
+            };
+            let rows: Vec<Row> = last.rows.iter().map(next).collect::<Result<_, EngineError>>()?;
+            // Ids in their place are not looked at.
+            let positions: Vec<[u32; 2]> = rows.iter().map(|row| [0, row.position]).collect();
+            r.write(&self.decoder.scratch.tokens, 0, &positions);
+            steps.push(self.record_step(&mut r, rows, true)?);
         }
-        let next = |row: &Row| {
-            let position = row.position + 1;
-            Ok(Row::new(row.sequence, position, self.sequence(row.sequence)?.edition_at(position)))
-        };
-        let rows: Vec<Row> = last.rows.iter().map(next).collect::<Result<_, EngineError>>()?;
-        // Ids in their place are not looked at.
-        let positions: Vec<[u32; 2]> = rows.iter().map(|row| [0, row.position]).collect();
-        self.decoder.gpu.write(&self.decoder.scratch.tokens, 0, &positions);
-        self.submit(rows, true).map(Some)
+        if !steps.is_empty() {
+            to.add(steps, r.submit()?.later());
+        }
+        Ok(())
     }
 
-    fn submit(&mut self, rows: Vec<Row>, follows: bool) -> Result<Submitted, EngineError> {
+    /// Records a step whose tokens were uploaded, or are the ones that the step before it samples.
+    fn record_step(&self, r: &mut Recording<'_>, rows: Vec<Row>, follows: bool) -> Result<Step, EngineError> {
         let (layers, moe, top_k) = (self.spec().layers, self.spec().moe_layers(), self.spec().top_k);
-        let blocks = self.write_contexts(&rows)?;
+        let blocks = self.write_contexts(r, &rows)?;
         let count = rows.len();
-        let (shared, dense) = self.write_identity(count);
-        let heads = self.head_rows(&rows)?;
+        let (shared, dense) = self.write_identity(r, count);
+        let heads = self.head_rows(r, &rows)?;
         let routes = self.captures_routes(&rows)?;
 
         let decoder = &*self.decoder;
-        let mut r = decoder.record();
-        decoder.embed(&mut r, count, follows);
+        decoder.embed(r, count, follows);
         for layer in 0..layers {
-            decoder.attend(&mut r, layer, count, blocks);
+            decoder.attend(r, layer, count, blocks);
             if decoder.spec.moe_index(layer).is_some() {
-                decoder.route(&mut r, layer, count);
-                decoder.all_experts(&mut r, layer, count);
-                shared.into_iter().for_each(|batch| decoder.ffn(&mut r, layer, LocalFfn::Every, batch));
+                decoder.route(r, layer, count);
+                decoder.all_experts(r, layer, count);
+                shared.into_iter().for_each(|batch| decoder.ffn(r, layer, LocalFfn::Every, batch));
             } else {
-                decoder.norm_ffn(&mut r, layer, 0, count);
-                dense.into_iter().for_each(|batch| decoder.ffn(&mut r, layer, LocalFfn::Every, batch));
+                decoder.norm_ffn(r, layer, 0, count);
+                dense.into_iter().for_each(|batch| decoder.ffn(r, layer, LocalFfn::Every, batch));
             }
-            decoder.combine(&mut r, layer, count);
+            decoder.combine(r, layer, count);
         }
         // A chunk within a prompt asks the head for nothing.
         let asked = !heads.is_empty();
         let wants_logits = asked && self.reads_logits(&rows)?;
         if asked {
-            decoder.head(&mut r, heads.len(), count);
+            decoder.head(r, heads.len(), count);
             r.read::<u32>(&decoder.scratch.sampled, 0, heads.len());
         }
-        let logits = if wants_logits { decoder.read_logits(&mut r, heads.len()) } else { 0 };
+        let logits = if wants_logits { decoder.read_logits(r, heads.len()) } else { 0 };
         for index in (0..moe).filter(|_| routes) {
             r.read::<u32>(&decoder.scratch.chosen[index], 0, count * top_k);
             r.read::<f32>(&decoder.scratch.weights[index], 0, count * top_k);
         }
-        let pending = r.submit()?.later();
-        self.stats.pairs += (count * top_k * moe) as u64;
-        Ok(Submitted { rows, heads, logits, routes, pending })
+        Ok(Step { rows, heads, logits, routes, submission: None })
     }
 
-    /// Waits for a step and takes what it sampled of the rows that are `wanted`: sequences of others may have ended since.
-    pub(crate) fn finish_alone(&mut self, step: Submitted, wanted: &[Row]) -> Result<Outcome, EngineError> {
-        let Submitted { rows, heads, logits, routes, pending } = step;
-        let mut parts = pending.fetch(&self.decoder.gpu)?.into_iter();
+    /// Waits for the oldest step and takes what it sampled of the rows that are `wanted`: sequences of others may have ended since.
+    pub(crate) fn finish_alone(
+        &mut self,
+        submitted: &mut Submitted,
+        wanted: &[Row],
+    ) -> Result<Outcome, EngineError> {
+        let Some(Step { rows, heads, logits, routes, submission }) = submitted.steps.pop_front() else {
+            return Ok(Outcome::default());
+        };
+        let joins = submission.is_none();
+        if let Some((pending, steps, since)) = submission {
+            submitted.read = pending.fetch(&self.decoder.gpu)?.into();
+            let (now, before) = (Instant::now(), submitted.ended);
+            let began = before.map_or(since, |before| before.max(since));
+            submitted.ended = Some(now);
+            submitted.step_seconds = Some((now - began).as_secs_f64() / steps as f64);
+        }
+        let mut parts = std::iter::from_fn(|| submitted.read.pop_front());
         let sampled = if heads.is_empty() { Vec::new() } else { words(parts.next()) };
         let logits = rows_of(&mut parts, logits);
-        let of_wanted = |&(&head, _): &(&u32, &u32)| wanted.contains(&rows[head as usize]);
+        let is_wanted = |row: &Row| wanted.contains(row);
+        let of_wanted = |&(&head, _): &(&u32, &u32)| is_wanted(&rows[head as usize]);
         let (heads, sampled): (Vec<u32>, Vec<u32>) = heads.iter().zip(&sampled).filter(of_wanted).unzip();
         let mut outcome = self.sampled(&rows, &heads, &sampled, &logits)?;
-        for index in (0..self.spec().moe_layers()).filter(|_| routes) {
+        let (moe, top_k) = (self.spec().moe_layers(), self.spec().top_k);
+        for index in (0..moe).filter(|_| routes) {
             let (chosen, weights) = (words(parts.next()), floats(parts.next()));
             self.capture_routes(&mut outcome.captured, index, &rows, &chosen, &weights)?;
         }
+        self.stats.joined_steps += u64::from(joins);
+        let worked = rows.iter().filter(|row| is_wanted(row)).count();
+        self.stats.pairs += (worked * top_k * moe) as u64;
         Ok(outcome)
     }
 
     /// Writes the lists of a step in which every row stays where it is: row i's residual is row i, its partials
     /// those of its pairs, then the shared expert's or the dense FFN's. Returns the batches of the last two.
-    fn write_identity(&mut self, count: usize) -> (Option<ExpertBatch>, Option<ExpertBatch>) {
-        let (gpu, s, spec) = (&self.decoder.gpu, &self.decoder.scratch, &self.decoder.spec);
+    fn write_identity(
+        &self,
+        r: &mut Recording<'_>,
+        count: usize,
+    ) -> (Option<ExpertBatch>, Option<ExpertBatch>) {
+        let (s, spec) = (&self.decoder.scratch, &self.decoder.spec);
         let pairs = count * spec.top_k;
         let rows: Vec<u32> = (0..count as u32).collect();
         let every: Vec<u32> = (0..count).map(|t| (pairs + t) as u32).collect();
@@ -116,18 +195,18 @@ impl Stepper<'_> {
             let own = (t * spec.top_k..(t + 1) * spec.top_k).map(|slot| slot as u32);
             own.chain(spec.shared.map(|_| every[t]))
         };
-        gpu.hold(&s.source, &rows);
-        gpu.hold(&s.slots, &(0..count).flat_map(of_row).collect::<Vec<_>>());
-        gpu.hold(&s.dense_slots, &every);
+        r.hold(&s.source, &rows);
+        r.hold(&s.slots, &(0..count).flat_map(of_row).collect::<Vec<_>>());
+        r.hold(&s.dense_slots, &every);
         // A gate writes the shared expert's weights into its list, so that dense layers have one of their own.
-        let upload = |wanted: bool, before: usize| {
+        let mut upload = |wanted: bool, before: usize| {
             let list = if wanted {
                 PairList::every(&rows, pairs as u32, (before, before), self.decoder.cut())
             } else {
                 PairList::default()
             };
-            gpu.write(&s.pairs_list, 16 * before as u64, &list.pairs);
-            gpu.write(&s.tiles, 16 * before as u64, &list.tiles);
+            r.write(&s.pairs_list, 16 * before as u64, &list.pairs);
+            r.write(&s.tiles, 16 * before as u64, &list.tiles);
             list.batch
         };
         (upload(spec.shared.is_some(), pairs), upload(spec.dense.is_some(), pairs + count))

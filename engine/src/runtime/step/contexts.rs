@@ -5,6 +5,7 @@ use super::super::frames::{KvRow, Payloads, Reader};
 use super::super::sequence::{BLOCK, Standing};
 use super::{Routed, Row, Stepper};
 use crate::EngineError;
+use crate::gpu::Recording;
 use crate::model::scratch::KV_CHUNK;
 use bytes::Bytes;
 use exflow_placement::{LayerId, Rank};
@@ -84,7 +85,7 @@ impl Stepper<'_> {
     }
 
     /// Writes slots, queries, turns and block table of the rows; returns the length of a row of the block table.
-    pub(super) fn write_contexts(&mut self, rows: &[Row]) -> Result<usize, EngineError> {
+    pub(super) fn write_contexts(&self, r: &mut Recording<'_>, rows: &[Row]) -> Result<usize, EngineError> {
         let longest = rows.iter().map(|row| row.position as usize + 1).max().unwrap_or(1);
         let blocks = blocks_for(longest);
         let mut table_rows: HashMap<u32, u32> = HashMap::new();
@@ -103,11 +104,11 @@ impl Stepper<'_> {
             }
             queries.push(Query { position: row.position, table_row });
         }
-        let (gpu, s) = (&self.decoder.gpu, &self.decoder.scratch);
-        gpu.write(&s.kv_slots, 0, &slots);
-        gpu.write(&s.queries, 0, &queries);
-        gpu.hold(&s.block_table, &table);
-        gpu.write(&s.turns, 0, &turns);
+        let s = &self.decoder.scratch;
+        r.write(&s.kv_slots, 0, &slots);
+        r.write(&s.queries, 0, &queries);
+        r.hold(&s.block_table, &table);
+        r.write(&s.turns, 0, &turns);
         Ok(blocks)
     }
 

@@ -46,21 +46,21 @@ impl Stepper<'_> {
         let rows: Vec<Row> = tokens.iter().map(row).collect();
         let ends = stage == layers;
         self.decoder.reserve(picked.rows(), if ends { rows.len() } else { 1 })?;
-        let heads = if ends { self.head_rows(&rows)? } else { Vec::new() };
         let plan = self.load(picked, &tokens)?;
         let arrived = if stage < layers && !rows.is_empty() { self.take_arrived(stage)? } else { 0 };
-        let blocks = match stage < layers && !rows.is_empty() {
-            true => self.write_contexts(&rows)?,
-            false => 1,
-        };
         let lists = self.lists(picked, &plan);
 
         let (count, top_k) = (rows.len(), self.spec().top_k);
         let replicated = rows.first().is_some_and(|row| self.is_replicated(row));
         let spreads = self.spreads() && !replicated;
-        let wants_logits = !heads.is_empty() && self.reads_logits(&rows)?;
         let decoder = &*self.decoder;
         let mut r = decoder.record();
+        let heads = if ends { self.head_rows(&mut r, &rows)? } else { Vec::new() };
+        let wants_logits = !heads.is_empty() && self.reads_logits(&rows)?;
+        let blocks = match stage < layers && !rows.is_empty() {
+            true => self.write_contexts(&mut r, &rows)?,
+            false => 1,
+        };
         match stage.checked_sub(1) {
             None => decoder.embed(&mut r, count, false),
             Some(layer) => {

@@ -160,7 +160,6 @@ impl Stepper<'_> {
         }
         let _span = tracing::debug_span!("attend", layer).entered();
         let arrived = self.take_arrived(layer)?;
-        let blocks = self.write_contexts(rows)?;
         let (count, top_k) = (rows.len(), self.spec().top_k);
         let replicated = self.is_replicated(&rows[0]);
         let spread = self.spreads() && !replicated;
@@ -168,6 +167,7 @@ impl Stepper<'_> {
         let homes = homes.collect::<Result<Vec<_>, EngineError>>()?;
         let decoder = &*self.decoder;
         let mut r = decoder.record();
+        let blocks = self.write_contexts(&mut r, rows)?;
         if layer == 0 {
             decoder.embed(&mut r, count, false);
         }

@@ -4,19 +4,20 @@ use super::super::sequence::Sampled;
 use super::super::worker::Captured;
 use super::{Outcome, Row, Stepper, rows_of, words};
 use crate::EngineError;
+use crate::gpu::Recording;
 use crate::sampling::{Logprobs, Sampling};
 use exflow_shaders::params::Draw;
 
 impl Stepper<'_> {
     /// Head and choice for the rows that end a prompt or are decoded.
     pub(crate) fn sample(&mut self, rows: &[Row]) -> Result<Outcome, EngineError> {
-        let heads = self.head_rows(rows)?;
+        let decoder = &*self.decoder;
+        let mut r = decoder.record();
+        let heads = self.head_rows(&mut r, rows)?;
         if heads.is_empty() {
             return Ok(Outcome::default());
         }
         let wants_logits = self.reads_logits(rows)?;
-        let decoder = &*self.decoder;
-        let mut r = decoder.record();
         decoder.head(&mut r, heads.len(), rows.len());
         r.read::<u32>(&decoder.scratch.sampled, 0, heads.len());
         let read = if wants_logits { decoder.read_logits(&mut r, heads.len()) } else { 0 };
@@ -28,7 +29,7 @@ impl Stepper<'_> {
 
     /// Uploads which rows the head is asked for, each sequence's last or all where logits are captured, and how their
     /// tokens are drawn.
-    pub(super) fn head_rows(&self, rows: &[Row]) -> Result<Vec<u32>, EngineError> {
+    pub(super) fn head_rows(&self, r: &mut Recording<'_>, rows: &[Row]) -> Result<Vec<u32>, EngineError> {
         let (mut heads, mut draws) = (Vec::new(), Vec::new());
         for (t, row) in rows.iter().enumerate().filter(|(_, row)| !self.is_copy(row)) {
             let sequence = self.sequence(row.sequence)?;
@@ -40,11 +41,11 @@ impl Stepper<'_> {
                 draws.push(if drawn { sampling.draw(row.position + 1) } else { Draw::default() });
             }
         }
-        let (gpu, s) = (&self.decoder.gpu, &self.decoder.scratch);
-        gpu.hold(&s.head_rows, &heads);
+        let s = &self.decoder.scratch;
+        r.hold(&s.head_rows, &heads);
         s.has_draws.set(draws.iter().any(|draw| draw.scale > 0.0));
         if s.has_draws.get() {
-            gpu.write(&s.draws, 0, &draws);
+            r.write(&s.draws, 0, &draws);
         }
         Ok(heads)
     }
