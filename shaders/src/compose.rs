@@ -81,7 +81,7 @@ fn compose(kernel: Kernel, variant: Variant) -> Result<String, ComposeError> {
     Ok(compiled.syntax.to_string())
 }
 
-fn flags(variant: Variant) -> [(&'static str, bool); 31] {
+fn flags(variant: Variant) -> [(&'static str, bool); 32] {
     [
         ("one", variant.tile == RowTile::One),
         ("tile2", variant.tile == RowTile::Two),
@@ -96,6 +96,7 @@ fn flags(variant: Variant) -> [(&'static str, bool); 31] {
         ("turn2", variant.turn4() == 2),
         ("turn4", variant.turn4() == 4),
         ("turn8", variant.turn4() == 8),
+        ("halves", 4 * variant.turn4() < variant.weights.per_unit()),
         ("image", variant.image),
         ("subgroup", variant.subgroup),
         ("dot", variant.rows != Rows::F32),

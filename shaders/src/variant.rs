@@ -311,9 +311,14 @@ impl Variant {
     }
 
     /// vec4s of k that a turn of a matrix kernel's loop takes: what lanes load at once, whole units, and a whole block
-    /// where it shares a scale.
+    /// where it shares a scale; of four rows and more half a block, as the loop's code, 36 KB of four rows, is else more than a CPU's
+    /// cache of instructions holds.
     pub(crate) fn turn4(&self) -> usize {
         let parts = if self.subgroup { 8usize.div_ceil(self.tile_rows()) } else { 1 };
-        if self.weights.has_scales() { WEIGHT_BLOCK / 4 } else { parts.max(self.weights.per_unit() / 4) }
+        match self.weights.has_scales() {
+            true if self.tile_rows() >= 4 => WEIGHT_BLOCK / 8,
+            true => WEIGHT_BLOCK / 4,
+            false => parts.max(self.weights.per_unit() / 4),
+        }
     }
 }

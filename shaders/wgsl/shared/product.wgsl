@@ -57,7 +57,10 @@ fn add_vec4(sums: ptr<function, Sums>, held: ptr<function, Held>, lane: From, k:
         let unit = (k + i) / UNIT4;
         for (var c = 0u; c < COLUMNS; c++) {
             for (var j = 0u; j < 4u; j++) {
-                (*held).units[c][j] = unit_at(lane_from.columns[c] + (4u * unit + j) * lane_from.steps[c]);
+                var found = unit_at(lane_from.columns[c] + (4u * unit + j) * lane_from.steps[c]);
+                // Of a unit that takes two turns the second half stands where the first one does.
+                @if(halves) found = select(found, found.zwzw, k % UNIT4 != 0u);
+                (*held).units[c][j] = found;
             }
         }
     }
@@ -140,7 +143,7 @@ fn add_all(
                     }
                 }
                 turn(sums, &held, from_where, k, k4, rows);
-                k += BLOCK4;
+                k += TURN4;
                 if k >= last {
                     break;
                 }
