@@ -285,8 +285,9 @@ pub fn texts() -> impl Iterator<Item = &'static str> {
 }
 
 /// Texts that kernels import, by name under `shared/`.
-pub(crate) const SHARED: [(&str, &str); 11] = [
+pub(crate) const SHARED: [(&str, &str); 12] = [
     ("weight", include_str!("../wgsl/shared/weight.wgsl")),
+    ("texel", include_str!("../wgsl/shared/texel.wgsl")),
     ("matrix", include_str!("../wgsl/shared/matrix.wgsl")),
     ("cached", include_str!("../wgsl/shared/cached.wgsl")),
     ("product", include_str!("../wgsl/shared/product.wgsl")),

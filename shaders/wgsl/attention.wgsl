@@ -5,7 +5,8 @@
 //
 // Query heads share key heads in groups. Values may be a part of the keys (a latent), a context may be cut to a
 // window, and a head may have a sink: a score that takes weight and gives no value.
-import package::shared::cached::{Cached, cached_column, cached_row, cached_texel};
+import package::shared::cached::{Cached, cached_column, cached_row};
+import package::shared::texel::texel_of;
 import package::shared::split::{SPLIT, add_denominator, add_values, shares};
 
 struct Params {
@@ -52,9 +53,9 @@ const BLOCK: u32 = 16u;  // positions per cache block
 @else const COLUMNS: u32 = 2u;                        // or 256 by 32 lanes
 
 fn element(i: u32) -> Cached {
-    @if(image && kv16) return textureLoad(cache, cached_texel(i)).xy;
-    @elif(image && kv8) return textureLoad(cache, cached_texel(i)).x;
-    @elif(image) return bitcast<vec4<f32>>(textureLoad(cache, cached_texel(i)));
+    @if(image && kv16) return textureLoad(cache, texel_of(i)).xy;
+    @elif(image && kv8) return textureLoad(cache, texel_of(i)).x;
+    @elif(image) return bitcast<vec4<f32>>(textureLoad(cache, texel_of(i)));
     @else return cache[i];
 }
 

@@ -7,7 +7,8 @@ import package::shared::weight::{column_start, column_step};
 @if(coop) import package::shared::cooperative::{Lane, TILE_COLUMNS4, block_at, product, product_at, starts};
 @elif(dot) import package::shared::dot::product;
 @else import package::shared::product::product; // binding 1: x [T, x_stride/4], binding 2: w [heads, N, ..]
-import package::shared::cached::{Cached, cached_column, cached_row, cached_texel, narrowed};
+import package::shared::cached::{Cached, cached_column, cached_row, narrowed};
+import package::shared::texel::texel_of;
 
 struct Params {
     rows: u32,          // T
@@ -54,8 +55,8 @@ fn column_of(group: u32, lane: u32, c: u32) -> u32 {
 }
 
 @if(keeps) fn put(i: u32, value: Cached) {
-    @if(image && kv16) textureStore(cache, cached_texel(i), vec4<u32>(value, 0u, 0u));
-    @elif(image) textureStore(cache, cached_texel(i), bitcast<vec4<u32>>(value));
+    @if(image && kv16) textureStore(cache, texel_of(i), vec4<u32>(value, 0u, 0u));
+    @elif(image) textureStore(cache, texel_of(i), bitcast<vec4<u32>>(value));
     @else cache[i] = value;
 }
 

@@ -2,7 +2,8 @@
 // queries and keys, and keys and values into the paged cache, rounded to its type. One workgroup a (row, part): a part is
 // a head, or all heads of a kind where they are normed as one; parts of queries come first, then those of keys, then
 // those of values. With no heads of queries and keys a part is a whole row of the cache, which is only written.
-import package::shared::cached::{Cached, cached_column, cached_row, cached_texel, narrowed, step_of, steps};
+import package::shared::cached::{Cached, cached_column, cached_row, narrowed, step_of, steps};
+import package::shared::texel::texel_of;
 import package::shared::row::{LANES, PER_LANE, STRETCHES, Stretches, total};
 
 struct Params {
@@ -38,9 +39,9 @@ struct Params {
 @else @group(0) @binding(6) var<storage, read_write> cache: array<Cached>;
 
 fn put(i: u32, value: Cached) {
-    @if(image && kv16) textureStore(cache, cached_texel(i), vec4<u32>(value, 0u, 0u));
-    @elif(image && kv8) textureStore(cache, cached_texel(i), vec4<u32>(value));
-    @elif(image) textureStore(cache, cached_texel(i), bitcast<vec4<u32>>(value));
+    @if(image && kv16) textureStore(cache, texel_of(i), vec4<u32>(value, 0u, 0u));
+    @elif(image && kv8) textureStore(cache, texel_of(i), vec4<u32>(value));
+    @elif(image) textureStore(cache, texel_of(i), bitcast<vec4<u32>>(value));
     @else cache[i] = value;
 }
 

@@ -3,6 +3,7 @@
 // token is all there is, its pairs are sorted and cut into tiles too, as expert_permute.wgsl does it for more.
 import package::shared::row::{LANES, spread, x}; // binding 7: x [.., H/4], the residual stream
 import package::shared::pair::{Pair, Tile};
+import package::shared::texel::texel_of;
 
 struct Params {
     width: u32,          // H; columns beyond it are 0 in x and in the norm's weight
@@ -45,7 +46,7 @@ var<workgroup> scores: array<f32, 1024>;
 var<workgroup> choice: array<f32, 1024>;
 
 fn constant(i: u32) -> vec4<f32> {
-    @if(image) return bitcast<vec4<f32>>(textureLoad(constants, vec2<u32>(i & 0x3fffu, i >> 14u)));
+    @if(image) return bitcast<vec4<f32>>(textureLoad(constants, texel_of(i)));
     @else return constants[i];
 }
 

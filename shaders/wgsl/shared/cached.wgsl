@@ -1,6 +1,6 @@
 // Keys and values as the cache holds them: f32, f16 in pairs, or 8 bits, of which 32 columns share a scale. A row's
 // scales, f32 words with eight bits of mantissa, stand behind its values. Rounding what was rounded changes nothing.
-// The cache is a buffer, or (`image`) a texture whose rows hold 2^14 of them, as matrices are (`shared/matrix.wgsl`).
+// The cache is a buffer, or (`image`) a texture, as matrices are (`shared/matrix.wgsl`).
 @if(kv16) alias Cached = vec2<u32>;
 @elif(kv8) alias Cached = u32;
 @else alias Cached = vec4<f32>;
@@ -31,11 +31,6 @@ fn cached_column(column: u32, part4: u32) -> u32 {
 @if(kv16) const LINE: u32 = 8u;
 @elif(kv8) const LINE: u32 = 16u;
 @else const LINE: u32 = 4u;
-
-// Where element `i` of the cache is in a texture.
-fn cached_texel(i: u32) -> vec2<u32> {
-    return vec2<u32>(i & 0x3fffu, i >> 14u);
-}
 
 // Four values as the cache holds them.
 @if(kv16) fn narrowed(value: vec4<f32>) -> Cached {
