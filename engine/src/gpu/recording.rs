@@ -188,14 +188,15 @@ impl<'g> Recording<'g> {
     /// Whether the last submission did the same here: then it is here already.
     fn repeats(&mut self, is_same: impl FnOnce(&Command) -> bool) -> bool {
         let commands = &mut self.ahead.last.commands;
-        if !self.differs && commands.get(self.same).is_some_and(is_same) {
+        if self.differs {
+            return false;
+        }
+        if commands.get(self.same).is_some_and(is_same) {
             self.same += 1;
             return true;
         }
-        if !self.differs {
-            commands.truncate(self.same);
-            self.differs = true;
-        }
+        commands.truncate(self.same);
+        self.differs = true;
         false
     }
 

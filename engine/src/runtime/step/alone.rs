@@ -82,29 +82,38 @@ impl Stepper<'_> {
     /// Submits `most` steps behind those, as one, before it is known what they sample; fewer where more is unknown of a step than ids
     /// that stay on the device.
     pub(crate) fn submit_next(&mut self, to: &mut Submitted, most: usize) -> Result<(), EngineError> {
+        // Nothing is recorded where nothing follows: what was encoded ahead waits for the next step by itself.
+        let mut following = self.following(to.steps.back())?;
+        if following.is_none() {
+            return Ok(());
+        }
         let mut r = self.decoder.record();
         let mut steps: Vec<Step> = Vec::with_capacity(most);
-        while steps.len() < most {
-            let Some(last) = steps.last().or(to.steps.back()) else { break };
-            let all_sampled = last.heads.len() == last.rows.len() && last.logits == 0 && !last.routes;
-            if !all_sampled || !last.rows.iter().all(|row| self.sequences.goes_on(row.sequence, row.position))
-            {
-                break;
-            }
-            let next = |row: &Row| {
-                let position = row.position + 1;
-                Ok(Row::new(row.sequence, position, self.sequence(row.sequence)?.edition_at(position)))
-            };
-            let rows: Vec<Row> = last.rows.iter().map(next).collect::<Result<_, EngineError>>()?;
+        while let Some(rows) = following.take() {
             // Ids in their place are not looked at.
             let positions: Vec<[u32; 2]> = rows.iter().map(|row| [0, row.position]).collect();
             r.write(&self.decoder.scratch.tokens, 0, &positions);
             steps.push(self.record_step(&mut r, rows, true)?);
+            if steps.len() < most {
+                following = self.following(steps.last())?;
+            }
         }
-        if !steps.is_empty() {
-            to.add(steps, r.submit()?.later());
-        }
+        to.add(steps, r.submit()?.later());
         Ok(())
+    }
+
+    /// The rows of the step behind one, where all that is unknown of them are ids that it leaves on the device.
+    fn following(&self, last: Option<&Step>) -> Result<Option<Vec<Row>>, EngineError> {
+        let goes_on = |row: &Row| self.sequences.goes_on(row.sequence, row.position);
+        let all_sampled = |of: &&Step| of.heads.len() == of.rows.len() && of.logits == 0 && !of.routes;
+        let Some(last) = last.filter(all_sampled).filter(|of| of.rows.iter().all(goes_on)) else {
+            return Ok(None);
+        };
+        let next = |row: &Row| {
+            let position = row.position + 1;
+            Ok(Row::new(row.sequence, position, self.sequence(row.sequence)?.edition_at(position)))
+        };
+        last.rows.iter().map(next).collect::<Result<_, EngineError>>().map(Some)
     }
 
     /// Records a step whose tokens were uploaded, or are the ones that the step before it samples.
