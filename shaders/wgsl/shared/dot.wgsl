@@ -77,8 +77,8 @@ fn add_word(held: ptr<function, Held>, matrix: Matrix, k: u32, i: u32) {
     if i % UNIT4 == 0u {
         var lane = matrix;
         let unit = (k + i) / UNIT4;
-        for (var c = 0u; c < COLUMNS; c++) {
-            for (var j = 0u; j < 4u; j++) {
+        for (var j = 0u; j < 4u; j++) {
+            for (var c = 0u; c < COLUMNS; c++) {
                 (*held).units[c][j] = unit_at(lane.columns[c] + (4u * unit + j) * lane.steps[c]);
             }
         }
@@ -162,8 +162,8 @@ fn product(
         // One unit holds the scales of eight blocks.
         var eight: array<array<Unit, 4>, COLUMNS>;
         let unit = units + k / (8u * BLOCK4);
-        for (var c = 0u; c < COLUMNS; c++) {
-            for (var j = 0u; j < 4u; j++) {
+        for (var j = 0u; j < 4u; j++) {
+            for (var c = 0u; c < COLUMNS; c++) {
                 eight[c][j] = unit_at(matrix.columns[c] + (4u * unit + j) * matrix.steps[c]);
             }
         }

@@ -55,8 +55,9 @@ fn add_vec4(sums: ptr<function, Sums>, held: ptr<function, Held>, lane: From, k:
     }
     if i % UNIT4 == 0u {
         let unit = (k + i) / UNIT4;
-        for (var c = 0u; c < COLUMNS; c++) {
-            for (var j = 0u; j < 4u; j++) {
+        // Column by column, so that the first loads of each, which a CPU did not fetch ahead, do not wait for each other.
+        for (var j = 0u; j < 4u; j++) {
+            for (var c = 0u; c < COLUMNS; c++) {
                 var found = unit_at(lane_from.columns[c] + (4u * unit + j) * lane_from.steps[c]);
                 // Of a unit that takes two turns the second half stands where the first one does.
                 @if(halves) found = select(found, found.zwzw, k % UNIT4 != 0u);
@@ -130,8 +131,8 @@ fn add_all(
             // One unit holds the scales of eight blocks.
             var eight: Units;
             let unit = units + k / (8u * BLOCK4);
-            for (var c = 0u; c < COLUMNS; c++) {
-                for (var j = 0u; j < 4u; j++) {
+            for (var j = 0u; j < 4u; j++) {
+                for (var c = 0u; c < COLUMNS; c++) {
                     eight[c][j] = unit_at(lane_from.columns[c] + (4u * unit + j) * lane_from.steps[c]);
                 }
             }
