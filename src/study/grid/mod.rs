@@ -1,6 +1,7 @@
 //! One cell of the grid of `exflow bench strategies`: all settings of one model, world size, link and number of
 //! sequences, interleaved, that must all say the same.
 
+mod auto;
 mod inputs;
 mod row;
 mod turns;
@@ -13,8 +14,9 @@ pub use row::{BesideBest, ClassBytes, GridRow};
 pub use turns::{ALONE, decode_rate};
 pub(super) use turns::{median, of_mean_time, quantile};
 
-use super::planning::{TURNS, trials_of};
-use super::{Candidate, Planner, Ranked, StudyError, ways};
+use super::planning::TURNS;
+use super::{Candidate, StudyError, ways};
+use auto::Auto;
 use exflow_engine::plan::Prediction;
 use exflow_engine::{Cluster, ClusterOptions, Progress, Request, RoutingTrace, Schedule, Strategy};
 use turns::{Entry, Runs, Turns};
@@ -40,13 +42,7 @@ pub struct Cell {
 /// The clusters of a cell's settings, which serve every number of sequences.
 pub struct Grid {
     clusters: Vec<(Candidate, Cluster)>,
-    planner: Option<Auto>,
-}
-
-/// The planner with a cluster of its own, which runs as it picks.
-struct Auto {
-    planner: Planner,
-    cluster: Cluster,
+    auto: Option<Auto>,
 }
 
 impl Grid {
@@ -70,8 +66,7 @@ impl Grid {
             Ok(cluster)
         };
         let ways = ways(&settings);
-        let mut trials: Vec<_> = sequences.iter().map(|&n| trials_of(ways.clone(), n)).collect();
-        let (mut clusters, mut planner) = (Vec::new(), None);
+        let (mut clusters, mut auto) = (Vec::new(), None);
         for some in settings.chunks(settings.len().div_ceil(TURNS).max(1)) {
             for setting in some {
                 clusters.push((setting.clone(), warm(setting.options(options))?));
@@ -79,49 +74,48 @@ impl Grid {
             if let Some(routes) = routes.take().filter(|_| options.ranks > 1) {
                 let mut options = options.clone();
                 (options.strategy, options.schedule) = (Strategy::Coherent, Schedule::Rounds);
-                let mut cluster = warm(options)?;
-                planner = Some(Auto { planner: Planner::measure(&mut cluster, routes)?, cluster });
+                auto = Some(Auto::new(warm(options)?, routes, &ways, sequences)?);
             }
-            if let Some(auto) = &mut planner {
-                trials.iter_mut().try_for_each(|trials| trials.turn(&mut auto.cluster))?;
-            }
+            auto.as_mut().map_or(Ok(()), Auto::turn)?;
         }
-        if let Some(Auto { planner, cluster }) = &mut planner {
-            trials.into_iter().try_for_each(|trials| planner.learn(cluster, trials))?;
-        }
-        Ok(Self { clusters, planner })
+        auto.as_mut().map_or(Ok(()), Auto::learn)?;
+        Ok(Self { clusters, auto })
     }
 
-    /// Measures all settings in turn, again and again.
+    /// Measures all settings in turn, again and again, and predicts them each time before: the planner tries the ways once
+    /// more then, as a machine's mood may be another one than a minute ago.
     ///
     /// # Errors
     /// [`StudyError::Differ`] where a run says something else than the first one.
     pub fn measure(&mut self, cell: &Cell, prompts: &[Vec<u32>]) -> Result<Vec<GridRow>, StudyError> {
-        let settings: Vec<Candidate> = self.clusters.iter().map(|(setting, _)| setting.clone()).collect();
-        let predict = |auto: &Auto, setting: &Candidate| auto.planner.predict(setting, cell.sequences);
-        let predicted: Vec<Option<Prediction>> =
-            settings.iter().map(|s| self.planner.as_ref().map(|auto| predict(auto, s))).collect();
-        let mut entries: Vec<Entry<'_>> = Vec::new();
-        for ((setting, cluster), predicted) in self.clusters.iter_mut().zip(predicted) {
-            entries.push(Entry { setting: setting.clone(), auto: false, cluster, predicted });
-        }
-        if let Some(Auto { planner, cluster }) = &mut self.planner {
-            let offered: Vec<Candidate> = settings.into_iter().filter(Candidate::may_be_picked).collect();
-            let mut ranked = planner.rank(&offered, cell.sequences);
-            planner.confirm(cluster, &mut ranked, cell.sequences)?;
-            if let Some(Ranked { candidate, prediction, .. }) = ranked.into_iter().next() {
-                candidate.apply(cluster)?;
-                cluster.generate(&requests(prompts, WARM_UP), &mut |_| {})?;
-                entries.push(Entry { setting: candidate, auto: true, cluster, predicted: Some(prediction) });
-            }
+        let fixed = self.clusters.iter_mut();
+        let mut entries: Vec<Entry<'_>> =
+            fixed.map(|(setting, cluster)| Entry::new(setting.clone(), false, cluster)).collect();
+        let mut outlook = None;
+        if let Some(auto) = &mut self.auto {
+            let settings = entries.iter().map(|entry| &entry.setting);
+            let offered: Vec<Candidate> = settings.filter(|one| one.may_be_picked()).cloned().collect();
+            let (of_all, picked) = auto.pick(&offered, cell.sequences, prompts)?;
+            outlook = Some(of_all);
+            entries.extend(picked);
         }
         let mut turns = Turns::new(cell, prompts);
         let mut runs: Vec<Runs> = entries.iter().map(|_| Runs::default()).collect();
+        let mut predicted: Vec<Prediction> = Vec::new();
         let repeats = cell.repeats.max(1);
         for repeat in 0..repeats {
+            if let Some(outlook) = &mut outlook {
+                if repeat > 0
+                    && let Some(picked) = entries.last_mut().filter(|entry| entry.auto)
+                {
+                    outlook.try_again(picked, prompts)?;
+                }
+                predicted = entries.iter().map(|entry| outlook.predict(&entry.setting)).collect();
+            }
             for place in 0..entries.len() {
                 let index = turns::turn(place, repeat, repeats, entries.len());
                 if !runs[index].suffice() {
+                    entries[index].predicted.extend(predicted.get(index));
                     let rate = turns.take(&mut entries[index], &mut runs[index])?;
                     runs[index].rates.push(rate);
                 }

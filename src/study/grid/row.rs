@@ -52,7 +52,7 @@ pub struct GridRow {
     pub tokens_per_s: f64,
     /// Lowest and highest of the runs.
     pub tokens_per_s_range: (f64, f64),
-    /// What was predicted before the run; none where nothing was.
+    /// What was predicted before the runs, the median; none where nothing was.
     pub predicted_tokens_per_s: Option<f64>,
     /// Where a token's time was predicted to go.
     pub predicted_parts: Option<Parts>,
@@ -116,6 +116,7 @@ impl Runs {
     /// The line of the result.
     pub(super) fn row(mut self, cell: &Cell, entry: &Entry<'_>) -> GridRow {
         let (setting, ranks) = (&entry.setting, entry.cluster.options().ranks);
+        let predicted = entry.predicted();
         let range = self.rates.iter().fold((f64::INFINITY, 0.0_f64), |(a, b), r| (a.min(*r), b.max(*r)));
         let stats = self.stats.as_ref();
         let of = |figure: fn(&RunStats) -> f64| stats.map_or(0.0, figure);
@@ -132,8 +133,8 @@ impl Runs {
                 true => format!("{} {}", setting.strategy, setting.table),
                 false => setting.table.clone(),
             },
-            predicted_tokens_per_s: entry.predicted.map(|p| p.tokens_per_s),
-            predicted_parts: entry.predicted.map(|p| p.parts),
+            predicted_tokens_per_s: predicted.map(|p| p.tokens_per_s),
+            predicted_parts: predicted.map(|p| p.parts),
             ttft_ms: 1e3 * mean(&self.ttft),
             second_token_ms: 1e3 * mean(&self.seconds),
             exchanges_per_layer: of(|s| s.exchanges_per_layer),

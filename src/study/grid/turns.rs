@@ -13,19 +13,31 @@ const LONG_RUNS: Duration = Duration::from_secs(6);
 /// Prompts that a lone sequence is measured with, one after the other.
 pub const ALONE: usize = 8;
 /// So long the planner's pick and the best fixed setting take turns, and once per repeat at least.
-const PAIRS: Duration = Duration::from_secs(18);
+const PAIRS: Duration = Duration::from_secs(15);
 /// The same where both are one setting: what comes out is the machine's mood.
-const PAIRS_OF_ONE: Duration = Duration::from_secs(8);
+const PAIRS_OF_ONE: Duration = Duration::from_secs(6);
 
 /// One setting of a cell while it is measured.
 pub(super) struct Entry<'a> {
     pub(super) setting: Candidate,
     pub(super) auto: bool,
     pub(super) cluster: &'a mut Cluster,
-    pub(super) predicted: Option<Prediction>,
+    /// Before each of its runs.
+    pub(super) predicted: Vec<Prediction>,
 }
 
-impl Entry<'_> {
+impl<'a> Entry<'a> {
+    pub(super) fn new(setting: Candidate, auto: bool, cluster: &'a mut Cluster) -> Self {
+        Self { setting, auto, cluster, predicted: Vec::new() }
+    }
+
+    /// The prediction in the middle of those before its runs, as the rate is the median of the runs.
+    pub(super) fn predicted(&self) -> Option<Prediction> {
+        let mut all = self.predicted.clone();
+        all.sort_by(|a, b| a.tokens_per_s.total_cmp(&b.tokens_per_s));
+        all.get(all.len().saturating_sub(1) / 2).copied()
+    }
+
     /// Of vanilla in rounds over a shaped link: two one-way latencies per MoE layer and what the busiest rank computed.
     pub(super) fn floor(&self, cell: &Cell, stats: &RunStats) -> Option<f64> {
         let latency = self.cluster.options().link?.latency.as_secs_f64();

@@ -100,27 +100,26 @@ impl Planner {
     pub fn try_out(
         &mut self,
         cluster: &mut Cluster,
-        ways: &[(Strategy, Schedule)],
+        ways: &[Way],
         sequences: usize,
     ) -> Result<(), StudyError> {
-        self.learn(cluster, trials_of(ways.to_vec(), sequences))
+        let rates = trials_of(ways.to_vec(), sequences).rates(cluster)?;
+        self.learn(cluster.placement(), sequences, rates);
+        Ok(())
     }
 
-    /// The same from trials of which some turns are over.
-    pub(super) fn learn(
-        &mut self,
-        cluster: &mut Cluster,
-        trials: Trials<(Strategy, Schedule)>,
-    ) -> Result<(), StudyError> {
-        let (table, sequences) = (cluster.placement().clone(), trials.sequences());
-        for ((strategy, schedule), rate) in trials.rates(cluster)? {
+    /// The same from what trials with a table came to. What was learnt of the same ways and sequences before is forgotten.
+    pub(super) fn learn(&mut self, table: &PlacementTable, sequences: usize, rates: Vec<(Way, f64)>) {
+        for ((strategy, schedule), rate) in rates {
             let (combine, groups) = (self.combine, &self.groups[..]);
-            let setting = Setting { strategy, schedule, combine, table: &table, groups };
+            let setting = Setting { strategy, schedule, combine, table, groups };
             let work = Workload { routes: &self.routes, sequences };
             let load = Load::of(&self.measured, &self.shape, work, setting, rate);
+            let other =
+                |one: &Load| (one.strategy, one.schedule, one.sequences) != (strategy, schedule, sequences);
+            self.measured.loads.retain(other);
             self.measured.loads.push(load);
         }
-        Ok(())
     }
 
     /// What a candidate will do with so many sequences.
@@ -173,8 +172,11 @@ impl Planner {
     }
 }
 
+/// A strategy with a schedule.
+pub(super) type Way = (Strategy, Schedule);
+
 /// Trials of ways with the table that the cluster has.
-pub(super) fn trials_of(ways: Vec<(Strategy, Schedule)>, sequences: usize) -> Trials<(Strategy, Schedule)> {
+pub(super) fn trials_of(ways: Vec<Way>, sequences: usize) -> Trials<Way> {
     Trials::new(ways, sequences, |way, cluster| cluster.change(way.0, way.1, None))
 }
 

@@ -31,7 +31,7 @@ pub(in crate::study) struct Trials<W> {
 
 type Change<W> = fn(&W, &mut Cluster) -> Result<(), EngineError>;
 
-impl<W> Trials<W> {
+impl<W: Clone> Trials<W> {
     pub(in crate::study) fn new(ways: Vec<W>, sequences: usize, change: Change<W>) -> Self {
         let taken = ways.iter().map(|_| Vec::new()).collect();
         Self { ways, sequences, change, taken, turns: 0 }
@@ -41,12 +41,9 @@ impl<W> Trials<W> {
         self.sequences
     }
 
-    /// A turn of each way; nothing once all have had theirs. The further apart turns are, the fewer of them fall into one
-    /// mood of the machine. The cluster is left in any of the ways.
+    /// A turn of each way. The further apart turns are, the fewer of them fall into one mood of the machine. The cluster is
+    /// left in any of the ways.
     pub(in crate::study) fn turn(&mut self, cluster: &mut Cluster) -> Result<(), StudyError> {
-        if self.turns == TURNS {
-            return Ok(());
-        }
         let prompts = grid::trial_prompts(cluster, self.sequences.max(2))?;
         for place in 0..self.ways.len() {
             let which = (place + self.turns) % self.ways.len();
@@ -60,15 +57,24 @@ impl<W> Trials<W> {
     }
 
     /// Takes the turns that are left; each way with its tokens per second.
-    pub(in crate::study) fn rates(mut self, cluster: &mut Cluster) -> Result<Vec<(W, f64)>, StudyError> {
+    pub(in crate::study) fn rates(&mut self, cluster: &mut Cluster) -> Result<Vec<(W, f64)>, StudyError> {
         while self.turns < TURNS {
             self.turn(cluster)?;
         }
-        let of_turns = |trials: Vec<Trial>| {
+        let of_turns = |trials: &Vec<Trial>| {
             let mut rates: Vec<f64> = trials.iter().map(|trial| trial.tokens_per_s).collect();
             median(&mut rates)
         };
-        Ok(self.ways.into_iter().zip(self.taken.into_iter().map(of_turns)).collect())
+        Ok(self.each(of_turns))
+    }
+
+    /// Each way with its tokens per second in its latest turn.
+    pub(in crate::study) fn latest(&self) -> Vec<(W, f64)> {
+        self.each(|trials| trials.last().map_or(0.0, |trial| trial.tokens_per_s))
+    }
+
+    fn each(&self, rate: impl Fn(&Vec<Trial>) -> f64) -> Vec<(W, f64)> {
+        self.ways.iter().cloned().zip(self.taken.iter().map(rate)).collect()
     }
 }
 

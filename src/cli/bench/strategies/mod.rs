@@ -63,7 +63,7 @@ pub(crate) struct Args {
     /// one by one
     #[arg(long, conflicts_with_all = ["strategies", "schedules", "tables", "lingers"])]
     ablations: bool,
-    /// A grid of a minute: the bundled model, 4 ranks, 8 sequences, wan and local, two runs
+    /// A grid of a few minutes: the bundled model, 4 ranks, 8 sequences, wan and local, two runs
     #[arg(long)]
     quick: bool,
     /// How the result is written
