@@ -1,7 +1,7 @@
 //! What a setting of the grid did: one line of the result.
 
 use super::Cell;
-use super::turns::{Entry, Runs, median, quantile};
+use super::turns::{Entry, Runs, median, middle, quantile};
 use exflow_engine::plan::Parts;
 use exflow_engine::{BytesByClass, Linger, RunStats, Schedule, TokenTime};
 use serde::{Deserialize, Serialize};
@@ -116,7 +116,7 @@ impl Runs {
     /// The line of the result.
     pub(super) fn row(mut self, cell: &Cell, entry: &Entry<'_>) -> GridRow {
         let (setting, ranks) = (&entry.setting, entry.cluster.options().ranks);
-        let predicted = entry.predicted();
+        let predicted = middle(&entry.predicted);
         let range = self.rates.iter().fold((f64::INFINITY, 0.0_f64), |(a, b), r| (a.min(*r), b.max(*r)));
         let stats = self.stats.as_ref();
         let of = |figure: fn(&RunStats) -> f64| stats.map_or(0.0, figure);

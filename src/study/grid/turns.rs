@@ -31,13 +31,6 @@ impl<'a> Entry<'a> {
         Self { setting, auto, cluster, predicted: Vec::new() }
     }
 
-    /// The prediction in the middle of those before its runs, as the rate is the median of the runs.
-    pub(super) fn predicted(&self) -> Option<Prediction> {
-        let mut all = self.predicted.clone();
-        all.sort_by(|a, b| a.tokens_per_s.total_cmp(&b.tokens_per_s));
-        all.get(all.len().saturating_sub(1) / 2).copied()
-    }
-
     /// Of vanilla in rounds over a shaped link: two one-way latencies per MoE layer and what the busiest rank computed.
     pub(super) fn floor(&self, cell: &Cell, stats: &RunStats) -> Option<f64> {
         let latency = self.cluster.options().link?.latency.as_secs_f64();
@@ -47,6 +40,16 @@ impl<'a> Entry<'a> {
             cell.sequences as f64 / (2.0 * layers * latency + stats.compute_ms_per_step / 1e3)
         })
     }
+}
+
+/// What the predictions before a setting's runs come to: tokens per second are their median, as the rate is that of the
+/// runs, and the rest is of the one in the middle.
+pub(super) fn middle(predicted: &[Prediction]) -> Option<Prediction> {
+    let mut all = predicted.to_vec();
+    all.sort_by(|a, b| a.tokens_per_s.total_cmp(&b.tokens_per_s));
+    let mut rates: Vec<f64> = all.iter().map(|one| one.tokens_per_s).collect();
+    let of_middle = all.get(all.len().saturating_sub(1) / 2)?;
+    Some(Prediction { tokens_per_s: median(&mut rates), ..*of_middle })
 }
 
 /// When each sequence's tokens appeared, seconds from the call.
@@ -270,6 +273,22 @@ mod tests {
             let lasts: std::collections::BTreeSet<_> = orders.iter().map(|o| o[entries - 1]).collect();
             assert!(lasts.len() >= entries.min(repeats).min(2), "{orders:?}");
         }
+    }
+
+    #[test]
+    fn predictions_come_to_their_median_as_rates_do() {
+        let of = |rates: &[f64]| {
+            let each = rates.iter().map(|&rate| Prediction {
+                tokens_per_s: rate,
+                ms_per_token: 1e3 / rate,
+                ..Prediction::default()
+            });
+            middle(&each.collect::<Vec<_>>())
+        };
+        assert_eq!(of(&[]), None);
+        let three = of(&[50.0, 20.0, 40.0]).expect("some");
+        assert_eq!((three.tokens_per_s, three.ms_per_token), (40.0, 25.0));
+        assert_eq!(of(&[80.0, 20.0]).expect("some").tokens_per_s, 40.0, "between both");
     }
 
     #[test]
