@@ -101,7 +101,7 @@ fn the_grid_of_strategies_holds_the_cells_that_were_asked_for() {
             _ => assert!((0.0..=2.0).contains(&waits), "{waits}"),
         }
     }
-    let few = ["--ablations", "--no-auto", "-n", "4", "-r", "1", "--time-limit", "100ms", "--format", "json"];
+    let few = ["--ablations", "--quick", "--no-auto", "-n", "4", "--time-limit", "100ms", "--format", "json"];
     let (out, _) = succeeded(&[&grid[..], &few].concat());
     let rows: Value = serde_json::from_str(&out).expect("JSON");
     let names: Vec<&str> =

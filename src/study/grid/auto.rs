@@ -1,104 +1,85 @@
-//! The planner of a cell, with a cluster of its own: what it predicts, and what it picks.
+//! The planner of a cell, with a cluster to try out in: what it predicts, and what it picks.
 
+use super::clusters::Clusters;
 use super::turns::Entry;
-use super::{WARM_UP, requests};
 use crate::study::planning::{Trials, Way, trials_of};
 use crate::study::{Candidate, Planner, StudyError};
+use exflow_engine::RoutingTrace;
 use exflow_engine::plan::Prediction;
-use exflow_engine::{Cluster, RoutingTrace};
 use exflow_placement::PlacementTable;
 
-/// The planner, and the cluster that tries out for it and then runs as it picks.
+/// The planner, and where it tries out; what it picks runs there as well.
 pub(super) struct Auto {
     planner: Planner,
-    cluster: Cluster,
+    /// The place of its cluster.
+    cluster: usize,
     /// Of each number of sequences, on the table that the cluster began with.
     trials: Vec<Trials<Way>>,
     table: PlacementTable,
+    turns: usize,
 }
 
 impl Auto {
-    /// Has the world of a cluster measure itself; `routes` are those of text like that to come.
+    /// Has the world of a cluster measure itself, which runs in rounds; `routes` are those of text like that to come. Each
+    /// way will have so many turns of trials.
     pub(super) fn new(
-        mut cluster: Cluster,
+        clusters: &mut Clusters<'_>,
+        cluster: usize,
         routes: RoutingTrace,
-        ways: &[Way],
-        sequences: &[usize],
+        (ways, sequences): (&[Way], &[usize]),
+        turns: usize,
     ) -> Result<Self, StudyError> {
         let trials = sequences.iter().map(|&n| trials_of(ways.to_vec(), n)).collect();
-        let table = cluster.placement().clone();
-        Ok(Self { planner: Planner::measure(&mut cluster, routes)?, cluster, trials, table })
+        let table = clusters.at(cluster).placement().clone();
+        let planner = Planner::measure(clusters.trying(cluster), routes)?.with_turns(turns);
+        Ok(Self { planner, cluster, trials, table, turns })
     }
 
     /// A turn of every trial.
-    pub(super) fn turn(&mut self) -> Result<(), StudyError> {
-        self.trials.iter_mut().try_for_each(|trials| trials.turn(&mut self.cluster))
+    pub(super) fn turn(&mut self, clusters: &mut Clusters<'_>) -> Result<(), StudyError> {
+        let cluster = clusters.trying(self.cluster);
+        self.trials.iter_mut().try_for_each(|trials| trials.turn(cluster))
     }
 
     /// Learns from the trials, once all their turns are over.
-    pub(super) fn learn(&mut self) -> Result<(), StudyError> {
+    pub(super) fn learn(&mut self, clusters: &mut Clusters<'_>) -> Result<(), StudyError> {
         for trials in &mut self.trials {
-            let rates = trials.rates(&mut self.cluster)?;
+            let rates = trials.rates(clusters.trying(self.cluster), self.turns)?;
             self.planner.learn(&self.table, trials.sequences(), rates);
         }
         Ok(())
     }
 
-    /// Picks one of those that are offered and has the cluster run so; what predicts it and the others.
+    /// Picks one of those that are offered.
     pub(super) fn pick(
         &mut self,
+        clusters: &mut Clusters<'_>,
         offered: &[Candidate],
         sequences: usize,
-        prompts: &[Vec<u32>],
-    ) -> Result<(Outlook<'_>, Option<Entry<'_>>), StudyError> {
-        let Self { planner, cluster, trials, table } = self;
-        let mut ranked = planner.rank(offered, sequences);
-        planner.confirm(cluster, &mut ranked, sequences)?;
-        let mut entry = None;
-        if let Some(best) = ranked.into_iter().next() {
-            let mut picked = Entry::new(best.candidate, true, cluster);
-            settle(&mut picked, prompts)?;
-            entry = Some(picked);
-        }
-        let trials = trials.iter_mut().find(|trials| trials.sequences() == sequences);
-        Ok((Outlook { planner, trials, table, sequences }, entry))
-    }
-}
-
-/// What predicts the settings of a cell.
-pub(super) struct Outlook<'a> {
-    planner: &'a mut Planner,
-    trials: Option<&'a mut Trials<Way>>,
-    table: &'a PlacementTable,
-    sequences: usize,
-}
-
-impl Outlook<'_> {
-    pub(super) fn predict(&self, setting: &Candidate) -> Prediction {
-        self.planner.predict(setting, self.sequences)
+    ) -> Result<Option<Entry>, StudyError> {
+        let mut ranked = self.planner.rank(offered, sequences);
+        self.planner.confirm(clusters.trying(self.cluster), &mut ranked, sequences)?;
+        Ok(ranked.into_iter().next().map(|best| Entry::new(best.candidate, true, self.cluster)))
     }
 
-    /// Tries the ways once more in the cluster of the planner's pick, which then runs as before; from now on predictions go
-    /// by this turn alone.
+    pub(super) fn predict(&self, setting: &Candidate, sequences: usize) -> Prediction {
+        self.planner.predict(setting, sequences)
+    }
+
+    /// Tries the ways once more; from now on predictions go by this turn alone.
     pub(super) fn try_again(
         &mut self,
-        picked: &mut Entry<'_>,
-        prompts: &[Vec<u32>],
+        clusters: &mut Clusters<'_>,
+        sequences: usize,
     ) -> Result<(), StudyError> {
-        if let Some(trials) = &mut self.trials {
-            let Candidate { strategy, schedule, .. } = picked.setting;
-            picked.cluster.change(strategy, schedule, Some(self.table.clone()))?;
-            trials.turn(picked.cluster)?;
-            self.planner.learn(self.table, self.sequences, trials.latest());
-            settle(picked, prompts)?;
+        let Self { planner, cluster, trials, table, .. } = self;
+        if let Some(trials) = trials.iter_mut().find(|trials| trials.sequences() == sequences) {
+            let cluster = clusters.trying(*cluster);
+            let options = cluster.options();
+            cluster.change(options.strategy, options.schedule, Some(table.clone()))?;
+            trials.turn(cluster)?;
+            planner.learn(table, sequences, trials.latest());
         }
         Ok(())
     }
-}
-
-/// Has the cluster run as picked, for a few tokens that are not measured.
-fn settle(picked: &mut Entry<'_>, prompts: &[Vec<u32>]) -> Result<(), StudyError> {
-    picked.setting.apply(picked.cluster)?;
-    picked.cluster.generate(&requests(prompts, WARM_UP), &mut |_| {})?;
-    Ok(())
 }

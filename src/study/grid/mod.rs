@@ -2,6 +2,7 @@
 //! sequences, interleaved, that must all say the same.
 
 mod auto;
+mod clusters;
 mod inputs;
 mod row;
 mod turns;
@@ -17,12 +18,11 @@ pub(super) use turns::{median, of_mean_time, quantile};
 use super::planning::TURNS;
 use super::{Candidate, StudyError, ways};
 use auto::Auto;
+use clusters::Clusters;
 use exflow_engine::plan::Prediction;
-use exflow_engine::{Cluster, ClusterOptions, Progress, Request, RoutingTrace, Schedule, Strategy};
+use exflow_engine::{ClusterOptions, Progress, Request, RoutingTrace, Schedule, Strategy};
+use std::time::Duration;
 use turns::{Entry, Runs, Turns};
-
-/// Tokens of the run that warms each cluster up; it is not measured.
-const WARM_UP: usize = 4;
 
 /// What a cell is about.
 #[derive(Debug, Clone)]
@@ -35,51 +35,75 @@ pub struct Cell {
     pub sequences: usize,
     /// Tokens to make of each prompt.
     pub tokens: usize,
+}
+
+/// How much time goes into a grid's figures.
+#[derive(Debug, Clone, Copy)]
+pub struct Effort {
     /// Measured runs of each setting; of one that is long at it, two.
     pub repeats: usize,
+    /// Turns that each way has in the planner's trials.
+    pub turns: usize,
+    /// So long the planner's pick and the best fixed setting take turns.
+    pub pairs: Duration,
+    /// One cluster runs as all settings by turns, where each could have one of its own: nothing but one has to start.
+    pub shared: bool,
+}
+
+impl Effort {
+    /// That of figures to be quoted.
+    pub fn full(repeats: usize) -> Self {
+        Self { repeats: repeats.max(1), turns: TURNS, pairs: Duration::from_secs(15), shared: false }
+    }
+
+    /// For a glance: of each figure one sample.
+    pub fn glance() -> Self {
+        Self { repeats: 1, turns: 1, pairs: Duration::from_secs(3), shared: true }
+    }
 }
 
 /// The clusters of a cell's settings, which serve every number of sequences.
-pub struct Grid {
-    clusters: Vec<(Candidate, Cluster)>,
+pub struct Grid<'a> {
+    clusters: Clusters<'a>,
+    /// Each setting with the place of its cluster.
+    fixed: Vec<(Candidate, usize)>,
     auto: Option<Auto>,
+    effort: Effort,
 }
 
-impl Grid {
+impl<'a> Grid<'a> {
     /// Starts a cluster per setting and warms it up; with `routes` also one that measures the world, from which every
     /// setting is predicted, and that then runs as the best of them. What it tries out, with each of the numbers of
     /// `sequences`, it does while the other clusters start, so that its turns lie apart.
     ///
     /// # Errors
-    /// What [`Cluster::start`] refuses.
+    /// What [`exflow_engine::Cluster::start`] refuses.
     pub fn start(
         options: &ClusterOptions,
         settings: Vec<Candidate>,
-        mut routes: Option<RoutingTrace>,
+        routes: Option<RoutingTrace>,
         sequences: &[usize],
-        prompts: &[Vec<u32>],
-        progress: &dyn Progress,
+        prompts: &'a [Vec<u32>],
+        (effort, progress): (Effort, &dyn Progress),
     ) -> Result<Self, StudyError> {
-        let warm = |options: ClusterOptions| -> Result<Cluster, StudyError> {
-            let mut cluster = Cluster::start(options, progress)?;
-            cluster.generate(&requests(prompts, WARM_UP), &mut |_| {})?;
-            Ok(cluster)
-        };
+        let mut clusters = Clusters::new(prompts, effort.shared);
         let ways = ways(&settings);
-        let (mut clusters, mut auto) = (Vec::new(), None);
-        for some in settings.chunks(settings.len().div_ceil(TURNS).max(1)) {
-            for setting in some {
-                clusters.push((setting.clone(), warm(setting.options(options))?));
-            }
-            if let Some(routes) = routes.take().filter(|_| options.ranks > 1) {
+        let mut routes = routes.filter(|_| options.ranks > 1);
+        let (mut fixed, mut auto) = (Vec::new(), None);
+        for some in settings.chunks(settings.len().div_ceil(effort.turns).max(1)) {
+            if let Some(routes) = routes.take() {
                 let mut options = options.clone();
                 (options.strategy, options.schedule) = (Strategy::Coherent, Schedule::Rounds);
-                auto = Some(Auto::new(warm(options)?, routes, &ways, sequences)?);
+                let cluster = clusters.start(options, progress)?;
+                auto = Some(Auto::new(&mut clusters, cluster, routes, (&ways, sequences), effort.turns)?);
             }
-            auto.as_mut().map_or(Ok(()), Auto::turn)?;
+            for setting in some {
+                fixed.push((setting.clone(), clusters.place_for(setting, options, progress)?));
+            }
+            auto.as_mut().map_or(Ok(()), |auto: &mut Auto| auto.turn(&mut clusters))?;
         }
-        auto.as_mut().map_or(Ok(()), Auto::learn)?;
-        Ok(Self { clusters, auto })
+        auto.as_mut().map_or(Ok(()), |auto| auto.learn(&mut clusters))?;
+        Ok(Self { clusters, fixed, auto, effort })
     }
 
     /// Measures all settings in turn, again and again, and predicts them each time before: the planner tries the ways once
@@ -88,46 +112,42 @@ impl Grid {
     /// # Errors
     /// [`StudyError::Differ`] where a run says something else than the first one.
     pub fn measure(&mut self, cell: &Cell, prompts: &[Vec<u32>]) -> Result<Vec<GridRow>, StudyError> {
-        let fixed = self.clusters.iter_mut();
-        let mut entries: Vec<Entry<'_>> =
-            fixed.map(|(setting, cluster)| Entry::new(setting.clone(), false, cluster)).collect();
-        let mut outlook = None;
-        if let Some(auto) = &mut self.auto {
+        let Self { clusters, fixed, auto, effort } = self;
+        let mut entries: Vec<Entry> =
+            fixed.iter().map(|(setting, cluster)| Entry::new(setting.clone(), false, *cluster)).collect();
+        if let Some(auto) = auto {
             let settings = entries.iter().map(|entry| &entry.setting);
             let offered: Vec<Candidate> = settings.filter(|one| one.may_be_picked()).cloned().collect();
-            let (of_all, picked) = auto.pick(&offered, cell.sequences, prompts)?;
-            outlook = Some(of_all);
-            entries.extend(picked);
+            entries.extend(auto.pick(clusters, &offered, cell.sequences)?);
         }
-        let mut turns = Turns::new(cell, prompts);
+        let mut turns = Turns::new(cell, prompts, clusters);
         let mut runs: Vec<Runs> = entries.iter().map(|_| Runs::default()).collect();
         let mut predicted: Vec<Prediction> = Vec::new();
-        let repeats = cell.repeats.max(1);
-        for repeat in 0..repeats {
-            if let Some(outlook) = &mut outlook {
-                if repeat > 0
-                    && let Some(picked) = entries.last_mut().filter(|entry| entry.auto)
-                {
-                    outlook.try_again(picked, prompts)?;
+        for repeat in 0..effort.repeats {
+            if let Some(auto) = auto {
+                if repeat > 0 {
+                    auto.try_again(turns.clusters, cell.sequences)?;
                 }
-                predicted = entries.iter().map(|entry| outlook.predict(&entry.setting)).collect();
+                let settings = entries.iter().map(|entry| &entry.setting);
+                predicted = settings.map(|setting| auto.predict(setting, cell.sequences)).collect();
             }
             for place in 0..entries.len() {
-                let index = turns::turn(place, repeat, repeats, entries.len());
+                let index = turns::turn(place, repeat, effort.repeats, entries.len());
                 if !runs[index].suffice() {
                     entries[index].predicted.extend(predicted.get(index));
-                    let rate = turns.take(&mut entries[index], &mut runs[index])?;
+                    let rate = turns.take(&entries[index], &mut runs[index])?;
                     runs[index].rates.push(rate);
                 }
             }
         }
+        let rows = entries.iter().zip(runs);
         let mut rows: Vec<GridRow> =
-            entries.iter().zip(runs).map(|(entry, runs)| runs.row(cell, entry)).collect();
+            rows.map(|(entry, runs)| runs.row(cell, entry, turns.clusters.at(entry.cluster))).collect();
         if let (Some((auto, fixed)), Some((row, others))) = (entries.split_last_mut(), rows.split_last_mut())
             && auto.auto
             && let Some(best) = row::best_of(others, |row| fixed[row].setting.may_be_picked())
         {
-            row.beside_best = Some(turns.beside(auto, &mut fixed[best], repeats)?);
+            row.beside_best = Some(turns.beside(auto, &mut fixed[best], effort.pairs)?);
         }
         Ok(rows)
     }

@@ -3,7 +3,7 @@
 use super::Cell;
 use super::turns::{Entry, Runs, median, middle, quantile};
 use exflow_engine::plan::Parts;
-use exflow_engine::{BytesByClass, Linger, RunStats, Schedule, TokenTime};
+use exflow_engine::{BytesByClass, Cluster, Linger, RunStats, Schedule, TokenTime};
 use serde::{Deserialize, Serialize};
 
 /// Bytes per decode token, by class.
@@ -114,15 +114,15 @@ pub struct BesideBest {
 
 impl Runs {
     /// The line of the result.
-    pub(super) fn row(mut self, cell: &Cell, entry: &Entry<'_>) -> GridRow {
-        let (setting, ranks) = (&entry.setting, entry.cluster.options().ranks);
+    pub(super) fn row(mut self, cell: &Cell, entry: &Entry, cluster: &Cluster) -> GridRow {
+        let (setting, ranks) = (&entry.setting, cluster.options().ranks);
         let predicted = middle(&entry.predicted);
         let range = self.rates.iter().fold((f64::INFINITY, 0.0_f64), |(a, b), r| (a.min(*r), b.max(*r)));
         let stats = self.stats.as_ref();
         let of = |figure: fn(&RunStats) -> f64| stats.map_or(0.0, figure);
         GridRow {
             model: cell.model.clone(),
-            top_k: entry.cluster.spec().top_k,
+            top_k: cluster.spec().top_k,
             ranks,
             sequences: cell.sequences,
             link: cell.link.clone(),
@@ -144,12 +144,12 @@ impl Runs {
             kv_peak_bytes: stats.and_then(|s| s.kv_peak_bytes.iter().copied().max()).unwrap_or(0),
             longest_context: stats.map_or(0, |s| s.longest_context),
             token_time: stats.map_or_else(TokenTime::default, |s| s.token_time),
-            floor_tokens_per_s: stats.and_then(|stats| entry.floor(cell, stats)),
+            floor_tokens_per_s: stats.and_then(|stats| entry.floor(cell, cluster, stats)),
             hop_ms: of(|s| s.compute_ms_per_step),
             rows_per_hop: of(|s| s.rows_per_hop),
             busy_share: of(|s| s.busy_share),
             linger: match setting.schedule {
-                Schedule::Flow => entry.cluster.options().linger.to_string(),
+                Schedule::Flow => setting.linger.to_string(),
                 Schedule::Rounds => Linger::Off.to_string(),
             },
             linger_share: of(|s| s.linger_share),

@@ -1,5 +1,6 @@
 //! The runs of a cell: its settings take turns, and all must say the same.
 
+use super::clusters::Clusters;
 use super::{BesideBest, Cell, requests};
 use crate::study::{Candidate, StudyError};
 use exflow_engine::plan::Prediction;
@@ -12,31 +13,33 @@ const SHORTEST_RUN: Duration = Duration::from_millis(600);
 const LONG_RUNS: Duration = Duration::from_secs(6);
 /// Prompts that a lone sequence is measured with, one after the other.
 pub const ALONE: usize = 8;
-/// So long the planner's pick and the best fixed setting take turns, and once per repeat at least.
-const PAIRS: Duration = Duration::from_secs(15);
-/// The same where both are one setting: what comes out is the machine's mood.
-const PAIRS_OF_ONE: Duration = Duration::from_secs(6);
+/// The planner's pick and the best fixed setting take turns for this share of the time that they would have where both are one
+/// setting: what comes out is the machine's mood.
+const OF_ONE: f64 = 0.4;
+/// Two pairs at least: each of the two is the first of one.
+const FEWEST_PAIRS: usize = 2;
 
 /// One setting of a cell while it is measured.
-pub(super) struct Entry<'a> {
+pub(super) struct Entry {
     pub(super) setting: Candidate,
     pub(super) auto: bool,
-    pub(super) cluster: &'a mut Cluster,
+    /// The place of its cluster.
+    pub(super) cluster: usize,
     /// Before each of its runs.
     pub(super) predicted: Vec<Prediction>,
 }
 
-impl<'a> Entry<'a> {
-    pub(super) fn new(setting: Candidate, auto: bool, cluster: &'a mut Cluster) -> Self {
+impl Entry {
+    pub(super) fn new(setting: Candidate, auto: bool, cluster: usize) -> Self {
         Self { setting, auto, cluster, predicted: Vec::new() }
     }
 
     /// Of vanilla in rounds over a shaped link: two one-way latencies per MoE layer and what the busiest rank computed.
-    pub(super) fn floor(&self, cell: &Cell, stats: &RunStats) -> Option<f64> {
-        let latency = self.cluster.options().link?.latency.as_secs_f64();
+    pub(super) fn floor(&self, cell: &Cell, cluster: &Cluster, stats: &RunStats) -> Option<f64> {
+        let latency = cluster.options().link?.latency.as_secs_f64();
         let vanilla = self.setting.strategy == Strategy::Vanilla && self.setting.schedule == Schedule::Rounds;
         (vanilla && latency > 0.0).then(|| {
-            let layers = self.cluster.spec().moe_layers() as f64;
+            let layers = cluster.spec().moe_layers() as f64;
             cell.sequences as f64 / (2.0 * layers * latency + stats.compute_ms_per_step / 1e3)
         })
     }
@@ -89,15 +92,16 @@ pub(super) fn turn(place: usize, repeat: usize, repeats: usize, entries: usize) 
 }
 
 /// The runs of a cell, one after the other, which must all say the same.
-pub(super) struct Turns {
+pub(super) struct Turns<'c, 'p> {
+    pub(super) clusters: &'c mut Clusters<'p>,
     /// Requests that are made at once, in their order.
     groups: Vec<Vec<Request>>,
     said: Option<Vec<Vec<u32>>>,
     taken: usize,
 }
 
-impl Turns {
-    pub(super) fn new(cell: &Cell, prompts: &[Vec<u32>]) -> Self {
+impl<'c, 'p> Turns<'c, 'p> {
+    pub(super) fn new(cell: &Cell, prompts: &[Vec<u32>], clusters: &'c mut Clusters<'p>) -> Self {
         let groups = match cell.sequences {
             1 => {
                 let alone = prompts.iter().take(ALONE);
@@ -105,16 +109,17 @@ impl Turns {
             }
             n => vec![requests(&prompts.iter().cycle().take(n).cloned().collect::<Vec<_>>(), cell.tokens)],
         };
-        Self { groups, said: None, taken: 0 }
+        Self { clusters, groups, said: None, taken: 0 }
     }
 
     /// One turn of a setting, which may say the same several times; its tokens per second.
-    pub(super) fn take(&mut self, entry: &mut Entry<'_>, runs: &mut Runs) -> Result<f64, StudyError> {
+    pub(super) fn take(&mut self, entry: &Entry, runs: &mut Runs) -> Result<f64, StudyError> {
+        let cluster = self.clusters.ready(entry.cluster, &entry.setting)?;
         let (began, mut rates) = (Instant::now(), Vec::new());
         while rates.is_empty() || began.elapsed() < SHORTEST_RUN {
             let mut spoken = Vec::new();
             for group in &self.groups {
-                let (times, stats, outputs) = run(entry.cluster, group)?;
+                let (times, stats, outputs) = run(cluster, group)?;
                 rates.push(rate(&times));
                 runs.take(&times, stats);
                 spoken.extend(outputs);
@@ -132,22 +137,21 @@ impl Turns {
     /// The planner's pick and a fixed setting by turns: half of the time each in its own cluster, then each in the other's.
     /// Clusters that run the same setting differ by several percent as their memory happens to lie; the mean of both halves
     /// is free of it.
-    pub(super) fn beside<'a>(
+    pub(super) fn beside(
         &mut self,
-        auto: &mut Entry<'a>,
-        fixed: &mut Entry<'a>,
-        repeats: usize,
+        auto: &mut Entry,
+        fixed: &mut Entry,
+        pairs: Duration,
     ) -> Result<BesideBest, StudyError> {
         let (setting, same) = (fixed.setting.to_string(), fixed.setting.runs_as(&auto.setting));
-        let half = if same { PAIRS_OF_ONE } else { PAIRS } / 2;
-        let mut own = self.ratios(auto, fixed, repeats, half)?;
-        std::mem::swap(&mut auto.setting, &mut fixed.setting);
-        for entry in [&mut *auto, &mut *fixed] {
-            entry.setting.apply(entry.cluster)?;
+        let half = if same { pairs.mul_f64(OF_ONE) } else { pairs } / 2;
+        let mut own = self.ratios(auto, fixed, half)?;
+        std::mem::swap(&mut auto.cluster, &mut fixed.cluster);
+        for entry in [&*auto, &*fixed] {
             // The first turn after a change is not counted.
             self.take(entry, &mut Runs::default())?;
         }
-        let mut swapped = self.ratios(fixed, auto, repeats, half)?;
+        let mut swapped = self.ratios(auto, fixed, half)?;
         let ratio = (median(&mut own) * median(&mut swapped)).sqrt();
         own.append(&mut swapped);
         let quartiles = (quantile(&mut own, 0.25), quantile(&mut own, 0.75));
@@ -155,21 +159,14 @@ impl Turns {
     }
 
     /// The rate of one over that of another in each pair of turns.
-    fn ratios<'a>(
-        &mut self,
-        one: &mut Entry<'a>,
-        other: &mut Entry<'a>,
-        repeats: usize,
-        least: Duration,
-    ) -> Result<Vec<f64>, StudyError> {
+    fn ratios(&mut self, one: &Entry, other: &Entry, least: Duration) -> Result<Vec<f64>, StudyError> {
         let (began, mut ratios) = (Instant::now(), Vec::new());
         // An even number: each is the first of a pair as often as the other.
-        while ratios.len() < repeats / 2 || began.elapsed() < least || ratios.len() % 2 == 1 {
+        while ratios.len() < FEWEST_PAIRS || began.elapsed() < least || ratios.len() % 2 == 1 {
             let mut rates = [0.0; 2];
             let first = ratios.len() % 2;
             for which in [first, 1 - first] {
-                let entry = if which == 0 { &mut *one } else { &mut *other };
-                rates[which] = self.take(entry, &mut Runs::default())?;
+                rates[which] = self.take(if which == 0 { one } else { other }, &mut Runs::default())?;
             }
             ratios.push(rates[0] / rates[1].max(1e-9));
         }

@@ -61,6 +61,8 @@ pub struct Planner {
     routes: RoutingTrace,
     /// To solve tables on.
     profile: RoutingTrace,
+    /// Turns that each way has in trials.
+    turns: usize,
 }
 
 impl Planner {
@@ -73,7 +75,12 @@ impl Planner {
         let measured = cluster.measure()?;
         let shape = Shape::of(cluster.spec(), cluster.options().kv_dtype, cluster.options().kv_wire);
         let (combine, groups) = (cluster.options().combine, cluster.groups().to_vec());
-        Ok(Self { measured, shape, groups, combine, routes, profile })
+        Ok(Self { measured, shape, groups, combine, routes, profile, turns: TURNS })
+    }
+
+    /// The same with so many turns of each way in its trials, in place of three.
+    pub(super) fn with_turns(self, turns: usize) -> Self {
+        Self { turns, ..self }
     }
 
     /// The same, on text that the model writes itself.
@@ -103,7 +110,7 @@ impl Planner {
         ways: &[Way],
         sequences: usize,
     ) -> Result<(), StudyError> {
-        let rates = trials_of(ways.to_vec(), sequences).rates(cluster)?;
+        let rates = trials_of(ways.to_vec(), sequences).rates(cluster, self.turns)?;
         self.learn(cluster.placement(), sequences, rates);
         Ok(())
     }
@@ -162,7 +169,7 @@ impl Planner {
         let contenders = &mut ranked[..close];
         if close > 1 {
             let close = contenders.iter().map(|one| one.candidate.clone()).collect();
-            let rates = Trials::new(close, sequences, Candidate::apply).rates(cluster)?;
+            let rates = Trials::new(close, sequences, Candidate::apply).rates(cluster, self.turns)?;
             for (one, (_, rate)) in contenders.iter_mut().zip(rates) {
                 one.tried = Some(rate);
             }
@@ -225,6 +232,7 @@ mod tests {
             combine: Combine::Exact,
             profile: routes.clone(),
             routes,
+            turns: TURNS,
         }
     }
 

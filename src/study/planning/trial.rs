@@ -56,9 +56,13 @@ impl<W: Clone> Trials<W> {
         Ok(())
     }
 
-    /// Takes the turns that are left; each way with its tokens per second.
-    pub(in crate::study) fn rates(&mut self, cluster: &mut Cluster) -> Result<Vec<(W, f64)>, StudyError> {
-        while self.turns < TURNS {
+    /// Takes those of so many turns that are left; each way with its tokens per second.
+    pub(in crate::study) fn rates(
+        &mut self,
+        cluster: &mut Cluster,
+        turns: usize,
+    ) -> Result<Vec<(W, f64)>, StudyError> {
+        while self.turns < turns {
             self.turn(cluster)?;
         }
         let of_turns = |trials: &Vec<Trial>| {

@@ -23,12 +23,12 @@ pub(super) fn solve(args: &Args, folder: &Path) -> Result<(), Failure> {
     // A table does better on the text that it was solved on than on any other, and tokens stay more or less often as a
     // text grows longer: predictions are made from other text, as long as what is measured.
     let other = args.runs.seed.wrapping_add(1);
-    let predicted_on = study::grid_profile(&mut cluster, args.tokens(), other, &bars)?;
+    let predicted_on = study::grid_profile(&mut cluster, args.max_tokens as usize, other, &bars)?;
     predicted_on.save_npy(&routes_path(folder, model)).map_err(|e| Failure::Run(e.to_string()))?;
     let spec = cluster.spec().clone();
     for &ranks in &args.ranks {
         for table in args.solved() {
-            let solve = args.runs.solve();
+            let solve = args.solve_options();
             let mut solved = match table {
                 TableName::RoundRobin => PlacementTable::round_robin(spec.moe_layers(), spec.experts, ranks),
                 TableName::Affinity => study::grid_table(&routes, spec.experts, ranks, None, &solve)?,
@@ -74,14 +74,14 @@ pub(super) fn measure(args: &Args, folder: &Path) -> Result<(), Failure> {
             RoutingTrace::load_npy(&routes_path(folder, model)).map_err(|e| Failure::Run(e.to_string()))?,
         ),
     };
-    let mut grid = Grid::start(&options, settings, routes, &args.sequences, &prompts, &NoProgress)?;
+    let how = (args.effort(), &NoProgress as _);
+    let mut grid = Grid::start(&options, settings, routes, &args.sequences, &prompts, how)?;
     for &sequences in &args.sequences {
         let cell = Cell {
             model: model.clone(),
             link: link.name().into(),
             sequences,
             tokens: args.max_tokens as usize,
-            repeats: args.runs.repeats as usize,
         };
         output::json_line(&grid.measure(&cell, &prompts)?)?;
     }

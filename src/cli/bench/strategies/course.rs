@@ -27,10 +27,6 @@ impl std::fmt::Display for Cell<'_> {
 
 struct Course<'a> {
     args: &'a Args,
-    models: Vec<String>,
-    ranks: Vec<usize>,
-    sequences: Vec<usize>,
-    links: Vec<LinkName>,
     /// Of all cells that are finished, and of unfinished ones' numbers of sequences.
     rows: Vec<GridRow>,
     /// Exit codes of the parts that failed; `None` of one that was killed.
@@ -42,10 +38,10 @@ struct Course<'a> {
 /// # Errors
 /// Names the cells that are missing, after what is there was written.
 pub(super) fn run(args: &Args) -> Result<(), Failure> {
-    let mut course = Course::new(args);
+    let mut course = Course { args, rows: Vec::new(), failed: Vec::new() };
     let scratch = Scratch::new("strategies")?;
     // A name that is wrong is told now, not when its turn comes.
-    for model in course.models.iter().filter(|model| *model != "synthetic-gqa") {
+    for model in args.models.iter().filter(|model| *model != "synthetic-gqa") {
         ModelSpec::read(&model_folder(model, scratch.path(), args.runs.seed)?)?;
     }
     if let Some(path) = &args.out {
@@ -59,20 +55,12 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     course.finish(stopped)
 }
 
-impl<'a> Course<'a> {
-    fn new(args: &'a Args) -> Self {
-        let (models, ranks, sequences, links) = match args.quick {
-            true => (vec!["bundled".to_owned()], vec![4], vec![8], vec![LinkName::Local, LinkName::Wan]),
-            false => (args.models.clone(), args.ranks.clone(), args.sequences.clone(), args.links.clone()),
-        };
-        Self { args, models, ranks, sequences, links, rows: Vec::new(), failed: Vec::new() }
-    }
-
+impl Course<'_> {
     /// Whether it was stopped on the way.
     fn measure(&mut self, parts: &Parts, folder: &Path) -> Result<bool, Failure> {
-        for model in self.models.clone() {
+        for model in &self.args.models {
             output::note(&format!("{model}: tables"));
-            match parts.run(self.tables_of(&model, folder)?, &mut |_| {})? {
+            match parts.run(self.tables_of(model, folder)?, &mut |_| {})? {
                 End::Done => {}
                 End::Failed(status) => {
                     self.failed(&format!("{model}: tables"), status);
@@ -80,7 +68,7 @@ impl<'a> Course<'a> {
                 }
                 End::Stopped => return Ok(true),
             }
-            for cell in self.cells(&model) {
+            for cell in self.cells(model) {
                 output::note(&cell.to_string());
                 let part = self.part_of(&cell, folder)?;
                 match parts.run(part, &mut |line| self.take(&cell, line))? {
@@ -94,8 +82,8 @@ impl<'a> Course<'a> {
     }
 
     fn cells<'m>(&self, model: &'m str) -> Vec<Cell<'m>> {
-        let of = |&ranks: &usize| self.links.iter().map(move |&link| Cell { model, ranks, link });
-        self.ranks.iter().flat_map(of).collect()
+        let of = |&ranks: &usize| self.args.links.iter().map(move |&link| Cell { model, ranks, link });
+        self.args.ranks.iter().flat_map(of).collect()
     }
 
     /// Keeps what a cell tells of one number of sequences.
@@ -136,14 +124,14 @@ impl<'a> Course<'a> {
     /// What is still to be measured, by cell.
     fn missing(&self) -> Vec<String> {
         let mut missing = Vec::new();
-        for cell in self.models.iter().flat_map(|model| self.cells(model)) {
+        for cell in self.args.models.iter().flat_map(|model| self.cells(model)) {
             let there = |sequences: usize| {
                 let of = |row: &GridRow| (row.ranks, row.sequences) == (cell.ranks, sequences);
                 let at = |row: &GridRow| row.model == cell.model && row.link == cell.link.name();
                 self.rows.iter().any(|row| of(row) && at(row))
             };
             let not: Vec<String> =
-                self.sequences.iter().filter(|n| !there(**n)).map(usize::to_string).collect();
+                self.args.sequences.iter().filter(|n| !there(**n)).map(usize::to_string).collect();
             if !not.is_empty() {
                 missing.push(format!("{cell}, {} sequences", not.join(" and ")));
             }
@@ -171,7 +159,7 @@ impl<'a> Course<'a> {
     }
 
     fn tables_of(&self, model: &str, folder: &Path) -> Result<Command, Failure> {
-        let mut command = self.command(model, &self.ranks, folder)?;
+        let mut command = self.command(model, &self.args.ranks, folder)?;
         command.arg("--solve");
         command.args(["--time-limit", &format!("{}us", self.args.runs.time_limit.as_micros())]);
         Ok(command)
@@ -179,8 +167,8 @@ impl<'a> Course<'a> {
 
     fn part_of(&self, cell: &Cell<'_>, folder: &Path) -> Result<Command, Failure> {
         let mut command = self.command(cell.model, &[cell.ranks], folder)?;
-        command.args(["--links", cell.link.name(), "--sequences", &list(&self.sequences)]);
-        command.args(["-r", &self.args.repeats().to_string()]);
+        command.args(["--links", cell.link.name(), "--sequences", &list(&self.args.sequences)]);
+        command.args(["-r", &self.args.runs.repeats.to_string()]);
         if self.args.no_auto {
             command.arg("--no-auto");
         }
@@ -194,8 +182,11 @@ impl<'a> Course<'a> {
             .map_err(|e| Failure::Run(format!("no path of this program, which measures each cell: {e}")))?;
         let mut command = Command::new(this);
         command.args(["bench", "strategies", "--models", model, "--ranks", &list(ranks)]);
-        command.args(["-n", &args.tokens().to_string(), "--seed", &args.runs.seed.to_string()]);
+        command.args(["-n", &args.max_tokens.to_string(), "--seed", &args.runs.seed.to_string()]);
         command.arg("--cell-of").arg(folder);
+        if args.quick {
+            command.arg("--quick");
+        }
         if args.ablations {
             command.arg("--ablations");
         } else {

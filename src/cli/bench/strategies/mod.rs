@@ -10,8 +10,11 @@ use super::super::flags;
 use super::RunFlags;
 use clap::ValueEnum;
 use exflow::engine::{Linger, Overlap, Schedule, Strategy};
+use exflow::placement::SolveOptions;
+use exflow::study::Effort;
 use exflow::transport::link::LinkSpec;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Measures every strategy with every schedule and table, interleaved, on links to order
 #[derive(Debug, clap::Args)]
@@ -26,16 +29,16 @@ use std::path::{Path, PathBuf};
 )]
 pub(crate) struct Args {
     /// Models: bundled, synthetic-gqa, or folders
-    #[arg(long, value_name = "MODEL", value_delimiter = ',', default_values_t = ["bundled".to_owned(), "synthetic-gqa".to_owned()])]
+    #[arg(long, value_name = "MODEL", value_delimiter = ',', default_values_t = ["bundled".to_owned(), "synthetic-gqa".to_owned()], default_value_if("quick", "true", "bundled"))]
     models: Vec<String>,
     /// World sizes
-    #[arg(long, value_name = "R", value_delimiter = ',', default_values_t = [2, 4])]
+    #[arg(long, value_name = "R", value_delimiter = ',', default_values_t = [2, 4], default_value_if("quick", "true", "4"))]
     ranks: Vec<usize>,
     /// Sequences at once; 1: eight prompts, one after the other
-    #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [1, 8, 32])]
+    #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [1, 8, 32], default_value_if("quick", "true", "8"))]
     sequences: Vec<usize>,
     /// Links: local (memory), lan, wifi, wan
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = LinkName::ALL)]
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = LinkName::ALL, default_value_if("quick", "true", "local,wan"))]
     links: Vec<LinkName>,
     /// Strategies
     #[arg(long, value_name = "S", value_delimiter = ',', default_values_t = [Strategy::Vanilla, Strategy::Coherent])]
@@ -45,13 +48,13 @@ pub(crate) struct Args {
     schedules: Vec<Schedule>,
     /// Tables: round_robin, affinity, replicas (affinity with half as many slots again), chain (affinity without the step
     /// from a token's last layer to its successor's first)
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = TableName::ALL)]
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = TableName::ALL, default_value_if("quick", "true", "round_robin,affinity"))]
     tables: Vec<TableName>,
     /// How long ready rows are held back for a fuller launch, in flow: off, auto, times up to 100ms
     #[arg(long, value_name = "L", value_delimiter = ',', default_value = "auto", value_parser = flags::linger)]
     lingers: Vec<Linger>,
     /// Tokens to make of each prompt
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(2..))]
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 32, default_value_if("quick", "true", "12"), value_parser = clap::value_parser!(u32).range(2..))]
     max_tokens: u32,
     #[command(flatten)]
     runs: RunFlags,
@@ -63,7 +66,8 @@ pub(crate) struct Args {
     /// one by one
     #[arg(long, conflicts_with_all = ["strategies", "schedules", "tables", "lingers"])]
     ablations: bool,
-    /// A grid of a few minutes: the bundled model, 4 ranks, 8 sequences, wan and local, two runs
+    /// A grid of a minute: one short run of each setting, all in one cluster; where nothing else is asked for, of the bundled
+    /// model, 4 ranks, 8 sequences, local and wan, round_robin and affinity, 12 tokens
     #[arg(long)]
     quick: bool,
     /// How the result is written
@@ -151,6 +155,9 @@ impl std::fmt::Display for TableName {
     }
 }
 
+/// Time for the solver, per table, in a quick grid.
+const QUICK_SOLVE: Duration = Duration::from_secs(1);
+
 /// A row of the grid: its name among ablations, what runs while rows travel, and how it runs.
 type SettingArgs = (Option<&'static str>, Overlap, Linger, Strategy, Schedule, TableName);
 
@@ -212,12 +219,17 @@ impl Args {
         self.ranks.iter().copied().max().unwrap_or(1)
     }
 
-    fn tokens(&self) -> usize {
-        if self.quick { self.max_tokens.min(24) as usize } else { self.max_tokens as usize }
+    fn effort(&self) -> Effort {
+        if self.quick { Effort::glance() } else { Effort::full(self.runs.repeats as usize) }
     }
 
-    fn repeats(&self) -> usize {
-        if self.quick { self.runs.repeats.min(2) as usize } else { self.runs.repeats as usize }
+    /// How its tables are solved.
+    fn solve_options(&self) -> SolveOptions {
+        let mut solve = self.runs.solve();
+        if self.quick {
+            solve.time_limit = solve.time_limit.min(QUICK_SOLVE);
+        }
+        solve
     }
 }
 
