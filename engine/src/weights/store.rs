@@ -32,7 +32,7 @@ struct Shard {
 /// What to do about a file that is not what it should be.
 const COPY_ANEW: &str = "copy or download the model anew";
 /// Samples after which the pages that they were read from are given back: a system that keeps files in large pages maps one of 2 MiB
-/// and more for a sample of a few KiB, and with that a whole file of small tensors.
+/// and more for a sample, and with that a whole file of small tensors.
 const SAMPLES_AT_ONCE: usize = 16;
 /// Bytes of each tensor that enter the digest, from its start.
 const SAMPLE_BYTES: usize = 256;

@@ -16,7 +16,6 @@ pub(super) struct Auto {
     /// Of each number of sequences, on the table that the cluster began with.
     trials: Vec<Trials<Way>>,
     table: PlacementTable,
-    turns: usize,
 }
 
 impl Auto {
@@ -31,8 +30,9 @@ impl Auto {
     ) -> Result<Self, StudyError> {
         let trials = sequences.iter().map(|&n| trials_of(ways.to_vec(), n)).collect();
         let table = clusters.at(cluster).placement().clone();
-        let planner = Planner::measure(clusters.trying(cluster), routes)?.with_turns(turns);
-        Ok(Self { planner, cluster, trials, table, turns })
+        let mut planner = Planner::measure(clusters.trying(cluster), routes)?;
+        planner.turns = turns;
+        Ok(Self { planner, cluster, trials, table })
     }
 
     /// A turn of every trial.
@@ -44,7 +44,7 @@ impl Auto {
     /// Learns from the trials, once all their turns are over.
     pub(super) fn learn(&mut self, clusters: &mut Clusters<'_>) -> Result<(), StudyError> {
         for trials in &mut self.trials {
-            let rates = trials.rates(clusters.trying(self.cluster), self.turns)?;
+            let rates = trials.rates(clusters.trying(self.cluster), self.planner.turns)?;
             self.planner.learn(&self.table, trials.sequences(), rates);
         }
         Ok(())

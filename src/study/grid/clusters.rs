@@ -10,8 +10,8 @@ const WARM_UP: usize = 4;
 /// Running clusters, each by its place.
 pub(super) struct Clusters<'a> {
     running: Vec<Running>,
-    /// What they warm up with.
-    prompts: &'a [Vec<u32>],
+    /// What they warm up with, and are measured on.
+    pub(super) prompts: &'a [Vec<u32>],
     /// Settings share a cluster where they can.
     shared: bool,
 }

@@ -111,7 +111,7 @@ impl<'a> Grid<'a> {
     ///
     /// # Errors
     /// [`StudyError::Differ`] where a run says something else than the first one.
-    pub fn measure(&mut self, cell: &Cell, prompts: &[Vec<u32>]) -> Result<Vec<GridRow>, StudyError> {
+    pub fn measure(&mut self, cell: &Cell) -> Result<Vec<GridRow>, StudyError> {
         let Self { clusters, fixed, auto, effort } = self;
         let mut entries: Vec<Entry> =
             fixed.iter().map(|(setting, cluster)| Entry::new(setting.clone(), false, *cluster)).collect();
@@ -120,7 +120,7 @@ impl<'a> Grid<'a> {
             let offered: Vec<Candidate> = settings.filter(|one| one.may_be_picked()).cloned().collect();
             entries.extend(auto.pick(clusters, &offered, cell.sequences)?);
         }
-        let mut turns = Turns::new(cell, prompts, clusters);
+        let mut turns = Turns::new(cell, clusters);
         let mut runs: Vec<Runs> = entries.iter().map(|_| Runs::default()).collect();
         let mut predicted: Vec<Prediction> = Vec::new();
         for repeat in 0..effort.repeats {

@@ -101,7 +101,8 @@ pub(super) struct Turns<'c, 'p> {
 }
 
 impl<'c, 'p> Turns<'c, 'p> {
-    pub(super) fn new(cell: &Cell, prompts: &[Vec<u32>], clusters: &'c mut Clusters<'p>) -> Self {
+    pub(super) fn new(cell: &Cell, clusters: &'c mut Clusters<'p>) -> Self {
+        let prompts = clusters.prompts;
         let groups = match cell.sequences {
             1 => {
                 let alone = prompts.iter().take(ALONE);

@@ -62,7 +62,7 @@ pub struct Planner {
     /// To solve tables on.
     profile: RoutingTrace,
     /// Turns that each way has in trials.
-    turns: usize,
+    pub(super) turns: usize,
 }
 
 impl Planner {
@@ -76,11 +76,6 @@ impl Planner {
         let shape = Shape::of(cluster.spec(), cluster.options().kv_dtype, cluster.options().kv_wire);
         let (combine, groups) = (cluster.options().combine, cluster.groups().to_vec());
         Ok(Self { measured, shape, groups, combine, routes, profile, turns: TURNS })
-    }
-
-    /// The same with so many turns of each way in its trials, in place of three.
-    pub(super) fn with_turns(self, turns: usize) -> Self {
-        Self { turns, ..self }
     }
 
     /// The same, on text that the model writes itself.

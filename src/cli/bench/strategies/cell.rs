@@ -83,7 +83,7 @@ pub(super) fn measure(args: &Args, folder: &Path) -> Result<(), Failure> {
             sequences,
             tokens: args.max_tokens as usize,
         };
-        output::json_line(&grid.measure(&cell, &prompts)?)?;
+        output::json_line(&grid.measure(&cell)?)?;
     }
     Ok(())
 }
