@@ -2,8 +2,10 @@
 
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::npy::{self, NpyError};
@@ -43,12 +45,43 @@ pub enum TraceError {
 }
 
 /// Chosen experts, int32 `[tokens, layers, k]`, largest router weight first.
-#[derive(Debug, Clone, PartialEq, Eq)]
+///
+/// `.npy`, which others read and write, has no place for where sequences begin; what serde writes keeps it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Parts")]
 pub struct RoutingTrace {
     layers: usize,
     k: usize,
     ids: Vec<i32>,
     breaks: Vec<usize>,
+}
+
+/// What serde reads, not yet looked at.
+#[derive(Deserialize)]
+struct Parts {
+    layers: usize,
+    k: usize,
+    ids: Vec<i32>,
+    breaks: Vec<usize>,
+}
+
+impl TryFrom<Parts> for RoutingTrace {
+    type Error = String;
+
+    fn try_from(Parts { layers, k, ids, breaks }: Parts) -> Result<Self, String> {
+        let row = layers.checked_mul(k).filter(|row| *row > 0).ok_or("a trace has layers and experts")?;
+        let tokens = ids.len() / row;
+        if ids.len() % row > 0 {
+            return Err(format!("{} expert ids are not whole tokens of {row}", ids.len()));
+        }
+        if let Some(id) = ids.iter().find(|id| !(0..65536).contains(*id)) {
+            return Err(format!("{id} is not an expert id"));
+        }
+        if !breaks.is_sorted_by(|a, b| a < b) || breaks.iter().any(|at| *at == 0 || *at > tokens) {
+            return Err(format!("breaks {breaks:?} do not part {tokens} tokens"));
+        }
+        Ok(Self { layers, k, ids, breaks })
+    }
 }
 
 impl RoutingTrace {
@@ -81,6 +114,17 @@ impl RoutingTrace {
         token > 0 && self.breaks.binary_search(&token).is_err()
     }
 
+    /// The tokens of each sequence.
+    pub fn texts(&self) -> impl Iterator<Item = Range<usize>> + '_ {
+        let breaks = || self.breaks.iter().copied().filter(|at| *at < self.tokens());
+        let ends = breaks().chain([self.tokens()]);
+        std::iter::once(0)
+            .chain(breaks())
+            .zip(ends)
+            .map(|(from, to)| from..to)
+            .filter(|text| !text.is_empty())
+    }
+
     /// Number of tokens.
     pub fn tokens(&self) -> usize {
         self.ids.len() / (self.layers * self.k)
@@ -108,7 +152,7 @@ impl RoutingTrace {
     }
 
     /// The tokens `range`, breaks included: for holding some of a trace back.
-    pub fn slice(&self, range: std::ops::Range<usize>) -> Self {
+    pub fn slice(&self, range: Range<usize>) -> Self {
         let row = self.layers * self.k;
         let end = range.end.min(self.tokens());
         let start = range.start.min(end);
@@ -192,6 +236,31 @@ mod tests {
         trace.push_token(&[2]);
         assert_eq!([0, 1, 2].map(|t| trace.follows(t)), [false, true, false]);
         assert!(!trace.slice(1..3).follows(1));
+        trace.mark_break();
+        assert_eq!(trace.texts().collect::<Vec<_>>(), [0..2, 2..3], "none after the last");
+        assert_eq!(RoutingTrace::new(1, 1).texts().count(), 0);
+    }
+
+    #[test]
+    fn serde_keeps_breaks_and_refuses_what_is_no_trace() {
+        let mut trace = RoutingTrace::new(2, 1);
+        for text in [2, 3] {
+            trace.mark_break();
+            (0..text).for_each(|id| trace.push_token(&[id, 1]));
+        }
+        let text = serde_json::to_string(&trace).unwrap();
+        assert_eq!(serde_json::from_str::<RoutingTrace>(&text).unwrap(), trace);
+        for (what, other, error) in [
+            ("\"k\":1", "\"k\":0", "has layers"),
+            ("\"k\":1", "\"k\":3", "whole tokens of 6"),
+            ("\"breaks\":[2]", "\"breaks\":[6]", "do not part 5"),
+            ("\"ids\":[0,", "\"ids\":[-7,", "-7 is not"),
+        ] {
+            let wrong = text.replace(what, other);
+            assert_ne!(wrong, text);
+            let refused = serde_json::from_str::<RoutingTrace>(&wrong).unwrap_err().to_string();
+            assert!(refused.contains(error), "{refused}");
+        }
     }
 
     #[test]

@@ -224,8 +224,14 @@ fn measurements(planner: &Planner) -> String {
     for load in &measured.loads {
         let _ = writeln!(
             text,
-            "trial, {} at once: {} in {} made {:.1} tokens/s; the ranks took {:.2} times as long as alone",
-            load.sequences, load.strategy, load.schedule, load.tokens_per_s, load.factor
+            "trial, {} at once: {} in {} made {:.1} tokens/s; the ranks took {:.2} times as long as alone, messages {:.2} ms \
+             longer",
+            load.sequences,
+            load.strategy,
+            load.schedule,
+            load.tokens_per_s,
+            load.factor,
+            1e3 * load.delay_s
         );
     }
     text

@@ -382,7 +382,13 @@ impl<'a> Play<'a> {
         let begin = self.times.iter().filter_map(|t| t.get(UNCOUNTED - 1)).copied().fold(0.0, f64::max);
         let end = self.times.iter().filter_map(|t| t.get(TOKENS - 1)).copied().fold(f64::INFINITY, f64::min);
         let within = |t: &&f64| **t > begin && **t <= end;
-        let rate = self.times.iter().flatten().filter(within).count() as f64 / (end - begin).max(1e-9);
+        let together = self.times.iter().flatten().filter(within).count() as f64 / (end - begin);
+        // Where one is done before another has made its first token they never decode all at once: each at its own speed.
+        let own = |times: &Vec<f64>| (times.len() - 1) as f64 / (times[times.len() - 1] - times[0]).max(1e-9);
+        let rate = match begin < end {
+            true => together,
+            false => self.times.iter().filter(|times| times.len() > 1).map(own).sum(),
+        };
         let (s, tokens) = (&self.sums, self.sums.tokens.max(1.0));
         Prediction {
             tokens_per_s: rate,

@@ -9,7 +9,7 @@ mod load;
 mod measured;
 mod rounds;
 
-pub use load::Load;
+pub use load::{Load, Tried, Waits};
 pub use measured::{ByStrategy, Curve, LinkTime, Measurements, RankTimes};
 
 use crate::ModelSpec;
@@ -19,12 +19,16 @@ use exflow_placement::{ExpertId, LayerId, PlacementTable, Rank, Route, RoutingTr
 use exflow_shaders::Cache;
 use exflow_transport::proto::frame::HEADER_BYTES;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 
-/// Tokens of each sequence that are played; the first few are not counted.
+/// Tokens of each sequence that are played; the first is not counted. As a run is measured: from the last sequence's first
+/// token to the first one's last.
 const TOKENS: usize = 24;
-const UNCOUNTED: usize = 4;
-/// Plays of other parts of the trace whose mean is taken, at most: a few tokens of a few sequences may be unlike the rest.
-const DRAWS: usize = 8;
+const UNCOUNTED: usize = 1;
+/// Plays of other parts of the trace whose mean is taken, least and most, and the sequences that are played in all of them
+/// where neither holds: a few tokens of a few sequences may be unlike the rest.
+const DRAWS: (usize, usize) = (2, 8);
+const PLAYED: usize = 64;
 
 /// What time and bytes depend on of a model.
 #[derive(Debug, Clone, PartialEq)]
@@ -140,16 +144,25 @@ pub fn predict(
     work: Workload<'_>,
     setting: Setting<'_>,
 ) -> Prediction {
-    match measured.load(setting.strategy, setting.schedule, work.sequences.max(1)) {
-        1.0 => unloaded(measured, shape, work, setting),
-        factor => unloaded(&measured.loaded(factor), shape, work, setting),
-    }
+    let loaded = measured.under_load(setting.strategy, setting.schedule, work.sequences.max(1));
+    unloaded(&loaded, shape, work, setting)
 }
 
 /// The same by the ranks' times as they are.
 fn unloaded(measured: &Measurements, shape: &Shape, work: Workload<'_>, setting: Setting<'_>) -> Prediction {
+    let plays = plays(measured, shape, work, setting);
+    if plays.is_empty() { Prediction::default() } else { mean(&plays, work.sequences.max(1)) }
+}
+
+/// Of several parts of the routes.
+fn plays(
+    measured: &Measurements,
+    shape: &Shape,
+    work: Workload<'_>,
+    setting: Setting<'_>,
+) -> Vec<Prediction> {
     if work.routes.tokens() == 0 || measured.world_size() < 2 {
-        return Prediction::default();
+        return Vec::new();
     }
     let play = |streams: Streams<'_>| {
         let scene = Scene { measured, shape, streams: &streams, setting: &setting };
@@ -158,11 +171,11 @@ fn unloaded(measured: &Measurements, shape: &Shape, work: Workload<'_>, setting:
             Schedule::Flow => flow::play(scene),
         }
     };
-    mean(Streams::draws(work.routes, work.sequences.max(1)).map(play), work.sequences.max(1))
+    Streams::draws(work.routes, work.sequences.max(1)).map(play).collect()
 }
 
 /// What several plays come to: times and bytes are means, and tokens per second those of the mean time.
-fn mean(plays: impl ExactSizeIterator<Item = Prediction>, sequences: usize) -> Prediction {
+fn mean(plays: &[Prediction], sequences: usize) -> Prediction {
     let (share, mut mean) = (1.0 / plays.len() as f64, Prediction::default());
     for play in plays {
         let (parts, of) = (&mut mean.parts, &play.parts);
@@ -195,25 +208,35 @@ struct Scene<'a> {
     setting: &'a Setting<'a>,
 }
 
-/// A trace cut into as many streams as sequences run.
+/// As many streams of a trace as sequences run, each a stretch of one text: what a sequence is about stays with it, and with
+/// that the ranks that it is at home or away on, which makes some sequences quick and others slow for long.
 struct Streams<'a> {
     routes: &'a RoutingTrace,
     sequences: usize,
-    /// Tokens of each stream that come before those that are played.
-    skipped: usize,
+    /// `[sequences]` tokens of the trace that come first.
+    begins: Vec<usize>,
 }
 
 impl<'a> Streams<'a> {
-    /// As many plays as the trace has tokens for, each of other ones.
+    /// Plays of other stretches each, as far as the trace has them. Where they come round again, each begins later and is at
+    /// home elsewhere: equal sequences choose equal experts, which fills launches as no real text does.
     fn draws(routes: &'a RoutingTrace, sequences: usize) -> impl ExactSizeIterator<Item = Self> {
-        let length = routes.tokens() / sequences;
-        let draws = (length / TOKENS).clamp(1, DRAWS);
-        (0..draws).map(move |draw| Self { routes, sequences, skipped: draw * length / draws })
+        let stretches = stretches(routes);
+        let draws = (PLAYED / sequences).clamp(DRAWS.0, DRAWS.1).min(stretches.len());
+        let turns = (draws * sequences).div_ceil(stretches.len().max(1));
+        (0..draws).map(move |draw| {
+            let nth = |n: usize| {
+                let turn = n / stretches.len();
+                stretches[(n + turn) % stretches.len()] + turn * TOKENS / turns
+            };
+            let begins = (draw * sequences..(draw + 1) * sequences).map(nth).collect();
+            Self { routes, sequences, begins }
+        })
     }
 
     /// The token of the trace that a sequence's token `token` is.
     fn token(&self, sequence: usize, token: usize) -> usize {
-        (sequence * self.routes.tokens() / self.sequences + self.skipped + token) % self.routes.tokens()
+        (self.begins[sequence] + token) % self.routes.tokens()
     }
 
     fn route(&self, setting: &Setting<'_>, at: Place, residence: Rank) -> Route {
@@ -224,6 +247,20 @@ impl<'a> Streams<'a> {
         let layer = (setting.strategy, LayerId::from(at.moe));
         bounds::route(setting.groups, setting.table, layer, (home, residence), &experts, &[])
     }
+}
+
+/// Where the stretches of a trace begin that are [`TOKENS`] long and each of one text; a text that is shorter is one, and
+/// runs on into the next.
+fn stretches(routes: &RoutingTrace) -> Vec<usize> {
+    let of = |text: Range<usize>| {
+        let (parts, tokens) = ((text.len() / TOKENS).max(1), text.len());
+        (0..parts).map(move |part| {
+            let (from, to) = (part * tokens / parts, (part + 1) * tokens / parts);
+            // From the middle: a text's first tokens are its prompt.
+            text.start + from + (to - from).saturating_sub(TOKENS) / 2
+        })
+    };
+    routes.texts().flat_map(of).collect()
 }
 
 /// Where in the streams.

@@ -105,8 +105,8 @@ fn crossings_are_those_that_a_replay_of_the_trace_counts() {
     let counted = |draw: Streams<'_>| trace.slice(draw.token(0, UNCOUNTED)..draw.token(0, TOKENS - 1) + 1);
     let score = |draw| exflow_placement::score_trace(&table, &counted(draw)).crossings_per_token;
     let replayed: Vec<f64> = Streams::draws(&trace, 1).map(score).collect();
-    assert_eq!(replayed.len(), DRAWS, "one for each {} tokens", trace.tokens() / DRAWS);
-    let replayed = replayed.iter().sum::<f64>() / DRAWS as f64;
+    assert_eq!(replayed.len(), DRAWS.1, "one for each {} tokens", trace.tokens() / DRAWS.1);
+    let replayed = replayed.iter().sum::<f64>() / DRAWS.1 as f64;
     assert!((played - replayed).abs() <= 1.5 / (TOKENS - UNCOUNTED) as f64, "{played}, {replayed}");
     let rounds = run(&trace, Strategy::Coherent, Schedule::Rounds, 1).crossings_per_token;
     assert!((played - rounds).abs() < 1e-9, "{played}, {rounds}");
@@ -171,6 +171,46 @@ fn keys_and_values_cannot_be_faster_than_the_link() {
     }
 }
 
+fn tried(tokens_per_s: f64) -> Tried {
+    Tried { tokens_per_s, waits: None }
+}
+
+#[test]
+fn a_trial_says_how_much_later_messages_come() {
+    let (trace, table) = (drawn(1), PlacementTable::linear(LAYERS, 4, 2));
+    let replicated = PlacementTable::round_robin(LAYERS, 4, 2);
+    for strategy in [Strategy::Vanilla, Strategy::Coherent] {
+        let of = |table| Setting {
+            strategy,
+            schedule: Schedule::Flow,
+            combine: Combine::Exact,
+            table,
+            groups: &[],
+        };
+        let work = Workload { routes: &trace, sequences: 4 };
+        let mut alone = measured(2, 1e12);
+        let mut busy = alone.clone();
+        busy.links.iter_mut().flatten().for_each(|link| link.latency_s += 3.0 * HOP);
+        let truth = predict(&busy, &shape(), work, of(&table));
+        let count = truth.waits_per_layer * LAYERS as f64;
+        let waits = Waits { count, each_s: 1e-3 * truth.parts.travel_ms / count };
+        let seen = Tried { tokens_per_s: truth.tokens_per_s, waits: Some(waits) };
+        let load = Load::of(&alone, &shape(), work, of(&table), seen);
+        assert!((load.delay_s - 3.0 * HOP).abs() < 0.3 * HOP, "{strategy}: {load:?}");
+        assert!((load.factor - 1.0).abs() < 0.2, "{strategy}: the links', not the ranks': {load:?}");
+        // A text that waits half as often again is not taken for slow ranks.
+        let longer = truth.ms_per_token * 1e-3 + 0.5 * count * waits.each_s;
+        let far = Waits { count: 1.5 * count, ..waits };
+        let seen = Tried { tokens_per_s: work.sequences as f64 / longer, waits: Some(far) };
+        let other = Load::of(&alone, &shape(), work, of(&table), seen);
+        assert!((other.factor / load.factor - 1.0).abs() < 0.01, "{strategy}: {other:?}");
+        alone.loads.push(load);
+        let [says, does] =
+            [&alone, &busy].map(|world| predict(world, &shape(), work, of(&replicated)).tokens_per_s);
+        assert!((says / does - 1.0).abs() < 0.05, "{strategy}: {says} of {does}");
+    }
+}
+
 #[test]
 fn a_trial_says_how_much_longer_the_ranks_take() {
     let (trace, table) = (drawn(1), PlacementTable::linear(LAYERS, 4, 2));
@@ -191,7 +231,7 @@ fn a_trial_says_how_much_longer_the_ranks_take() {
         let mut slow = alone.clone();
         slow.ranks.iter_mut().for_each(|times| times.stretch(3.0));
         let truth = |table| predict(&slow, &shape(), work, setting(table));
-        let trial = Load::of(&alone, &shape(), work, setting(&table), truth(&table).tokens_per_s);
+        let trial = Load::of(&alone, &shape(), work, setting(&table), tried(truth(&table).tokens_per_s));
         // A little nearer to 1; and in flow an order of events more or less makes a rate that two factors share.
         let off = if schedule == Schedule::Rounds { 0.1 } else { 0.3 };
         assert!((trial.factor - 3.0).abs() < off, "{strategy} {schedule}: {trial:?}");
@@ -203,7 +243,8 @@ fn a_trial_says_how_much_longer_the_ranks_take() {
         alone.loads.extend((!mine).then_some(vain));
         let predicted = predict(&alone, &shape(), work, setting(&other)).tokens_per_s;
         let off = (predicted / truth(&other).tokens_per_s - 1.0).abs();
-        assert!(off < 0.03, "{strategy} {schedule}: {off}");
+        let most = if schedule == Schedule::Rounds { 0.03 } else { 0.05 };
+        assert!(off < most, "{strategy} {schedule}: {off}");
     }
     // Where links take nearly all of the time, a text that is a tenth slower does not make the ranks out to be slow.
     let factor = |world: Measurements| {
@@ -211,7 +252,7 @@ fn a_trial_says_how_much_longer_the_ranks_take() {
         let setting = Setting { strategy, schedule, combine: Combine::Exact, table: &table, groups: &[] };
         let work = Workload { routes: &trace, sequences: 1 };
         let rate = predict(&world, &shape(), work, setting).tokens_per_s;
-        Load::of(&world, &shape(), work, setting, rate / 1.1).factor
+        Load::of(&world, &shape(), work, setting, tried(rate / 1.1)).factor
     };
     let (near_by, far_off) = (factor(apart(0.0)), factor(apart(100.0 * HOP)));
     assert!((near_by - 1.1).abs() < 0.01, "{near_by}");
@@ -225,7 +266,7 @@ fn a_trial_says_how_much_longer_the_ranks_take() {
         groups: &[],
     };
     let work = Workload { routes: &trace, sequences: 8 };
-    let least = Load::of(&measured(2, 1e12), &shape(), work, setting, 1e9);
+    let least = Load::of(&measured(2, 1e12), &shape(), work, setting, tried(1e9));
     assert!(least.factor < 0.26 && least.factor > 0.2, "{least:?}");
 }
 
@@ -246,6 +287,42 @@ fn a_bounded_sequence_sends_less_and_crosses_back() {
         let alone = play(&[0, 1, 2, 3]);
         assert!(alone.kv_bytes == 0.0 && alone.combine_bytes > pair.combine_bytes, "{schedule}");
     }
+}
+
+#[test]
+fn a_stream_is_of_one_text() {
+    // Texts of 40, 10 and 60 tokens: one stretch from the middle, one that runs on, two.
+    let mut trace = RoutingTrace::new(LAYERS, 1);
+    for tokens in [40, 10, 60] {
+        trace.mark_break();
+        (0..tokens).for_each(|_| trace.push_token(&[0; LAYERS]));
+    }
+    assert_eq!(stretches(&trace), [8, 40, 53, 83]);
+    let begins = |sequences| Streams::draws(&trace, sequences).map(|draw| draw.begins).collect::<Vec<_>>();
+    assert_eq!(
+        begins(2),
+        [[8, 40], [53, 83], [52, 65], [95, 20]],
+        "later and at home elsewhere in their second turn"
+    );
+    assert_eq!(begins(64).len(), DRAWS.0);
+}
+
+#[test]
+fn a_text_that_stays_makes_its_sequence_quick() {
+    // Two sequences at home on ranks 0 and 1, both of whose texts stay on rank 0.
+    let text = |trace: &mut RoutingTrace| (0..TOKENS).for_each(|_| trace.push_token(&[0; LAYERS]));
+    let mut trace = RoutingTrace::new(LAYERS, 1);
+    text(&mut trace);
+    trace.mark_break();
+    text(&mut trace);
+    let vanilla = run(&trace, Strategy::Vanilla, Schedule::Flow, 2);
+    // Until the quick one is done, it makes nearly all of the tokens.
+    let quick = 1e-3 * HOP.recip() * 1e3 / (LAYERS + 1) as f64;
+    assert!(
+        (0.9 * quick..1.2 * quick).contains(&vanilla.tokens_per_s),
+        "{} of {quick}",
+        vanilla.tokens_per_s
+    );
 }
 
 #[test]

@@ -13,7 +13,7 @@ pub use inputs::{
 pub(super) use inputs::{own_routes, trial_prompts};
 pub use row::{BesideBest, ClassBytes, GridRow};
 pub use turns::{ALONE, decode_rate};
-pub(super) use turns::{median, of_mean_time, quantile};
+pub(super) use turns::{decode, median, quantile};
 
 use super::planning::TURNS;
 use super::{Candidate, StudyError, ways};

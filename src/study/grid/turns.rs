@@ -190,7 +190,15 @@ fn run(cluster: &mut Cluster, requests: &[Request]) -> Result<(Times, RunStats, 
 /// # Errors
 /// What [`Cluster::generate`] refuses.
 pub fn decode_rate(cluster: &mut Cluster, requests: &[Request]) -> Result<f64, StudyError> {
-    run(cluster, requests).map(|(times, ..)| rate(&times))
+    decode(cluster, requests).map(|(rate, _)| rate)
+}
+
+/// The same with the run's figures.
+pub(in crate::study) fn decode(
+    cluster: &mut Cluster,
+    requests: &[Request],
+) -> Result<(f64, RunStats), StudyError> {
+    run(cluster, requests).map(|(times, stats, _)| (rate(&times), stats))
 }
 
 /// Tokens per second while all sequences decode: from the last first token to the first last one. Where sequences had
@@ -209,7 +217,7 @@ fn rate(times: &Times) -> f64 {
 }
 
 /// What rates come to for the same work one after the other.
-pub(in crate::study) fn of_mean_time(rates: &[f64]) -> f64 {
+fn of_mean_time(rates: &[f64]) -> f64 {
     rates.len() as f64 / rates.iter().map(|rate| 1.0 / rate.max(1e-9)).sum::<f64>().max(1e-9)
 }
 

@@ -8,7 +8,7 @@ pub use candidate::{Candidate, candidates, layer_split, ways};
 pub(super) use trial::{TURNS, Trials};
 
 use super::{StudyError, grid};
-use exflow_engine::plan::{Load, Measurements, Prediction, Setting, Shape, Workload, predict};
+use exflow_engine::plan::{Load, Measurements, Prediction, Setting, Shape, Tried, Workload, predict};
 use exflow_engine::{Cluster, Combine, Progress, RoutingTrace, Schedule, Strategy};
 use exflow_placement::{PlacementTable, SolveOptions};
 use serde::Serialize;
@@ -111,12 +111,12 @@ impl Planner {
     }
 
     /// The same from what trials with a table came to. What was learnt of the same ways and sequences before is forgotten.
-    pub(super) fn learn(&mut self, table: &PlacementTable, sequences: usize, rates: Vec<(Way, f64)>) {
-        for ((strategy, schedule), rate) in rates {
+    pub(super) fn learn(&mut self, table: &PlacementTable, sequences: usize, each: Vec<(Way, Tried)>) {
+        for ((strategy, schedule), tried) in each {
             let (combine, groups) = (self.combine, &self.groups[..]);
             let setting = Setting { strategy, schedule, combine, table, groups };
             let work = Workload { routes: &self.routes, sequences };
-            let load = Load::of(&self.measured, &self.shape, work, setting, rate);
+            let load = Load::of(&self.measured, &self.shape, work, setting, tried);
             let other =
                 |one: &Load| (one.strategy, one.schedule, one.sequences) != (strategy, schedule, sequences);
             self.measured.loads.retain(other);
@@ -165,8 +165,8 @@ impl Planner {
         if close > 1 {
             let close = contenders.iter().map(|one| one.candidate.clone()).collect();
             let rates = Trials::new(close, sequences, Candidate::apply).rates(cluster, self.turns)?;
-            for (one, (_, rate)) in contenders.iter_mut().zip(rates) {
-                one.tried = Some(rate);
+            for (one, (_, tried)) in contenders.iter_mut().zip(rates) {
+                one.tried = Some(tried.tokens_per_s);
             }
             contenders.sort_by(|a, b| b.tried.unwrap_or(0.0).total_cmp(&a.tried.unwrap_or(0.0)));
         }

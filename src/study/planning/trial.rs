@@ -1,7 +1,8 @@
 //! Trials: a cluster decodes a few tokens of the model's own text in each of several ways, which take turns.
 
-use crate::study::grid::{self, median, of_mean_time};
-use crate::study::{StudyError, decode_rate};
+use crate::study::StudyError;
+use crate::study::grid::{self, median};
+use exflow_engine::plan::Tried;
 use exflow_engine::{Cluster, EngineError};
 use std::time::{Duration, Instant};
 
@@ -56,35 +57,40 @@ impl<W: Clone> Trials<W> {
         Ok(())
     }
 
-    /// Takes those of so many turns that are left; each way with its tokens per second.
+    /// Takes those of so many turns that are left; each way with what it came to.
     pub(in crate::study) fn rates(
         &mut self,
         cluster: &mut Cluster,
         turns: usize,
-    ) -> Result<Vec<(W, f64)>, StudyError> {
+    ) -> Result<Vec<(W, Tried)>, StudyError> {
         while self.turns < turns {
             self.turn(cluster)?;
         }
-        let of_turns = |trials: &Vec<Trial>| {
-            let mut rates: Vec<f64> = trials.iter().map(|trial| trial.tokens_per_s).collect();
-            median(&mut rates)
+        let of_turns = |trials: &[Trial]| {
+            let mut tried: Vec<Tried> = trials.iter().map(|trial| trial.tried).collect();
+            let mut rates: Vec<f64> = tried.iter().map(|tried| tried.tokens_per_s).collect();
+            let tokens_per_s = median(&mut rates);
+            // What was waited for in the turns about the middle one: the others were of another mood.
+            let off = |tried: &Tried| (tried.tokens_per_s / tokens_per_s.max(1e-9)).ln().abs();
+            tried.sort_by(|a, b| off(a).total_cmp(&off(b)));
+            Tried { tokens_per_s, ..tried.first().copied().unwrap_or_default() }
         };
         Ok(self.each(of_turns))
     }
 
-    /// Each way with its tokens per second in its latest turn.
-    pub(in crate::study) fn latest(&self) -> Vec<(W, f64)> {
-        self.each(|trials| trials.last().map_or(0.0, |trial| trial.tokens_per_s))
+    /// Each way with what it came to in its latest turn.
+    pub(in crate::study) fn latest(&self) -> Vec<(W, Tried)> {
+        self.each(|trials| trials.last().map_or(Tried::default(), |trial| trial.tried))
     }
 
-    fn each(&self, rate: impl Fn(&Vec<Trial>) -> f64) -> Vec<(W, f64)> {
-        self.ways.iter().cloned().zip(self.taken.iter().map(rate)).collect()
+    fn each(&self, tried: impl Fn(&[Trial]) -> Tried) -> Vec<(W, Tried)> {
+        self.ways.iter().cloned().zip(self.taken.iter().map(|trials| tried(trials))).collect()
     }
 }
 
 /// One turn of a way.
 struct Trial {
-    tokens_per_s: f64,
+    tried: Tried,
     /// What the longest run took.
     longest: Duration,
 }
@@ -96,24 +102,25 @@ impl Trial {
         let mut timed = |max_tokens: usize| {
             let prompts: Vec<_> = prompts.iter().cycle().skip(turned).take(sequences).cloned().collect();
             turned += 1;
-            let began = Instant::now();
-            let rate = decode_rate(cluster, &grid::requests(&prompts, max_tokens))?;
-            Ok::<_, StudyError>((rate, began.elapsed()))
+            let (began, schedule) = (Instant::now(), cluster.options().schedule);
+            let (rate, stats) = grid::decode(cluster, &grid::requests(&prompts, max_tokens))?;
+            let tried = Tried::of(rate, &stats, schedule, cluster.spec().moe_layers());
+            Ok::<_, StudyError>((tried, began.elapsed()))
         };
         timed(WARM_UP)?;
         let least = sequences.clamp(TOKENS.0, TOKENS.1);
-        let (rate, took) = timed(least)?;
+        let (tried, took) = timed(least)?;
         if took >= TIME {
-            return Ok(Self { tokens_per_s: rate, longest: took });
+            return Ok(Self { tried, longest: took });
         }
         let as_long = least as f64 * TIME.as_secs_f64() / took.as_secs_f64().max(1e-9);
         let tokens = (as_long.ceil() as usize).clamp(least, TOKENS.1);
-        let (began, mut rates, mut longest) = (Instant::now(), Vec::new(), took);
-        while rates.is_empty() || began.elapsed() < TIME {
-            let (rate, took) = timed(tokens)?;
-            rates.push(rate);
+        let (began, mut all, mut longest) = (Instant::now(), Vec::new(), took);
+        while all.is_empty() || began.elapsed() < TIME {
+            let (tried, took) = timed(tokens)?;
+            all.push(tried);
             longest = longest.max(took);
         }
-        Ok(Self { tokens_per_s: of_mean_time(&rates), longest })
+        Ok(Self { tried: Tried::mean(&all), longest })
     }
 }

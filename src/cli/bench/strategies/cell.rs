@@ -8,6 +8,8 @@ use exflow::engine::{Cluster, ClusterOptions, NoProgress, RoutingTrace, Transpor
 use exflow::placement::PlacementTable;
 use exflow::progress::Bars;
 use exflow::study::{self, Candidate, Cell, Grid};
+use std::fs::File;
+use std::io::{BufReader, BufWriter};
 use std::path::Path;
 
 /// Solves a model's tables, for every world size.
@@ -24,7 +26,7 @@ pub(super) fn solve(args: &Args, folder: &Path) -> Result<(), Failure> {
     // text grows longer: predictions are made from other text, as long as what is measured.
     let other = args.runs.seed.wrapping_add(1);
     let predicted_on = study::grid_profile(&mut cluster, args.max_tokens as usize, other, &bars)?;
-    predicted_on.save_npy(&routes_path(folder, model)).map_err(|e| Failure::Run(e.to_string()))?;
+    save_routes(&routes_path(folder, model), &predicted_on)?;
     let spec = cluster.spec().clone();
     for &ranks in &args.ranks {
         for table in args.solved() {
@@ -70,9 +72,7 @@ pub(super) fn measure(args: &Args, folder: &Path) -> Result<(), Failure> {
     let prompts = study::grid_prompts(&path, most, args.runs.seed)?;
     let routes = match args.no_auto {
         true => None,
-        false => Some(
-            RoutingTrace::load_npy(&routes_path(folder, model)).map_err(|e| Failure::Run(e.to_string()))?,
-        ),
+        false => Some(load_routes(&routes_path(folder, model))?),
     };
     let how = (args.effort(), &NoProgress as _);
     let mut grid = Grid::start(&options, settings, routes, &args.sequences, &prompts, how)?;
@@ -86,4 +86,17 @@ pub(super) fn measure(args: &Args, folder: &Path) -> Result<(), Failure> {
         output::json_line(&grid.measure(&cell)?)?;
     }
     Ok(())
+}
+
+/// With where texts begin, which predictions go by.
+fn save_routes(path: &Path, routes: &RoutingTrace) -> Result<(), Failure> {
+    let failed = |e: std::io::Error| Failure::Run(format!("{}: {e}", path.display()));
+    let file = BufWriter::new(File::create(path).map_err(failed)?);
+    serde_json::to_writer(file, routes).map_err(|e| failed(e.into()))
+}
+
+fn load_routes(path: &Path) -> Result<RoutingTrace, Failure> {
+    let failed = |e: std::io::Error| Failure::Run(format!("{}: {e}", path.display()));
+    let file = BufReader::new(File::open(path).map_err(failed)?);
+    serde_json::from_reader(file).map_err(|e| failed(e.into()))
 }

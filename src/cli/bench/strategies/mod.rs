@@ -253,5 +253,5 @@ fn table_path(folder: &Path, model: &str, ranks: usize, table: TableName) -> Pat
 
 /// The routes that predictions are made from.
 fn routes_path(folder: &Path, model: &str) -> PathBuf {
-    table_path(folder, model, 0, TableName::RoundRobin).with_extension("npy")
+    table_path(folder, model, 0, TableName::RoundRobin).with_extension("routes")
 }
