@@ -23,7 +23,7 @@ pub struct Load {
     pub tokens_per_s: f64,
     /// By which the ranks' own times are multiplied to explain it.
     pub factor: f64,
-    /// Flow: seconds that a message takes beyond its link's latency, mean.
+    /// Flow: seconds that a message takes beyond its link's latency, mean; negative where that was measured in a slower moment.
     #[serde(default)]
     pub delay_s: f64,
 }
@@ -87,9 +87,11 @@ const MODEL: f64 = 0.07;
 /// How far, as a logarithm, a factor commonly lies from 1.
 const USUAL: f64 = std::f64::consts::LN_2;
 /// Steps of the search; each leaves 0.62 of the range.
-const STEPS: usize = 18;
+const STEPS: usize = 15;
 /// Share of a trial's time that its text cannot have been behind in.
 const LEAST: f64 = 0.5;
+/// Share of a latency that it cannot be less than, whenever it was measured.
+const QUICKEST: f64 = 0.1;
 /// Waits of a token below which what else lies between two ranks would be taken for them.
 const FEWEST_WAITS: f64 = 0.25;
 
@@ -108,30 +110,28 @@ impl Load {
         setting: Setting<'_>,
         tried: Tried,
     ) -> Self {
-        let plays = plays(measured, shape, work, setting);
-        let (alone, off) = (mean(&plays, work.sequences.max(1)), variance(&plays) + MODEL * MODEL);
-        let delay_s = delay(&alone, shape, tried);
-        let waits = alone.waits_per_layer * shape.moe_layers();
-        let tokens_per_s = tried.as_if(work.sequences.max(1), waits);
-        let unlikely = |log: f64| {
-            let rate = unloaded(&measured.loaded(log.exp(), delay_s), shape, work, setting).tokens_per_s;
-            (rate / tokens_per_s.max(1e-9)).ln().powi(2) / off + (log / USUAL).powi(2)
+        let sequences = work.sequences.max(1);
+        let alone = plays(measured, shape, work, setting);
+        let off = variance(&alone) + MODEL * MODEL;
+        let waits = mean(&alone, sequences).waits_per_layer * shape.moe_layers();
+        let as_replayed = tried.as_if(sequences, waits);
+        // How much later messages come depends on how much of a token's time away the ranks that serve it take.
+        let delay = |log: f64| match tried.waits {
+            Some(Waits { each_s, .. }) if waits > FEWEST_WAITS => {
+                let travel = unloaded(&measured.loaded(log.exp(), 0.0), shape, work, setting).parts.travel_ms;
+                each_s - 1e-3 * travel / waits
+            }
+            _ => 0.0,
         };
-        let factor = least((FACTORS.0.ln(), FACTORS.1.ln()), unlikely).exp();
+        let unlikely = |log: f64| {
+            let loaded = measured.loaded(log.exp(), delay(log));
+            let rate = unloaded(&loaded, shape, work, setting).tokens_per_s;
+            (rate.max(1e-9) / as_replayed.max(1e-9)).ln().powi(2) / off + (log / USUAL).powi(2)
+        };
+        let log = least((FACTORS.0.ln(), FACTORS.1.ln()), unlikely);
         let (strategy, schedule) = (setting.strategy, setting.schedule);
-        let tokens_per_s = tried.tokens_per_s;
+        let (factor, delay_s, tokens_per_s) = (log.exp(), delay(log), tried.tokens_per_s);
         Self { strategy, schedule, sequences: work.sequences, tokens_per_s, factor, delay_s }
-    }
-}
-
-/// Seconds by which tokens on trial were longer away than `alone`, for each one-way latency that they waited for.
-fn delay(alone: &Prediction, shape: &Shape, tried: Tried) -> f64 {
-    let waits = alone.waits_per_layer * shape.moe_layers();
-    match tried.waits {
-        Some(Waits { each_s, .. }) if waits > FEWEST_WAITS => {
-            (each_s - 1e-3 * alone.parts.travel_ms / waits).max(0.0)
-        }
-        _ => 0.0,
     }
 }
 
@@ -179,14 +179,16 @@ impl Measurements {
         }
     }
 
-    /// The same world with ranks that take `factor` times as long and messages that come `delay_s` later.
+    /// The same world with ranks that take `factor` times as long and messages that come `delay_s` later. Ranks that are
+    /// quicker than they were measured were measured in a slow moment, in which an exchange was slower too.
     fn loaded(&self, factor: f64, delay_s: f64) -> Self {
         let mut loaded = self.clone();
         loaded.ranks.iter_mut().for_each(|times| times.stretch(factor));
         for link in loaded.links.iter_mut().flatten() {
             link.message_s *= factor;
-            link.latency_s += delay_s;
+            link.latency_s = (link.latency_s + delay_s).max(QUICKEST * link.latency_s);
         }
+        loaded.exchange_s *= factor.min(1.0);
         loaded
     }
 }
