@@ -66,7 +66,7 @@ impl Auto {
         self.planner.predict(setting, sequences)
     }
 
-    /// Tries the ways once more; from now on predictions go by this turn alone.
+    /// Tries the ways once more; from now on predictions go by the mood of this turn.
     pub(super) fn try_again(
         &mut self,
         clusters: &mut Clusters<'_>,

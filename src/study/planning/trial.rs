@@ -78,14 +78,38 @@ impl<W: Clone> Trials<W> {
         Ok(self.each(of_turns))
     }
 
-    /// Each way with what it came to in its latest turn.
+    /// Each way with what it came to in its latest turn, as far as all turns say that it was that turn's mood.
     pub(in crate::study) fn latest(&self) -> Vec<(W, Tried)> {
-        self.each(|trials| trials.last().map_or(Tried::default(), |trial| trial.tried))
+        let rates = |trials: &Vec<Trial>| trials.iter().map(|trial| trial.tried.tokens_per_s).collect();
+        let steady = latest(&self.taken.iter().map(rates).collect::<Vec<Vec<f64>>>());
+        let last = self.each(|trials| trials.last().map_or(Tried::default(), |trial| trial.tried));
+        let steadied = |((way, tried), tokens_per_s)| (way, Tried { tokens_per_s, ..tried });
+        last.into_iter().zip(steady).map(steadied).collect()
     }
 
     fn each(&self, tried: impl Fn(&[Trial]) -> Tried) -> Vec<(W, Tried)> {
         self.ways.iter().cloned().zip(self.taken.iter().map(|trials| tried(trials))).collect()
     }
+}
+
+/// Of rates `[way][turn]`, each way's in the last turn: what it makes in the middle of all turns, each held against what the
+/// ways made in it together, times what they made together in the last. A short trial says more of the second that it ran in
+/// than of its way. A way that had fewer turns, as it waits for links, keeps its last rate.
+fn latest(rates: &[Vec<f64>]) -> Vec<f64> {
+    let turns = rates.iter().map(Vec::len).max().unwrap_or(0);
+    let all: Vec<&Vec<f64>> = rates.iter().filter(|rates| rates.len() == turns).collect();
+    let together = |turn: usize| {
+        let logs = all.iter().map(|rates| rates[turn].max(1e-9).ln());
+        (logs.sum::<f64>() / all.len().max(1) as f64).exp()
+    };
+    let of = |rates: &Vec<f64>| match rates.last() {
+        Some(_) if rates.len() == turns => {
+            let mut own: Vec<f64> = (0..turns).map(|turn| rates[turn] / together(turn)).collect();
+            median(&mut own) * together(turns - 1)
+        }
+        last => last.copied().unwrap_or(0.0),
+    };
+    rates.iter().map(of).collect()
 }
 
 /// One turn of a way.
@@ -122,5 +146,22 @@ impl Trial {
             longest = longest.max(took);
         }
         Ok(Self { tried: Tried::mean(&all), longest })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_turns_mood_is_all_ways_and_a_ways_own_speed_all_turns() {
+        // The machine is half as fast in the last turn, and the second way had a bad moment of its own in it.
+        let rates = [vec![100.0, 110.0, 90.0, 50.0], vec![200.0, 220.0, 180.0, 64.0], vec![7.0]];
+        let [first, second, third] = latest(&rates)[..] else { panic!("one for each way") };
+        assert!((second / first - 2.0).abs() < 1e-9, "{second} is twice {first} in all other turns");
+        assert!((first * second - 50.0 * 64.0).abs() < 1e-6, "together what they made");
+        assert_eq!(third, 7.0, "one turn, as it took long");
+        assert!((latest(&[vec![3.0, 5.0]])[0] - 5.0).abs() < 1e-9, "alone, its mood is its own");
+        assert!(latest(&[vec![], vec![]]).iter().all(|rate| *rate == 0.0));
     }
 }
