@@ -121,7 +121,7 @@ struct Play<'a> {
 
 impl<'a> Play<'a> {
     fn new(of: Scene<'a>) -> Self {
-        let (world, sequences) = (of.measured.world_size(), of.streams.sequences);
+        let (world, sequences) = (of.measured.world_size(), of.streams.sequences());
         let mut play = Self {
             of,
             now: 0.0,
@@ -392,7 +392,7 @@ impl<'a> Play<'a> {
         let (s, tokens) = (&self.sums, self.sums.tokens.max(1.0));
         Prediction {
             tokens_per_s: rate,
-            ms_per_token: 1e3 * self.of.streams.sequences as f64 / rate.max(1e-9),
+            ms_per_token: 1e3 * self.of.streams.sequences() as f64 / rate.max(1e-9),
             waits_per_layer: s.latencies / (tokens * self.of.shape.moe_layers().max(1.0)),
             crossings_per_token: s.crossings / tokens,
             stay_rate: s.stays / s.moves.max(1.0),

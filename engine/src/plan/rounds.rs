@@ -23,9 +23,9 @@ struct Sums {
 pub(super) fn play(scene: Scene<'_>) -> Prediction {
     let Scene { measured, shape, streams, .. } = scene;
     let ranks = measured.world_size();
-    let homes: Vec<usize> = (0..streams.sequences).map(|s| s % ranks).collect();
+    let homes: Vec<usize> = (0..streams.sequences()).map(|s| s % ranks).collect();
     let mut residence = homes.clone();
-    let mut mains: Vec<Option<Rank>> = vec![None; streams.sequences];
+    let mut mains: Vec<Option<Rank>> = vec![None; streams.sequences()];
     let mut sums = Sums::default();
     for token in 0..TOKENS {
         if token == UNCOUNTED {
@@ -35,7 +35,7 @@ pub(super) fn play(scene: Scene<'_>) -> Prediction {
         step.run(token, &mut residence, &mut mains);
     }
     let steps = (TOKENS - UNCOUNTED) as f64;
-    let tokens = steps * streams.sequences as f64;
+    let tokens = steps * streams.sequences() as f64;
     let step_ms = 1e3 * sums.seconds / steps;
     let (travel_ms, context_ms) = (1e3 * sums.travel / steps, 1e3 * sums.context / steps);
     Prediction {
@@ -77,7 +77,7 @@ impl Step<'_> {
                 });
                 continue;
             };
-            let routes: Vec<Route> = (0..streams.sequences)
+            let routes: Vec<Route> = (0..streams.sequences())
                 .map(|sequence| {
                     let at = Place { sequence, token, moe };
                     streams.route(self.of.setting, at, Rank::from(residence[sequence]))

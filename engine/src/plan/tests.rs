@@ -1,5 +1,6 @@
 //! Predictions that can be worked out by hand, and what must hold of all of them.
 
+use super::streams::{DRAWS, stretches};
 use super::*;
 
 const LAYERS: usize = 4;
