@@ -128,7 +128,7 @@ fn check(
     Ok(study::decode_rate(cluster, &study::requests(&prompts, tokens))?)
 }
 
-fn planned(sequences: usize, Ranked { candidate, prediction, tried }: &Ranked) -> Planned {
+fn planned(sequences: usize, Ranked { candidate, prediction, tried, expected }: &Ranked) -> Planned {
     Planned {
         sequences,
         strategy: candidate.strategy.to_string(),
@@ -136,6 +136,7 @@ fn planned(sequences: usize, Ranked { candidate, prediction, tried }: &Ranked) -
         table: candidate.table.clone(),
         prediction: *prediction,
         tried_tokens_per_s: *tried,
+        expected_tokens_per_s: *expected,
     }
 }
 
@@ -170,7 +171,7 @@ fn as_text(planner: &Planner, plans: &[Plan]) -> String {
             "context",
             "bytes/token"
         );
-        for Ranked { candidate, prediction: p, tried } in ranked {
+        for Ranked { candidate, prediction: p, tried, .. } in ranked {
             let bytes = p.dispatch_bytes + p.combine_bytes + p.kv_bytes;
             let _ = writeln!(
                 text,
@@ -239,7 +240,7 @@ fn measurements(planner: &Planner) -> String {
 
 /// The choice, and what the best of each other kind would do.
 fn why(best: &Ranked, ranked: &[Ranked]) -> String {
-    let Ranked { candidate: best, prediction: p, tried } = best;
+    let Ranked { candidate: best, prediction: p, tried, expected } = best;
     let mut text = format!("{best}: {:.1} tokens/s", p.tokens_per_s);
     if let Some(rate) = tried {
         let _ = write!(text, " ({rate:.1} on trial)");
@@ -251,11 +252,10 @@ fn why(best: &Ranked, ranked: &[Ranked]) -> String {
         _ => c.table != best.table,
     };
     for what in ["strategy", "schedule", "table"] {
-        if let Some(Ranked { candidate: other, prediction: q, tried: of_other }) =
+        if let Some(Ranked { candidate: other, expected: of_other, .. }) =
             ranked.iter().find(|one| differs(what, &one.candidate))
         {
-            let (rate, than) = tried.zip(*of_other).unwrap_or((p.tokens_per_s, q.tokens_per_s));
-            let times = rate / than.max(1e-9);
+            let times = expected / of_other.max(1e-9);
             others.push(format!("{times:.2}x the best of another {what} ({other})"));
         }
     }

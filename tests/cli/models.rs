@@ -66,11 +66,15 @@ fn a_plan_predicts_every_setting_and_auto_runs_the_best() {
         let predicted: Vec<f64> =
             settings.iter().filter_map(|s| s["prediction"]["tokens_per_s"].as_f64()).collect();
         assert!(predicted.len() == 12 && predicted.iter().all(|rate| *rate > 0.0), "{predicted:?}");
-        // Those that were tried come first, by what they made; the others by what they are predicted to.
-        let tried: Vec<f64> = settings.iter().filter_map(|s| s["tried_tokens_per_s"].as_f64()).collect();
-        assert!(tried.len() != 1 && tried.is_sorted_by(|a, b| a >= b), "{tried:?}");
-        let (first, rest) = predicted.split_at(tried.len());
-        assert!(settings[..tried.len()].iter().all(|s| !s["tried_tokens_per_s"].is_null()), "{settings:?}");
+        // Those that were tried come first, by what is expected by both; the others by what they are predicted to make.
+        let tried = settings.iter().filter(|s| !s["tried_tokens_per_s"].is_null()).count();
+        let expected: Vec<f64> =
+            settings.iter().filter_map(|s| s["expected_tokens_per_s"].as_f64()).collect();
+        assert!(tried != 1 && expected.len() == 12, "{settings:?}");
+        assert!(expected[..tried].is_sorted_by(|a, b| a >= b), "{expected:?}");
+        assert_eq!(expected[tried..], predicted[tried..], "no trial, no other expectation");
+        let (first, rest) = predicted.split_at(tried);
+        assert!(settings[..tried].iter().all(|s| !s["tried_tokens_per_s"].is_null()), "{settings:?}");
         assert!(rest.is_sorted_by(|a, b| a >= b), "{predicted:?}");
         assert!(first.iter().all(|rate| *rate >= rest[0]), "{predicted:?}");
         assert_eq!((&plan["choice"], &plan["sequences"]), (&settings[0], &sequences.into()));

@@ -44,8 +44,8 @@ impl Auto {
     /// Learns from the trials, once all their turns are over.
     pub(super) fn learn(&mut self, clusters: &mut Clusters<'_>) -> Result<(), StudyError> {
         for trials in &mut self.trials {
-            let rates = trials.rates(clusters.trying(self.cluster), self.planner.turns)?;
-            self.planner.learn(&self.table, trials.sequences(), rates);
+            trials.finish(clusters.trying(self.cluster), self.planner.turns)?;
+            self.planner.learn(&self.table, trials.sequences(), trials.usual());
         }
         Ok(())
     }

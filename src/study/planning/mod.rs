@@ -18,9 +18,11 @@ use serde::Serialize;
 const OWN_TEXT: (usize, usize) = (16, 24);
 
 /// Candidates that are predicted to make at least this share of what the best one does are tried before one is picked, so
-/// many at most. Predictions are mostly within a tenth, and where candidates lie closer than that a trial tells more.
+/// many at most. Predictions are mostly within a tenth, and where candidates lie closer than that trials tell more.
 const CLOSE: f64 = 0.9;
 const CONTENDERS: usize = 4;
+/// How far, as a logarithm, predictions of candidates that lie close commonly are from the truth beside each other.
+const PREDICTED: f64 = 0.07;
 
 /// A candidate with what it is predicted to do.
 #[derive(Debug, Clone)]
@@ -31,6 +33,8 @@ pub struct Ranked {
     pub prediction: Prediction,
     /// Tokens per second on trial; none where it was predicted to be too far behind.
     pub tried: Option<f64>,
+    /// Tokens per second by both, each weighed by how sure it is, in the mood of the prediction.
+    pub expected: f64,
 }
 
 /// The same, to be written to a file.
@@ -48,6 +52,8 @@ pub struct Planned {
     pub prediction: Prediction,
     /// What it made on trial; none where it was predicted to be too far behind.
     pub tried_tokens_per_s: Option<f64>,
+    /// By both.
+    pub expected_tokens_per_s: f64,
 }
 
 /// What predictions are made from.
@@ -105,8 +111,9 @@ impl Planner {
         ways: &[Way],
         sequences: usize,
     ) -> Result<(), StudyError> {
-        let rates = trials_of(ways.to_vec(), sequences).rates(cluster, self.turns)?;
-        self.learn(cluster.placement(), sequences, rates);
+        let mut trials = trials_of(ways.to_vec(), sequences);
+        trials.finish(cluster, self.turns)?;
+        self.learn(cluster.placement(), sequences, trials.usual());
         Ok(())
     }
 
@@ -139,18 +146,19 @@ impl Planner {
 
     /// Every candidate's prediction, the best first.
     pub fn rank(&self, candidates: &[Candidate], sequences: usize) -> Vec<Ranked> {
-        let each = candidates.iter().map(|candidate| Ranked {
-            candidate: candidate.clone(),
-            prediction: self.predict(candidate, sequences),
-            tried: None,
+        let each = candidates.iter().map(|candidate| {
+            let prediction = self.predict(candidate, sequences);
+            let expected = prediction.tokens_per_s;
+            Ranked { candidate: candidate.clone(), prediction, tried: None, expected }
         });
         let mut all: Vec<_> = each.collect();
-        all.sort_by(|a, b| b.prediction.tokens_per_s.total_cmp(&a.prediction.tokens_per_s));
+        all.sort_by(best_first);
         all
     }
 
     /// Has the cluster decode on trial as each of those says that are predicted to be nearly as good as the first one, and
-    /// puts what made the most tokens first. Nothing is tried where only one is. The cluster is left in any of them.
+    /// puts first what is expected to make the most by both. Nothing is tried where only one is. The cluster is left in any
+    /// of them.
     ///
     /// # Errors
     /// What the engine refuses.
@@ -164,13 +172,36 @@ impl Planner {
         let contenders = &mut ranked[..close];
         if close > 1 {
             let close = contenders.iter().map(|one| one.candidate.clone()).collect();
-            let rates = Trials::new(close, sequences, Candidate::apply).rates(cluster, self.turns)?;
-            for (one, (_, tried)) in contenders.iter_mut().zip(rates) {
+            let mut trials = Trials::new(close, sequences, Candidate::apply);
+            trials.finish(cluster, self.turns)?;
+            for (one, (_, tried)) in contenders.iter_mut().zip(trials.usual()) {
                 one.tried = Some(tried.tokens_per_s);
             }
-            contenders.sort_by(|a, b| b.tried.unwrap_or(0.0).total_cmp(&a.tried.unwrap_or(0.0)));
+            weigh(contenders, trials.variance());
+            contenders.sort_by(best_first);
         }
         Ok(())
+    }
+}
+
+fn best_first(a: &Ranked, b: &Ranked) -> std::cmp::Ordering {
+    b.expected.total_cmp(&a.expected)
+}
+
+/// What is expected of those that were tried, by the variance of a trial's logarithm beside the others: the mean of what the
+/// prediction and the trial say, each by the inverse of its variance, in which what all trials have in common is the mood of
+/// their minute.
+fn weigh(tried: &mut [Ranked], variance: f64) {
+    let of_trial = PREDICTED * PREDICTED / (PREDICTED * PREDICTED + variance);
+    let mut logs = Vec::new();
+    for one in tried.iter() {
+        let (predicted, tried) =
+            (one.prediction.tokens_per_s, one.tried.unwrap_or(one.prediction.tokens_per_s));
+        logs.push((tried.max(1e-9) / predicted.max(1e-9)).ln());
+    }
+    let mood = logs.iter().sum::<f64>() / logs.len().max(1) as f64;
+    for (one, log) in tried.iter_mut().zip(logs) {
+        one.expected = one.prediction.tokens_per_s * (of_trial * (log - mood)).exp();
     }
 }
 
@@ -254,6 +285,26 @@ mod tests {
         // A token keeps its expert and its successor takes the other one: one crossing a token, or four latencies for
         // every other token, or there and back between layers.
         assert_eq!(ranked[0].candidate.to_string(), "coherent, flow, round_robin");
+    }
+
+    #[test]
+    fn a_trial_counts_by_how_sure_it_is() {
+        let table = PlacementTable::round_robin(2, 2, 2);
+        let mut two = planner().rank(&candidates(&[("t".into(), table)], &[Schedule::Rounds]), 1);
+        let mut expected = |variance: f64| {
+            for (one, (predicted, tried)) in two.iter_mut().zip([(200.0, 50.0), (190.0, 60.0)]) {
+                (one.prediction.tokens_per_s, one.tried) = (predicted, Some(tried));
+            }
+            weigh(&mut two, variance);
+            (two[0].expected, two[1].expected)
+        };
+        let (first, second) = expected(0.0);
+        assert!((second / first - 1.2).abs() < 1e-9, "{first} and {second}: as they were tried");
+        assert!((first * second - 200.0 * 190.0).abs() < 1e-6, "in the mood of the predictions");
+        let (first, second) = expected(1e6);
+        assert!((first - 200.0).abs() < 1e-3 && (second - 190.0).abs() < 1e-3, "as they were predicted");
+        let (first, second) = expected(PREDICTED * PREDICTED);
+        assert!((second / first - (1.2_f64 * 0.95).sqrt()).abs() < 1e-9, "between both");
     }
 
     #[test]

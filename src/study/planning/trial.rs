@@ -19,6 +19,11 @@ pub(in crate::study) const TURNS: usize = 3;
 const TIME: Duration = Duration::from_millis(500);
 /// A trial that takes longer by itself has no further turns: it waits for links, whose latency has no moods.
 const LONG: Duration = Duration::from_secs(2);
+/// Different prompts of trials.
+const PROMPTS: usize = 64;
+/// How far, as a logarithm, a single trial commonly lies from what its way makes beside the others, and as how many trials
+/// that counts.
+const COMMON: (f64, f64) = (2.0, 0.1);
 
 /// The ways to try with so many sequences, and the turns that they have had.
 pub(in crate::study) struct Trials<W> {
@@ -42,10 +47,12 @@ impl<W: Clone> Trials<W> {
         self.sequences
     }
 
-    /// A turn of each way. The further apart turns are, the fewer of them fall into one mood of the machine. The cluster is
-    /// left in any of the ways.
+    /// A turn of each way, all on the same text, and each turn on other text. The further apart turns are, the fewer of them
+    /// fall into one mood of the machine. The cluster is left in any of the ways.
     pub(in crate::study) fn turn(&mut self, cluster: &mut Cluster) -> Result<(), StudyError> {
-        let prompts = grid::trial_prompts(cluster, self.sequences.max(2))?;
+        let mut prompts = grid::trial_prompts(cluster, PROMPTS.max(self.sequences))?;
+        let other = (self.turns * PROMPTS / TURNS) % prompts.len();
+        prompts.rotate_left(other);
         for place in 0..self.ways.len() {
             let which = (place + self.turns) % self.ways.len();
             if self.taken[which].iter().all(|trial| trial.longest < LONG) {
@@ -57,59 +64,98 @@ impl<W: Clone> Trials<W> {
         Ok(())
     }
 
-    /// Takes those of so many turns that are left; each way with what it came to.
-    pub(in crate::study) fn rates(
-        &mut self,
-        cluster: &mut Cluster,
-        turns: usize,
-    ) -> Result<Vec<(W, Tried)>, StudyError> {
+    /// Takes those of so many turns that are left.
+    pub(in crate::study) fn finish(&mut self, cluster: &mut Cluster, turns: usize) -> Result<(), StudyError> {
         while self.turns < turns {
             self.turn(cluster)?;
         }
-        let of_turns = |trials: &[Trial]| {
-            let mut tried: Vec<Tried> = trials.iter().map(|trial| trial.tried).collect();
-            let mut rates: Vec<f64> = tried.iter().map(|tried| tried.tokens_per_s).collect();
-            let tokens_per_s = median(&mut rates);
-            // What was waited for in the turns about the middle one: the others were of another mood.
-            let off = |tried: &Tried| (tried.tokens_per_s / tokens_per_s.max(1e-9)).ln().abs();
-            tried.sort_by(|a, b| off(a).total_cmp(&off(b)));
-            Tried { tokens_per_s, ..tried.first().copied().unwrap_or_default() }
-        };
-        Ok(self.each(of_turns))
+        Ok(())
     }
 
-    /// Each way with what it came to in its latest turn, as far as all turns say that it was that turn's mood.
+    /// Each way with what it makes in the mood of the middle turn.
+    pub(in crate::study) fn usual(&self) -> Vec<(W, Tried)> {
+        self.in_mood_of(Rates::of(&self.taken).middle_turn())
+    }
+
+    /// Each way with what it makes in the mood of the latest turn.
     pub(in crate::study) fn latest(&self) -> Vec<(W, Tried)> {
-        let rates = |trials: &Vec<Trial>| trials.iter().map(|trial| trial.tried.tokens_per_s).collect();
-        let steady = latest(&self.taken.iter().map(rates).collect::<Vec<Vec<f64>>>());
-        let last = self.each(|trials| trials.last().map_or(Tried::default(), |trial| trial.tried));
-        let steadied = |((way, tried), tokens_per_s)| (way, Tried { tokens_per_s, ..tried });
-        last.into_iter().zip(steady).map(steadied).collect()
+        self.in_mood_of(self.turns.saturating_sub(1))
     }
 
-    fn each(&self, tried: impl Fn(&[Trial]) -> Tried) -> Vec<(W, Tried)> {
-        self.ways.iter().cloned().zip(self.taken.iter().map(|trials| tried(trials))).collect()
+    /// The variance of a way's logarithm in [`Trials::usual`], beside those of the others.
+    pub(in crate::study) fn variance(&self) -> f64 {
+        Rates::of(&self.taken).variance()
+    }
+
+    fn in_mood_of(&self, turn: usize) -> Vec<(W, Tried)> {
+        let rates = Rates::of(&self.taken);
+        let of = |way: usize| {
+            let trials = &self.taken[way];
+            let tried = trials.get(turn).or(trials.last()).map_or(Tried::default(), |trial| trial.tried);
+            (self.ways[way].clone(), Tried { tokens_per_s: rates.in_mood_of(way, turn), ..tried })
+        };
+        (0..self.ways.len()).map(of).collect()
     }
 }
 
-/// Of rates `[way][turn]`, each way's in the last turn: what it makes in the middle of all turns, each held against what the
-/// ways made in it together, times what they made together in the last. A short trial says more of the second that it ran in
-/// than of its way. A way that had fewer turns, as it waits for links, keeps its last rate.
-fn latest(rates: &[Vec<f64>]) -> Vec<f64> {
-    let turns = rates.iter().map(Vec::len).max().unwrap_or(0);
-    let all: Vec<&Vec<f64>> = rates.iter().filter(|rates| rates.len() == turns).collect();
-    let together = |turn: usize| {
-        let logs = all.iter().map(|rates| rates[turn].max(1e-9).ln());
-        (logs.sum::<f64>() / all.len().max(1) as f64).exp()
-    };
-    let of = |rates: &Vec<f64>| match rates.last() {
-        Some(_) if rates.len() == turns => {
-            let mut own: Vec<f64> = (0..turns).map(|turn| rates[turn] / together(turn)).collect();
-            median(&mut own) * together(turns - 1)
+/// Tokens per second, `[way][turn]`. A short trial says more of the second that it ran in than of its way: what a way makes is
+/// held against what all ways made in the same turn. A way that had fewer turns, as it waits for links, is not among them.
+struct Rates(Vec<Vec<f64>>);
+
+impl Rates {
+    fn of(taken: &[Vec<Trial>]) -> Self {
+        let rates = |trials: &Vec<Trial>| trials.iter().map(|trial| trial.tried.tokens_per_s).collect();
+        Self(taken.iter().map(rates).collect())
+    }
+
+    fn turns(&self) -> usize {
+        self.0.iter().map(Vec::len).max().unwrap_or(0)
+    }
+
+    /// Those of the ways that had all turns.
+    fn whole(&self) -> impl Iterator<Item = &Vec<f64>> + Clone {
+        let turns = self.turns();
+        self.0.iter().filter(move |rates| rates.len() == turns)
+    }
+
+    /// What all ways made in a turn: the geometric mean.
+    fn together(&self, turn: usize) -> f64 {
+        let logs = self.whole().map(|rates| rates[turn].max(1e-9).ln());
+        (logs.sum::<f64>() / self.whole().count().max(1) as f64).exp()
+    }
+
+    /// The turn in which all ways together made neither most nor least; of two, the slower one.
+    fn middle_turn(&self) -> usize {
+        let mut turns: Vec<usize> = (0..self.turns()).collect();
+        turns.sort_by(|&a, &b| self.together(a).total_cmp(&self.together(b)));
+        turns.get(turns.len().saturating_sub(1) / 2).copied().unwrap_or(0)
+    }
+
+    /// What a way makes in the middle of all turns, each held against what the ways made in it together, times what they made
+    /// together in this one.
+    fn in_mood_of(&self, way: usize, turn: usize) -> f64 {
+        let rates = &self.0[way];
+        if rates.is_empty() || rates.len() < self.turns() {
+            return rates.last().copied().unwrap_or(0.0);
         }
-        last => last.copied().unwrap_or(0.0),
-    };
-    rates.iter().map(of).collect()
+        let held = |(turn, rate): (usize, &f64)| rate / self.together(turn).max(1e-9);
+        median(&mut rates.iter().enumerate().map(held).collect::<Vec<f64>>()) * self.together(turn)
+    }
+
+    /// Of a way's logarithm beside those of the others, by how they changed places from turn to turn; how far single trials
+    /// commonly lie apart where that says little.
+    fn variance(&self) -> f64 {
+        let (turns, ways) = (self.turns(), self.whole().count());
+        let (mut squares, mut free) = (COMMON.0 * COMMON.1 * COMMON.1, COMMON.0);
+        for rates in self.whole() {
+            let held =
+                rates.iter().enumerate().map(|(turn, rate)| (rate.max(1e-9) / self.together(turn)).ln());
+            let mean = held.clone().sum::<f64>() / turns.max(1) as f64;
+            squares += held.map(|log| (log - mean).powi(2)).sum::<f64>();
+        }
+        free += (turns.saturating_sub(1) * ways.saturating_sub(1)) as f64;
+        squares / free / turns.max(1) as f64
+    }
 }
 
 /// One turn of a way.
@@ -124,7 +170,8 @@ impl Trial {
     fn run(cluster: &mut Cluster, prompts: &[Vec<u32>], sequences: usize) -> Result<Self, StudyError> {
         let mut turned = 0;
         let mut timed = |max_tokens: usize| {
-            let prompts: Vec<_> = prompts.iter().cycle().skip(turned).take(sequences).cloned().collect();
+            let from = turned * sequences;
+            let prompts: Vec<_> = prompts.iter().cycle().skip(from).take(sequences).cloned().collect();
             turned += 1;
             let (began, schedule) = (Instant::now(), cluster.options().schedule);
             let (rate, stats) = grid::decode(cluster, &grid::requests(&prompts, max_tokens))?;
@@ -156,12 +203,33 @@ mod tests {
     #[test]
     fn a_turns_mood_is_all_ways_and_a_ways_own_speed_all_turns() {
         // The machine is half as fast in the last turn, and the second way had a bad moment of its own in it.
-        let rates = [vec![100.0, 110.0, 90.0, 50.0], vec![200.0, 220.0, 180.0, 64.0], vec![7.0]];
-        let [first, second, third] = latest(&rates)[..] else { panic!("one for each way") };
-        assert!((second / first - 2.0).abs() < 1e-9, "{second} is twice {first} in all other turns");
-        assert!((first * second - 50.0 * 64.0).abs() < 1e-6, "together what they made");
-        assert_eq!(third, 7.0, "one turn, as it took long");
-        assert!((latest(&[vec![3.0, 5.0]])[0] - 5.0).abs() < 1e-9, "alone, its mood is its own");
-        assert!(latest(&[vec![], vec![]]).iter().all(|rate| *rate == 0.0));
+        let rates = Rates(vec![vec![100.0, 110.0, 90.0, 50.0], vec![200.0, 220.0, 180.0, 64.0], vec![7.0]]);
+        let latest = |way: usize| rates.in_mood_of(way, 3);
+        assert!(
+            (latest(1) / latest(0) - 2.0).abs() < 1e-9,
+            "{} is twice {} in all other turns",
+            latest(1),
+            latest(0)
+        );
+        assert!((latest(0) * latest(1) - 50.0 * 64.0).abs() < 1e-6, "together what they made");
+        assert_eq!(latest(2), 7.0, "one turn, as it took long");
+        assert_eq!(rates.middle_turn(), 2, "90 and 180: the slower of the two in the middle");
+        assert!((rates.in_mood_of(0, 2) - 90.0).abs() < 1e-9);
+        assert!(
+            (Rates(vec![vec![3.0, 5.0]]).in_mood_of(0, 1) - 5.0).abs() < 1e-9,
+            "alone, its mood is its own"
+        );
+        let none = Rates(vec![vec![], vec![]]);
+        assert_eq!((none.in_mood_of(1, 0), none.middle_turn()), (0.0, 0));
+    }
+
+    #[test]
+    fn trials_that_change_places_say_less() {
+        let (common, one) = (COMMON.1 * COMMON.1, |turn: f64| vec![vec![turn * 100.0], vec![turn * 120.0]]);
+        assert!((Rates(one(1.0)).variance() - common).abs() < 1e-12, "one turn tells nothing of it");
+        let steady = Rates(vec![vec![100.0, 80.0, 120.0], vec![120.0, 96.0, 144.0]]).variance();
+        assert!((steady - common / 2.0 / 3.0).abs() < 1e-12, "moods of all are none of a way: {steady}");
+        let wild = Rates(vec![vec![100.0, 150.0, 90.0], vec![120.0, 90.0, 144.0]]).variance();
+        assert!(wild > 5.0 * steady, "{wild} of {steady}");
     }
 }
