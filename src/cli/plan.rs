@@ -70,8 +70,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     }
     let mut plans = Vec::new();
     for &sequences in &args.sequences {
-        let mut ranked = planner.rank(&candidates, sequences);
-        planner.confirm(&mut cluster, &mut ranked, sequences)?;
+        let ranked = planner.choose(&mut cluster, &candidates, sequences)?;
         let measured = match (args.check, ranked.first()) {
             (Some(tokens), Some(best)) => {
                 Some(check(&mut cluster, &best.candidate, sequences, tokens, args.seed)?)
@@ -216,10 +215,12 @@ fn measurements(planner: &Planner) -> String {
         let hop = &times.hop.coherent;
         let _ = writeln!(
             text,
-            "rank {rank}: a layer takes {:.2} ms for 1 row, {:.2} ms for 16; {:.2} times longer while all work",
+            "rank {rank}: a layer takes {:.2} ms for 1 row, {:.2} ms for 16; {:.2} times longer while all work; {:.2} ms longer after \
+             a rest of 3 ms",
             1e3 * hop.at(1),
             1e3 * hop.at(16),
-            times.crowded
+            times.crowded,
+            1e3 * times.waking.after(3e-3)
         );
     }
     for load in &measured.loads {
@@ -312,8 +313,7 @@ pub(crate) fn tune(
     let schedules = schedule.map_or_else(|| vec![Schedule::Rounds, Schedule::Flow], |one| vec![one]);
     let candidates = study::candidates(&[table], &schedules);
     planner.try_out(cluster, &study::ways(&candidates), sequences)?;
-    let mut ranked = planner.rank(&candidates, sequences);
-    planner.confirm(cluster, &mut ranked, sequences)?;
+    let ranked = planner.choose(cluster, &candidates, sequences)?;
     let Some(best) = ranked.first() else { return Ok(None) };
     output::note(&format!("auto, {sequences} at once: {}", why(best, &ranked)));
     best.candidate.apply(cluster)?;

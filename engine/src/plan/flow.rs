@@ -82,6 +82,8 @@ impl Ord for At {
 struct RankState {
     board: Vec<Item>,
     busy: bool,
+    /// Since when it is not.
+    rests: f64,
     picks: u64,
     /// When the link is done with keys and values.
     bulk_free: f64,
@@ -240,7 +242,8 @@ impl<'a> Play<'a> {
         };
         let working = self.ranks.iter().filter(|state| state.busy).count() as f64;
         let owed = std::mem::take(&mut self.ranks[rank].owed);
-        let seconds = (seconds + owed) * (working / self.of.measured.lanes(rank)).max(1.0);
+        let waking = times.waking.after(now - self.ranks[rank].rests);
+        let seconds = (seconds + owed) * (working / self.of.measured.lanes(rank)).max(1.0) + waking;
         for item in picked.iter().filter(|item| item.token) {
             self.sums.hops += seconds;
             self.sums.queue += now - item.ready;
@@ -360,7 +363,10 @@ impl<'a> Play<'a> {
                 let picked = Vec::new();
                 self.at(self.now + frames, Event::Done { rank, picked });
             }
-            false => self.pick(rank),
+            false => {
+                self.ranks[rank].rests = self.now;
+                self.pick(rank);
+            }
         }
     }
 

@@ -25,10 +25,6 @@ impl Curve {
         }
     }
 
-    fn stretch(&mut self, factor: f64) {
-        self.0.iter_mut().for_each(|(_, seconds)| *seconds *= factor);
-    }
-
     /// Seconds that each further row takes, between the last two points.
     pub fn slope(&self) -> f64 {
         match self.0[..] {
@@ -76,16 +72,63 @@ pub struct RankTimes {
     pub sample: Curve,
     /// How many times longer a hop takes while all ranks work at once: they may share cores or an adapter.
     pub crowded: f64,
+    /// How much longer the first hop after a rest takes.
+    #[serde(default)]
+    pub waking: Waking,
+}
+
+/// Seconds that the first work after a rest of so many seconds takes more than the next: threads and cores fall asleep, the
+/// deeper the longer nothing comes. As measured after some rests; straight lines between them, from nothing on.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Waking(pub Vec<(f64, f64)>);
+
+impl Waking {
+    /// After a rest of so long; beyond the longest as after that.
+    pub fn after(&self, rest_s: f64) -> f64 {
+        let mut before = (0.0, 0.0);
+        for &(rest, more) in &self.0 {
+            if rest_s < rest {
+                return before.1 + (more - before.1) * (rest_s - before.0).max(0.0) / (rest - before.0);
+            }
+            before = (rest, more);
+        }
+        before.1
+    }
 }
 
 impl RankTimes {
     /// Makes everything take `factor` times as long.
     pub(super) fn stretch(&mut self, factor: f64) {
-        let both = [&mut self.hop, &mut self.attend, &mut self.work];
-        both.into_iter().flat_map(|by| [&mut by.vanilla, &mut by.coherent]).for_each(|c| c.stretch(factor));
-        let one = [&mut self.serve, &mut self.begin, &mut self.end, &mut self.sample];
-        one.into_iter().for_each(|curve| curve.stretch(factor));
+        self.seconds().for_each(|seconds| *seconds *= factor);
     }
+
+    /// Of what was measured several times: in each place the one in the middle. A machine that does something else for a
+    /// while disturbs all that is measured in that while.
+    pub(crate) fn middle(mut passes: Vec<Self>) -> Self {
+        let Some(mut middle) = passes.first().cloned() else { return Self::default() };
+        let all: Vec<Vec<f64>> =
+            passes.iter_mut().map(|pass| pass.seconds().map(|seconds| *seconds).collect()).collect();
+        for (place, seconds) in middle.seconds().enumerate() {
+            *seconds = median(all.iter().filter_map(|pass| pass.get(place).copied()).collect());
+        }
+        middle.crowded = median(passes.iter().map(|pass| pass.crowded).collect());
+        middle
+    }
+
+    /// Every time in it.
+    fn seconds(&mut self) -> impl Iterator<Item = &mut f64> {
+        let both = [&mut self.hop, &mut self.attend, &mut self.work];
+        let both = both.into_iter().flat_map(|by| [&mut by.vanilla, &mut by.coherent]);
+        let one = [&mut self.serve, &mut self.begin, &mut self.end, &mut self.sample];
+        let curves = both.chain(one).flat_map(|curve| curve.0.iter_mut().map(|(_, seconds)| seconds));
+        curves.chain(self.waking.0.iter_mut().map(|(_, seconds)| seconds))
+    }
+}
+
+/// The middle of the values; 0 of none.
+pub(crate) fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(0.0)
 }
 
 /// What lies between two ranks, one way.
@@ -148,5 +191,25 @@ mod tests {
         }
         assert_eq!(Curve::default().at(7), 0.0);
         assert_eq!(Curve(vec![(4, 2.0)]).at(9), 2.0);
+    }
+
+    #[test]
+    fn a_disturbed_pass_does_not_count() {
+        let pass = |s: f64, crowded: f64| {
+            let (serve, waking) = (Curve(vec![(1, s), (4, 2.0 * s)]), Waking(vec![(0.01, s)]));
+            RankTimes { serve, waking, crowded, ..RankTimes::default() }
+        };
+        let middle = RankTimes::middle(vec![pass(1.0, 2.0), pass(40.0, 1.0), pass(1.5, 9.0)]);
+        assert_eq!(middle, pass(1.5, 2.0));
+        assert_eq!(RankTimes::middle(Vec::new()), RankTimes::default());
+    }
+
+    #[test]
+    fn who_rests_longer_wakes_slower() {
+        let waking = Waking(vec![(0.001, 0.0001), (0.003, 0.0005)]);
+        for (rest, more) in [(0.0, 0.0), (0.0005, 0.00005), (0.001, 0.0001), (0.002, 0.0003), (1.0, 0.0005)] {
+            assert!((waking.after(rest) - more).abs() < 1e-12, "{rest}");
+        }
+        assert_eq!(Waking::default().after(1.0), 0.0);
     }
 }

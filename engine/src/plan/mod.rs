@@ -11,7 +11,8 @@ mod rounds;
 mod streams;
 
 pub use load::{Load, Tried, Waits};
-pub use measured::{ByStrategy, Curve, LinkTime, Measurements, RankTimes};
+pub(crate) use measured::median;
+pub use measured::{ByStrategy, Curve, LinkTime, Measurements, RankTimes, Waking};
 
 use crate::ModelSpec;
 use crate::options::{Combine, KvDtype, KvWire, Schedule};

@@ -1,7 +1,7 @@
 //! Rounds: in each layer all ranks attend, exchange rows, work, and exchange partials where there can be any. The slowest
 //! rank is waited for each time.
 
-use super::{FRAME_BYTES, Parts, Place, Prediction, Scene, TOKENS, UNCOUNTED, remote_partials};
+use super::{FRAME_BYTES, Parts, Place, Prediction, RankTimes, Scene, TOKENS, UNCOUNTED, remote_partials};
 use crate::runtime::bounds;
 use exflow_placement::{Rank, Route, Strategy};
 
@@ -145,8 +145,10 @@ impl Step<'_> {
     }
 
     fn exchange(&mut self, sending: f64) {
-        self.sums.seconds += self.of.measured.exchange_s + sending;
-        self.sums.travel += self.of.measured.exchange_s + sending;
+        let travel = self.of.measured.exchange_s + sending;
+        let waking = |times: &RankTimes| times.waking.after(travel);
+        self.sums.seconds += travel + self.of.measured.ranks.iter().map(waking).fold(0.0, f64::max);
+        self.sums.travel += travel;
     }
 
     /// All ranks work; those that share cores take turns.

@@ -24,6 +24,7 @@ fn measured(ranks: usize, bytes_per_s: f64) -> Measurements {
         work: both,
         sample: flat,
         crowded: 1.0,
+        waking: Waking::default(),
     };
     let link = LinkTime { latency_s: ALPHA, bytes_per_s, message_s: 0.0 };
     let (ranks, links) = (vec![times; ranks], vec![vec![link; ranks]; ranks]);
@@ -54,9 +55,19 @@ fn drawn(top_k: usize) -> RoutingTrace {
 }
 
 fn run(trace: &RoutingTrace, strategy: Strategy, schedule: Schedule, sequences: usize) -> Prediction {
+    run_in(&measured(2, 1e12), trace, strategy, schedule, sequences)
+}
+
+fn run_in(
+    measured: &Measurements,
+    trace: &RoutingTrace,
+    strategy: Strategy,
+    schedule: Schedule,
+    sequences: usize,
+) -> Prediction {
     let table = PlacementTable::linear(LAYERS, 4, 2);
     let setting = Setting { strategy, schedule, combine: Combine::Exact, table: &table, groups: &[] };
-    predict(&measured(2, 1e12), &shape(), Workload { routes: trace, sequences }, setting)
+    predict(measured, &shape(), Workload { routes: trace, sequences }, setting)
 }
 
 fn near(a: f64, b: f64) {
@@ -96,6 +107,25 @@ fn a_token_in_flow_pays_for_its_own_crossings() {
     let here = always([0, 1, 0, 1]);
     near(run(&here, Strategy::Coherent, Schedule::Flow, 1).ms_per_token, hops);
     near(run(&here, Strategy::Vanilla, Schedule::Flow, 1).ms_per_token, hops);
+}
+
+#[test]
+fn who_rested_takes_longer_once() {
+    let trace = always([0, 1, 2, 3]);
+    let more = |strategy, schedule| {
+        let mut measured = measured(2, 1e12);
+        let awake = run_in(&measured, &trace, strategy, schedule, 1).ms_per_token;
+        // Half of it after a latency's rest, all of it after two.
+        measured.ranks.iter_mut().for_each(|rank| rank.waking = Waking(vec![(2.0 * ALPHA, 4e-3)]));
+        run_in(&measured, &trace, strategy, schedule, 1).ms_per_token - awake
+    };
+    // After each exchange.
+    near(more(Strategy::Coherent, Schedule::Rounds), 2.0 * LAYERS as f64);
+    near(more(Strategy::Vanilla, Schedule::Rounds), 4.0 * LAYERS as f64);
+    // A token comes to rank 1 and back to rank 0, whose last one left longer than two latencies ago.
+    near(more(Strategy::Coherent, Schedule::Flow), 2.0 * 4.0);
+    // Rank 1 serves twice, and rank 0 goes on after two latencies and the hop that served each time.
+    near(more(Strategy::Vanilla, Schedule::Flow), 4.0 * 4.0);
 }
 
 #[test]

@@ -57,9 +57,8 @@ impl Auto {
         offered: &[Candidate],
         sequences: usize,
     ) -> Result<Option<Entry>, StudyError> {
-        let mut ranked = self.planner.rank(offered, sequences);
-        self.planner.confirm(clusters.trying(self.cluster), &mut ranked, sequences)?;
-        Ok(ranked.into_iter().next().map(|best| Entry::new(best.candidate, true, self.cluster)))
+        let chosen = self.planner.choose(clusters.trying(self.cluster), offered, sequences)?;
+        Ok(chosen.into_iter().next().map(|best| Entry::new(best.candidate, true, self.cluster)))
     }
 
     pub(super) fn predict(&self, setting: &Candidate, sequences: usize) -> Prediction {

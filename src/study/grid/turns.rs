@@ -135,9 +135,9 @@ impl<'c, 'p> Turns<'c, 'p> {
         Ok(of_mean_time(&rates))
     }
 
-    /// The planner's pick and a fixed setting by turns: half of the time each in its own cluster, then each in the other's.
-    /// Clusters that run the same setting differ by several percent as their memory happens to lie; the mean of both halves
-    /// is free of it.
+    /// The planner's pick and a fixed setting by turns: half of the time each in its own cluster, then each in the other's,
+    /// unless they share one. Clusters that run the same setting differ by several percent as their memory happens to lie; the
+    /// mean of both halves is free of it.
     pub(super) fn beside(
         &mut self,
         auto: &mut Entry,
@@ -145,18 +145,22 @@ impl<'c, 'p> Turns<'c, 'p> {
         pairs: Duration,
     ) -> Result<BesideBest, StudyError> {
         let (setting, same) = (fixed.setting.to_string(), fixed.setting.runs_as(&auto.setting));
-        let half = if same { pairs.mul_f64(OF_ONE) } else { pairs } / 2;
-        let mut own = self.ratios(auto, fixed, half)?;
-        std::mem::swap(&mut auto.cluster, &mut fixed.cluster);
-        for entry in [&*auto, &*fixed] {
-            // The first turn after a change is not counted.
-            self.take(entry, &mut Runs::default())?;
+        let pairs = if same { pairs.mul_f64(OF_ONE) } else { pairs };
+        let shared = auto.cluster == fixed.cluster;
+        let mut ratios = self.ratios(auto, fixed, if shared { pairs } else { pairs / 2 })?;
+        let mut ratio = median(&mut ratios);
+        if !shared {
+            std::mem::swap(&mut auto.cluster, &mut fixed.cluster);
+            for entry in [&*auto, &*fixed] {
+                // The first turn after a change is not counted.
+                self.take(entry, &mut Runs::default())?;
+            }
+            let mut swapped = self.ratios(auto, fixed, pairs / 2)?;
+            ratio = (ratio * median(&mut swapped)).sqrt();
+            ratios.append(&mut swapped);
         }
-        let mut swapped = self.ratios(auto, fixed, half)?;
-        let ratio = (median(&mut own) * median(&mut swapped)).sqrt();
-        own.append(&mut swapped);
-        let quartiles = (quantile(&mut own, 0.25), quantile(&mut own, 0.75));
-        Ok(BesideBest { setting, same, ratio, quartiles, pairs: own.len() })
+        let quartiles = (quantile(&mut ratios, 0.25), quantile(&mut ratios, 0.75));
+        Ok(BesideBest { setting, same, ratio, quartiles, pairs: ratios.len() })
     }
 
     /// The rate of one over that of another in each pair of turns.

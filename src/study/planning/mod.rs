@@ -145,7 +145,7 @@ impl Planner {
     }
 
     /// Every candidate's prediction, the best first.
-    pub fn rank(&self, candidates: &[Candidate], sequences: usize) -> Vec<Ranked> {
+    fn rank(&self, candidates: &[Candidate], sequences: usize) -> Vec<Ranked> {
         let each = candidates.iter().map(|candidate| {
             let prediction = self.predict(candidate, sequences);
             let expected = prediction.tokens_per_s;
@@ -156,19 +156,20 @@ impl Planner {
         all
     }
 
-    /// Has the cluster decode on trial as each of those says that are predicted to be nearly as good as the first one, and
-    /// puts first what is expected to make the most by both. Nothing is tried where only one is. The cluster is left in any
-    /// of them.
+    /// Every candidate with what it is expected to make, the best first. The cluster decodes on trial as each of those says
+    /// that are predicted to be nearly as good as the first one, and what is expected of them goes by both; where only one
+    /// is, nothing is tried. The cluster is left in any of them.
     ///
     /// # Errors
     /// What the engine refuses.
-    pub fn confirm(
+    pub fn choose(
         &self,
         cluster: &mut Cluster,
-        ranked: &mut [Ranked],
+        candidates: &[Candidate],
         sequences: usize,
-    ) -> Result<(), StudyError> {
-        let close = contenders(ranked);
+    ) -> Result<Vec<Ranked>, StudyError> {
+        let mut ranked = self.rank(candidates, sequences);
+        let close = contenders(&ranked);
         let contenders = &mut ranked[..close];
         if close > 1 {
             let close = contenders.iter().map(|one| one.candidate.clone()).collect();
@@ -180,7 +181,7 @@ impl Planner {
             weigh(contenders, trials.variance());
             contenders.sort_by(best_first);
         }
-        Ok(())
+        Ok(ranked)
     }
 }
 

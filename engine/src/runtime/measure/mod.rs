@@ -5,7 +5,7 @@ mod links;
 
 use super::worker::{Event, Worker};
 use crate::EngineError;
-use crate::plan::{LinkTime, RankTimes};
+use crate::plan::{LinkTime, RankTimes, median};
 use bytes::Bytes;
 use exflow_placement::Rank;
 use exflow_transport::{ByteClass, RoundId};
@@ -26,6 +26,8 @@ pub(crate) struct Measured {
 /// Pairs of exchanges that are timed, and the bytes to each rank.
 const EXCHANGES: usize = 9;
 const EXCHANGE_BYTES: usize = 64;
+/// Every rank is timed so often, the others in between.
+const PASSES: usize = 3;
 
 impl Worker {
     /// Every rank does this at once, with no sequence running.
@@ -48,17 +50,22 @@ impl Worker {
             self.wait_for_all()?;
         }
         let exchange_s = self.time_exchange()?;
-        let mut times = RankTimes::default();
-        for rank in &there {
-            if *rank == me {
-                times = self.stepper_for_timing(|stepper| stepper.time_all())?;
+        let mut passes = Vec::new();
+        for _ in 0..PASSES {
+            let mut times = RankTimes::default();
+            for rank in &there {
+                if *rank == me {
+                    times = self.stepper_for_timing(|stepper| stepper.time_all())?;
+                }
+                self.wait_for_all()?;
             }
+            let together = self.stepper_for_timing(|stepper| stepper.time_one_hop())?;
+            let alone = times.hop.coherent.at(super::step::TOGETHER_ROWS);
+            times.crowded = if alone > 0.0 { (together / alone).max(1.0) } else { 1.0 };
             self.wait_for_all()?;
+            passes.push(times);
         }
-        let together = self.stepper_for_timing(|stepper| stepper.time_one_hop())?;
-        let alone = times.hop.coherent.at(super::step::TOGETHER_ROWS);
-        times.crowded = if alone > 0.0 { (together / alone).max(1.0) } else { 1.0 };
-        self.wait_for_all()?;
+        let times = RankTimes::middle(passes);
         self.tell(Event::Measured(me, Box::new(Measured { times, links, exchange_s })));
         Ok(())
     }
@@ -87,10 +94,4 @@ impl Worker {
         self.comm.exchange(round, send)?;
         Ok(())
     }
-}
-
-/// The middle of the values.
-pub(super) fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(0.0)
 }

@@ -4,7 +4,6 @@
 use super::super::coherence::{Arrived, Coherence};
 use super::super::flow::board::{Picked, Serve, Token, Unit};
 use super::super::frames::{Choice, PartialFrame, RowFrame};
-use super::super::measure::median;
 use super::super::sequence::{Admission, Order, Sequences};
 use super::super::stats::RankStats;
 use super::super::worker::Worker;
@@ -12,9 +11,9 @@ use super::experts::Work;
 use super::{Row, Stepper};
 use crate::EngineError;
 use crate::options::Combine;
-use crate::plan::{Curve, RankTimes};
+use crate::plan::{Curve, RankTimes, Waking, median};
 use exflow_placement::{LayerId, Rank, Route, Strategy};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Rows that are timed.
 const ROWS: [usize; 3] = [1, 4, 16];
@@ -22,10 +21,12 @@ const ROWS: [usize; 3] = [1, 4, 16];
 pub(crate) const TOGETHER_ROWS: usize = 4;
 /// Tokens of the context.
 const CONTEXT: usize = 48;
-/// Runs of each; the median counts.
-const RUNS: usize = 7;
+/// Runs of each in a pass; the median counts.
+const RUNS: usize = 3;
+/// Rests after which a hop is timed; a wide link's latencies, and a narrow one's.
+const RESTS: [Duration; 3] = [Duration::from_millis(1), Duration::from_millis(3), Duration::from_millis(10)];
 /// Runs of the hop that all ranks time together: long enough that all are at it.
-const TOGETHER_RUNS: usize = 60;
+const TOGETHER_RUNS: usize = 40;
 
 impl Worker {
     /// Calls `with` with a stepper over a made-up sequence.
@@ -88,7 +89,25 @@ impl Stepper<'_> {
         times.begin = self.curve(Piece::Begin)?;
         times.end = self.curve(Piece::End)?;
         times.sample = self.curve(Piece::Sample)?;
+        times.waking = self.time_waking(times.hop.coherent.at(1))?;
         Ok(times)
+    }
+
+    /// What a hop of one row takes more after a rest than `awake`; the median of a few.
+    fn time_waking(&mut self, awake: f64) -> Result<Waking, EngineError> {
+        let Some(layer) = self.timed_layer() else { return Ok(Waking::default()) };
+        let mut points = Vec::new();
+        for rest in RESTS {
+            let mut seconds = Vec::new();
+            for _ in 0..RUNS {
+                std::thread::sleep(rest);
+                let began = Instant::now();
+                self.once(Piece::Hop, layer, 1)?;
+                seconds.push(began.elapsed().as_secs_f64());
+            }
+            points.push((rest.as_secs_f64(), (median(seconds) - awake).max(0.0)));
+        }
+        Ok(Waking(points))
     }
 
     /// Seconds of a hop of [`TOGETHER_ROWS`] rows, the mean of many.

@@ -66,8 +66,8 @@ pub(crate) struct Args {
     /// one by one
     #[arg(long, conflicts_with_all = ["strategies", "schedules", "tables", "lingers"])]
     ablations: bool,
-    /// A grid of a minute: one run of each setting whatever -r says, all in one cluster; where nothing else is asked for, of the bundled
-    /// model, 4 ranks, 8 sequences, local and wan, round_robin and affinity, 12 tokens
+    /// A grid of a minute: one run of each setting whatever -r says, all in one cluster, with tables that are solved within 1 s; where
+    /// nothing else is asked for, of the bundled model, 4 ranks, 8 sequences, local and wan, round_robin and affinity, 12 tokens
     #[arg(long)]
     quick: bool,
     /// How the result is written
