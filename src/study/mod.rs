@@ -25,7 +25,7 @@ pub use files::{load_affinity, read_documents, save_affinity};
 pub use gathering::{GatherError, Gathered};
 pub use grid::{
     ALONE, BEGINNINGS, BesideBest, Cell, ClassBytes, Effort, Grid, GridRow, SOLVED_ON, SyntheticModel,
-    chain_table, decode_rate, grid_profile, grid_prompts, grid_table, requests,
+    chain_table, decode_rate, grid_alike, grid_profile, grid_prompts, grid_table, requests,
 };
 pub use held_out::{BalanceScore, HeldOut, balances, held_out, keep_back};
 pub use moves::{Gaps, MovePauses, move_pauses};

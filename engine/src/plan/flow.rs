@@ -240,16 +240,25 @@ impl<'a> Play<'a> {
             (n, stage) if stage == last => times.end.at(n) + further,
             (n, _) => times.hop.of(self.of.setting.strategy).at(n) + further,
         };
-        let working = self.ranks.iter().filter(|state| state.busy).count() as f64;
-        let owed = std::mem::take(&mut self.ranks[rank].owed);
+        let crowd = (self.working() / self.of.measured.lanes(rank)).max(1.0);
+        let owed = std::mem::take(&mut self.ranks[rank].owed) * self.short_of_cores(rank);
         let waking = times.waking.after(now - self.ranks[rank].rests);
-        let seconds = (seconds + owed) * (working / self.of.measured.lanes(rank)).max(1.0) + waking;
+        let seconds = (seconds + owed) * crowd + waking;
         for item in picked.iter().filter(|item| item.token) {
             self.sums.hops += seconds;
             self.sums.queue += now - item.ready;
             self.sums.context += item.ready - item.came;
         }
         self.at(now + seconds, Event::Done { rank, picked });
+    }
+
+    fn working(&self) -> f64 {
+        self.ranks.iter().filter(|state| state.busy).count() as f64
+    }
+
+    /// Which share of what other threads do takes of the time of a rank: nothing while a core is left beside those that work.
+    fn short_of_cores(&self, rank: usize) -> f64 {
+        (self.working() + 1.0 - self.of.measured.lanes(rank)).clamp(0.0, 1.0)
     }
 
     fn done(&mut self, rank: usize, picked: Vec<Item>) {
@@ -324,7 +333,6 @@ impl<'a> Play<'a> {
         let mut frames = 0.0;
         for to in 0..self.ranks.len() {
             let link = self.of.measured.link(rank, to);
-            let before = frames;
             let (rows, partials) = (&post.rows[to], &post.partials[to]);
             if to == rank {
                 partials.iter().for_each(|&sequence| self.at(self.now, Event::Partial { sequence, to }));
@@ -340,7 +348,6 @@ impl<'a> Play<'a> {
                     self.sums.travel += if item.token { time - self.now } else { 0.0 };
                     self.at(time, Event::Row { to, item });
                 }
-                frames += link.message_s;
             }
             if !partials.is_empty() {
                 let bytes = 2.0 + FRAME_BYTES + partials.len() as f64 * self.of.shape.partial_bytes();
@@ -348,15 +355,19 @@ impl<'a> Play<'a> {
                 (self.sums.combine, self.sums.crossings) =
                     (self.sums.combine + bytes, self.sums.crossings + partials.len() as f64);
                 partials.iter().for_each(|&sequence| self.at(time, Event::Partial { sequence, to }));
-                frames += link.message_s;
             }
             if !post.kv[to].is_empty() {
                 self.spread(rank, to, &post.kv[to]);
-                frames += link.message_s;
             }
-            self.ranks[to].owed += frames - before;
+            // What goes to a peer at once goes together.
+            if !(rows.is_empty() && partials.is_empty() && post.kv[to].is_empty()) {
+                frames += link.message_s;
+                self.ranks[to].owed += link.message_s;
+            }
         }
         self.ranks[rank].busy = false;
+        // Other threads handle messages.
+        let frames = frames * self.short_of_cores(rank);
         match frames > 0.0 {
             true => {
                 self.ranks[rank].busy = true;

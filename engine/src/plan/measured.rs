@@ -138,7 +138,7 @@ pub struct LinkTime {
     pub latency_s: f64,
     /// 1/β.
     pub bytes_per_s: f64,
-    /// Seconds that each of many small messages takes of those who handle it.
+    /// Processor seconds that a small message takes at either end.
     pub message_s: f64,
 }
 

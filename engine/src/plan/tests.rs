@@ -129,6 +129,21 @@ fn who_rested_takes_longer_once() {
 }
 
 #[test]
+fn messages_take_of_cores_that_are_short() {
+    let trace = always([0, 1, 2, 3]);
+    let with = |message_s: f64, crowded: f64| {
+        let mut measured = measured(2, 1e12);
+        measured.ranks.iter_mut().for_each(|rank| rank.crowded = crowded);
+        measured.links.iter_mut().flatten().for_each(|link| link.message_s = message_s);
+        run_in(&measured, &trace, Strategy::Coherent, Schedule::Flow, 1).ms_per_token
+    };
+    // A message leaves after each layer's attention, with the row or with keys and values alone; on one core for both who gets
+    // it works the longer next time, on a core of each other threads are not in the way.
+    near(with(1e-4, 2.0) - with(0.0, 2.0), 0.1 * LAYERS as f64);
+    near(with(1e-4, 1.0), with(0.0, 1.0));
+}
+
+#[test]
 fn crossings_are_those_that_a_replay_of_the_trace_counts() {
     let (trace, table) = (drawn(1), PlacementTable::linear(LAYERS, 4, 2));
     let played = run(&trace, Strategy::Coherent, Schedule::Flow, 1).crossings_per_token;

@@ -1,5 +1,6 @@
 //! What a grid is measured on: prompts, profiled routes, tables, and a synthetic model.
 
+use super::requests;
 use crate::study::{Corpus, OwnText, StudyError, passages};
 use exflow_engine::{Cluster, ModelSpec, Progress, TextCodec};
 use exflow_placement::{Affinity, PlacementTable, Rng, RoutingTrace, SolveOptions, Topology, solve};
@@ -39,6 +40,8 @@ const ENDINGS: [&str; 8] = ["", " and", " that", " with", " in", ", for", " as",
 const OWN_SEQUENCES: usize = 40;
 /// Tokens of each that tables are solved on.
 pub const SOLVED_ON: usize = 96;
+/// Sequences that predictions are made from.
+const ALIKE: usize = 64;
 /// Tokens of a prompt for a model without a tokenizer.
 const DRAWN_PROMPT: usize = 6;
 
@@ -77,6 +80,24 @@ pub(in crate::study) fn own_routes(
 
 fn draw(dice: &mut Rng, spec: &ModelSpec, count: usize) -> Vec<u32> {
     (0..count).map(|_| dice.below(spec.vocab_size) as u32).collect()
+}
+
+/// Routes of text like what is measured: so many tokens that the model goes on with greedily after other prompts. Greedy text
+/// repeats itself, and with that what its sequence is at home on; text that is drawn does not.
+///
+/// # Errors
+/// What the engine refuses.
+pub fn grid_alike(
+    cluster: &mut Cluster,
+    tokens: usize,
+    progress: &dyn Progress,
+) -> Result<RoutingTrace, StudyError> {
+    let prompts = trial_prompts(cluster, ALIKE)?;
+    let run = cluster.generate(&requests(&prompts, tokens), &mut |_| {})?;
+    let outputs = run.sequences.into_iter().map(|done| done.output_ids);
+    let texts: Vec<Vec<u32>> =
+        prompts.into_iter().zip(outputs).map(|(ids, out)| [ids, out].concat()).collect();
+    Ok(cluster.profile(&texts, progress)?)
 }
 
 /// Prompts that are not part of what [`grid_profile`] routes.

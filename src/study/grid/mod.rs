@@ -8,7 +8,7 @@ mod row;
 mod turns;
 
 pub use inputs::{
-    BEGINNINGS, SOLVED_ON, SyntheticModel, chain_table, grid_profile, grid_prompts, grid_table,
+    BEGINNINGS, SOLVED_ON, SyntheticModel, chain_table, grid_alike, grid_profile, grid_prompts, grid_table,
 };
 pub(super) use inputs::{own_routes, trial_prompts};
 pub use row::{BesideBest, ClassBytes, GridRow};

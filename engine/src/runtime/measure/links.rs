@@ -1,6 +1,6 @@
-//! Pings between pairs of ranks: what a message takes, what bytes take, what many messages take.
+//! Pings between pairs of ranks: what a message takes, what bytes take, what messages take of the processors at both ends.
 
-use super::median;
+use super::{cpu, median};
 use crate::EngineError;
 use crate::plan::LinkTime;
 use bytes::Bytes;
@@ -15,8 +15,9 @@ const SMALL: usize = 64;
 /// Bytes whose time gives the rate, and how often; the quickest counts, as the first ones open the link's window.
 const LARGE: usize = 96 << 10;
 const LARGE_RUNS: usize = 4;
-/// Messages sent at once.
-const BURST: usize = 32;
+/// Messages that are sent one by one, and so far apart that none joins another on its way.
+const LONE: usize = 48;
+const APART: Duration = Duration::from_micros(250);
 /// What takes no longer than the clock can tell is as fast as this.
 const SHORTEST_S: f64 = 1e-6;
 /// How long a peer may take to answer.
@@ -47,41 +48,53 @@ impl<'a> Post<'a> {
     fn ask(&mut self) -> Result<LinkTime, EngineError> {
         let mut pings = Vec::new();
         for _ in 0..PINGS {
-            pings.push(self.timed(1, SMALL)?);
+            pings.push(self.timed(SMALL)?);
         }
         let round_trip = median(pings);
         let mut large = f64::INFINITY;
         for _ in 0..LARGE_RUNS {
-            large = large.min(self.timed(1, LARGE)?);
-        }
-        let mut burst = f64::INFINITY;
-        for _ in 0..LARGE_RUNS {
-            burst = burst.min(self.timed(BURST, SMALL)?);
+            large = large.min(self.timed(LARGE)?);
         }
         Ok(LinkTime {
             latency_s: round_trip / 2.0,
             bytes_per_s: LARGE as f64 / (large - round_trip).max(SHORTEST_S),
-            message_s: ((burst - round_trip) / (BURST - 1) as f64).max(0.0),
+            message_s: self.lone()?,
         })
     }
 
-    /// Seconds from the first of `count` messages to the answer to the last one.
-    fn timed(&mut self, count: usize, bytes: usize) -> Result<f64, EngineError> {
+    /// Processor seconds that each of several lone messages takes of either end, the mean: as one follows another by and by,
+    /// each is packed, encrypted, waited for and handed over by itself. 0 where the system does not tell.
+    fn lone(&mut self) -> Result<f64, EngineError> {
+        let before = cpu::of_process();
+        for _ in 0..LONE {
+            self.send(Bytes::from_static(&[0; SMALL]))?;
+            std::thread::sleep(APART);
+        }
+        let theirs = Spent::read(&self.receive()?);
+        let (Some(ours), Some(theirs)) = (Spent::since(before), theirs) else { return Ok(0.0) };
+        let both = ours.nanos + if ours.process == theirs.process { 0 } else { theirs.nanos };
+        Ok(1e-9 * both as f64 / (2 * LONE) as f64)
+    }
+
+    /// Seconds from a message to its answer.
+    fn timed(&mut self, bytes: usize) -> Result<f64, EngineError> {
         let payload = Bytes::from(vec![0_u8; bytes]);
         let began = Instant::now();
-        (0..count).try_for_each(|_| self.send(payload.clone()))?;
+        self.send(payload)?;
         self.receive()?;
         Ok(began.elapsed().as_secs_f64())
     }
 
     fn answer(&mut self) -> Result<(), EngineError> {
-        let answers = PINGS + LARGE_RUNS;
-        let counts = std::iter::repeat_n(1, answers).chain(std::iter::repeat_n(BURST, LARGE_RUNS));
-        for count in counts {
-            (0..count).try_for_each(|_| self.receive())?;
+        for _ in 0..PINGS + LARGE_RUNS {
+            self.receive()?;
             self.send(Bytes::from_static(&[0; SMALL]))?;
         }
-        Ok(())
+        let before = cpu::of_process();
+        for _ in 0..LONE {
+            self.receive()?;
+        }
+        self.send(Spent::since(before).unwrap_or_default().bytes())
     }
 
     fn send(&mut self, payload: Bytes) -> Result<(), EngineError> {
@@ -90,13 +103,13 @@ impl<'a> Post<'a> {
 
     /// The peer's next message. Nobody else sends any: all wait for each pair. Late keys and values of sequences that
     /// ended are dropped.
-    fn receive(&mut self) -> Result<(), EngineError> {
+    fn receive(&mut self) -> Result<Bytes, EngineError> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             match self.comm.recv_message(left)? {
                 Some(message) if message.class == ByteClass::Kv => {}
-                Some(message) if message.from == self.peer => return Ok(()),
+                Some(message) if message.from == self.peer => return Ok(message.payload),
                 Some(message) => {
                     let what = format!("rank {} spoke while {} was measured", message.from, self.peer);
                     return Err(EngineError::Internal(what));
@@ -107,6 +120,31 @@ impl<'a> Post<'a> {
                 }
             }
         }
+    }
+}
+
+/// What a process took of its processors.
+#[derive(Default)]
+struct Spent {
+    /// Which one; both ends of a pair may be in one. 0: it was not told.
+    process: u64,
+    nanos: u64,
+}
+
+impl Spent {
+    fn since(before: Option<Duration>) -> Option<Self> {
+        let spent = cpu::of_process()?.saturating_sub(before?);
+        Some(Self { process: cpu::process(), nanos: spent.as_nanos() as u64 })
+    }
+
+    fn bytes(&self) -> Bytes {
+        Bytes::from([self.process.to_le_bytes(), self.nanos.to_le_bytes()].concat())
+    }
+
+    fn read(bytes: &[u8]) -> Option<Self> {
+        let (process, nanos) = (bytes.first_chunk()?, bytes.get(8..)?.first_chunk()?);
+        let read = Self { process: u64::from_le_bytes(*process), nanos: u64::from_le_bytes(*nanos) };
+        (read.process != 0).then_some(read)
     }
 }
 
