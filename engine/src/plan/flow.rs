@@ -3,7 +3,7 @@
 
 use super::{FRAME_BYTES, Parts, Place, Prediction, Scene, TOKENS, UNCOUNTED, remote_partials};
 use crate::options::Combine;
-use crate::runtime::bounds;
+use crate::runtime::{BULK_BYTES, BULK_HOPS, bounds};
 use exflow_placement::{Rank, Strategy};
 use std::collections::BinaryHeap;
 
@@ -87,8 +87,24 @@ struct RankState {
     picks: u64,
     /// When the link is done with keys and values.
     bulk_free: f64,
+    bulk: Bulk,
     /// Seconds that messages which came take of the rank before it goes on.
     owed: f64,
+}
+
+/// Keys and values that wait for more before they are handed over together, as the engine's do.
+#[derive(Default)]
+struct Bulk {
+    hops: u32,
+    bytes: f64,
+    /// To whom.
+    to: Vec<usize>,
+}
+
+impl Bulk {
+    fn is_due(&self) -> bool {
+        self.hops >= BULK_HOPS || self.bytes >= BULK_BYTES as f64
+    }
 }
 
 #[derive(Default)]
@@ -219,7 +235,11 @@ impl<'a> Play<'a> {
         if state.busy {
             return;
         }
-        let Some(oldest) = state.board.iter().filter(ready).min_by_key(|item| item.since) else { return };
+        let Some(oldest) = state.board.iter().filter(ready).min_by_key(|item| item.since) else {
+            // Who rests has nothing to wait for.
+            let bulk = std::mem::take(&mut state.bulk);
+            return bulk.to.into_iter().for_each(|to| self.owes(rank, to));
+        };
         let stage = match state.picks - oldest.since >= PATIENCE {
             true => oldest.stage,
             false => state.board.iter().filter(ready).map(|item| item.stage).min().unwrap_or(0),
@@ -330,7 +350,7 @@ impl<'a> Play<'a> {
 
     /// Sends what a hop yields, a frame to each peer and class; the rank is free when all is handed over.
     fn deliver(&mut self, rank: usize, post: Post) {
-        let mut frames = 0.0;
+        let mut told: Vec<usize> = Vec::new();
         for to in 0..self.ranks.len() {
             let link = self.of.measured.link(rank, to);
             let (rows, partials) = (&post.rows[to], &post.partials[to]);
@@ -348,6 +368,7 @@ impl<'a> Play<'a> {
                     self.sums.travel += if item.token { time - self.now } else { 0.0 };
                     self.at(time, Event::Row { to, item });
                 }
+                told.push(to);
             }
             if !partials.is_empty() {
                 let bytes = 2.0 + FRAME_BYTES + partials.len() as f64 * self.of.shape.partial_bytes();
@@ -355,30 +376,36 @@ impl<'a> Play<'a> {
                 (self.sums.combine, self.sums.crossings) =
                     (self.sums.combine + bytes, self.sums.crossings + partials.len() as f64);
                 partials.iter().for_each(|&sequence| self.at(time, Event::Partial { sequence, to }));
+                told.push(to);
             }
             if !post.kv[to].is_empty() {
                 self.spread(rank, to, &post.kv[to]);
             }
-            // What goes to a peer at once goes together.
-            if !(rows.is_empty() && partials.is_empty() && post.kv[to].is_empty()) {
-                frames += link.message_s;
-                self.ranks[to].owed += link.message_s;
-            }
         }
+        let bulk = &mut self.ranks[rank].bulk;
+        bulk.hops += u32::from(post.kv.iter().any(|kv| !kv.is_empty()));
+        if bulk.is_due() {
+            told.append(&mut std::mem::take(bulk).to);
+        }
+        // What goes to a peer at once goes together.
+        told.sort_unstable();
+        told.dedup();
         self.ranks[rank].busy = false;
+        let of = |to: &usize| self.of.measured.link(rank, *to).message_s;
         // Other threads handle messages.
-        let frames = frames * self.short_of_cores(rank);
-        match frames > 0.0 {
-            true => {
-                self.ranks[rank].busy = true;
-                let picked = Vec::new();
-                self.at(self.now + frames, Event::Done { rank, picked });
-            }
-            false => {
-                self.ranks[rank].rests = self.now;
-                self.pick(rank);
-            }
+        let handling = told.iter().map(of).sum::<f64>() * self.short_of_cores(rank);
+        told.into_iter().for_each(|to| self.owes(rank, to));
+        if handling > 0.0 {
+            self.ranks[rank].busy = true;
+            return self.at(self.now + handling, Event::Done { rank, picked: Vec::new() });
         }
+        self.ranks[rank].rests = self.now;
+        self.pick(rank);
+    }
+
+    /// A message from a rank takes of the time of the one that gets it.
+    fn owes(&mut self, rank: usize, to: usize) {
+        self.ranks[to].owed += self.of.measured.link(rank, to).message_s;
     }
 
     /// Keys and values, one after the other over the rank's link.
@@ -386,9 +413,13 @@ impl<'a> Play<'a> {
         let link = self.of.measured.link(rank, to);
         let bytes = FRAME_BYTES + made.len() as f64 * self.of.shape.kv_bytes;
         self.sums.kv += bytes;
-        let free = &mut self.ranks[rank].bulk_free;
-        *free = free.max(self.now) + bytes / self.of.measured.uplink(rank);
-        let time = *free + link.latency_s;
+        let (state, uplink) = (&mut self.ranks[rank], self.of.measured.uplink(rank));
+        state.bulk_free = state.bulk_free.max(self.now) + bytes / uplink;
+        let time = state.bulk_free + link.latency_s;
+        state.bulk.bytes += bytes;
+        if !state.bulk.to.contains(&to) {
+            state.bulk.to.push(to);
+        }
         for &(sequence, layer) in made {
             let at = self.context(sequence, layer, to);
             self.contexts[at] = self.contexts[at].max(time);

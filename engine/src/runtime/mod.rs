@@ -19,7 +19,7 @@ mod tables;
 mod worker;
 
 pub(crate) use flow::board::PATIENCE;
-pub(crate) use flow::latencies;
+pub(crate) use flow::{BULK_BYTES, BULK_HOPS, latencies};
 pub(crate) use measure::Measured;
 pub(crate) use moving::{MoveEnd, Stock};
 pub(crate) use outlet::Outlet;

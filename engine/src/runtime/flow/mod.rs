@@ -42,8 +42,8 @@ const IDLE: Duration = Duration::from_millis(20);
 const STALLED: Duration = Duration::from_secs(30);
 /// Keys and values wait for so many hops that they may travel together, unless the rank rests before or there are so
 /// many bytes: a token needs them only when it comes by again.
-const BULK_HOPS: u32 = 4;
-const BULK_BYTES: usize = 16 << 10;
+pub(crate) const BULK_HOPS: u32 = 4;
+pub(crate) const BULK_BYTES: usize = 16 << 10;
 
 /// What the loop holds beside the rank's own state.
 pub(super) struct Flow {
