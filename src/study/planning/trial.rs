@@ -32,6 +32,7 @@ pub(in crate::study) struct Trials<W> {
     /// Brings the cluster to a way.
     change: Change<W>,
     taken: Vec<Vec<Trial>>,
+    /// Asked for, whoever took them.
     turns: usize,
 }
 
@@ -79,7 +80,7 @@ impl<W: Clone> Trials<W> {
 
     /// Each way with what it makes in the mood of the latest turn.
     pub(in crate::study) fn latest(&self) -> Vec<(W, Tried)> {
-        self.in_mood_of(self.turns.saturating_sub(1))
+        self.in_mood_of(Rates::of(&self.taken).turns().saturating_sub(1))
     }
 
     /// The variance of a way's logarithm in [`Trials::usual`], beside those of the others.
@@ -221,6 +222,21 @@ mod tests {
         );
         let none = Rates(vec![vec![], vec![]]);
         assert_eq!((none.in_mood_of(1, 0), none.middle_turn()), (0.0, 0));
+    }
+
+    #[test]
+    fn who_waits_long_for_links_stays_with_the_turns_it_took() {
+        let trial = |tokens_per_s| Trial { tried: Tried { tokens_per_s, waits: None }, longest: LONG };
+        let trials =
+            |taken| Trials { taken, turns: 4, ..Trials::new(vec!["slow", "slower"], 8, |_, _| Ok(())) };
+        for taken in
+            [trials(vec![vec![trial(9.0)], vec![trial(4.0)]]), trials(vec![vec![], vec![trial(4.0)]])]
+        {
+            let (usual, latest) = (taken.usual(), taken.latest());
+            assert_eq!(usual, latest);
+            assert_eq!((latest[1].0, latest[1].1.tokens_per_s), ("slower", 4.0));
+            assert!(taken.variance().is_finite());
+        }
     }
 
     #[test]
