@@ -22,6 +22,7 @@ mod stats;
 
 pub use comm::{ByteClass, Communicator, Message, RoundId};
 pub use error::{LossCause, TransportError};
+pub use os::cpu_time;
 pub use pool::Pool;
 pub use proto::membership::Refusal;
 pub use proto::round::{Arrivals, Violation};

@@ -1,8 +1,12 @@
-//! What differs from one operating system to another: files that only their owner may read. `portable` is what a system gets
+//! What differs from one operating system to another: files that only their owner may read, processor time. `portable` is what a system gets
 //! of which nothing better is known; it is compiled and tested everywhere.
 
 #[cfg(not(unix))]
+pub use portable::cpu_time;
+#[cfg(not(unix))]
 pub(crate) use portable::{others_can_read, owner_only};
+#[cfg(unix)]
+pub use unix::cpu_time;
 #[cfg(unix)]
 pub(crate) use unix::{others_can_read, owner_only};
 
@@ -11,6 +15,13 @@ mod unix {
     use std::fs::{OpenOptions, metadata};
     use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
     use std::path::Path;
+    use std::time::Duration;
+
+    /// What all threads of this process took of the processors so far; `None` where the system is not asked.
+    pub fn cpu_time() -> Option<Duration> {
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+        Some(Duration::new(time.tv_sec.try_into().ok()?, time.tv_nsec.try_into().ok()?))
+    }
 
     /// A file made with these options is its owner's only, from its first moment.
     pub(crate) fn owner_only(options: &mut OpenOptions) {
@@ -34,6 +45,12 @@ mod portable {
     /// Nothing is known.
     pub(crate) fn others_can_read(_path: &Path) -> bool {
         false
+    }
+
+    /// What all threads of this process took of the processors so far: not told.
+    #[cfg_attr(unix, expect(unreachable_pub, reason = "offered where nothing better is known"))]
+    pub fn cpu_time() -> Option<std::time::Duration> {
+        None
     }
 }
 
@@ -59,6 +76,19 @@ mod tests {
             let open = make("open", portable::owner_only);
             std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o644)).expect("rights");
             assert!(others_can_read(&open));
+        }
+    }
+
+    #[test]
+    fn processor_time_grows_with_work() {
+        assert_eq!(portable::cpu_time(), None);
+        #[cfg(unix)]
+        {
+            let before = cpu_time().expect("a clock");
+            while cpu_time().expect("a clock") == before {
+                std::hint::spin_loop();
+            }
+            assert!(cpu_time().expect("a clock") > before);
         }
     }
 }

@@ -40,8 +40,8 @@ const ENDINGS: [&str; 8] = ["", " and", " that", " with", " in", ", for", " as",
 const OWN_SEQUENCES: usize = 40;
 /// Tokens of each that tables are solved on.
 pub const SOLVED_ON: usize = 96;
-/// Sequences that predictions are made from.
-const ALIKE: usize = 64;
+/// Different prompts of trials; predictions are made from what follows each.
+pub(in crate::study) const TRIAL_PROMPTS: usize = BEGINNINGS.len() * ENDINGS.len();
 /// Tokens of a prompt for a model without a tokenizer.
 const DRAWN_PROMPT: usize = 6;
 
@@ -92,7 +92,7 @@ pub fn grid_alike(
     tokens: usize,
     progress: &dyn Progress,
 ) -> Result<RoutingTrace, StudyError> {
-    let prompts = trial_prompts(cluster, ALIKE)?;
+    let prompts = trial_prompts(cluster, TRIAL_PROMPTS)?;
     let run = cluster.generate(&requests(&prompts, tokens), &mut |_| {})?;
     let outputs = run.sequences.into_iter().map(|done| done.output_ids);
     let texts: Vec<Vec<u32>> =

@@ -10,7 +10,7 @@ mod turns;
 pub use inputs::{
     BEGINNINGS, SOLVED_ON, SyntheticModel, chain_table, grid_alike, grid_profile, grid_prompts, grid_table,
 };
-pub(super) use inputs::{own_routes, trial_prompts};
+pub(super) use inputs::{TRIAL_PROMPTS, own_routes, trial_prompts};
 pub use row::{BesideBest, ClassBytes, GridRow};
 pub use turns::{ALONE, decode_rate};
 pub(super) use turns::{decode, median, quantile};

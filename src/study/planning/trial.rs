@@ -1,7 +1,7 @@
 //! Trials: a cluster decodes a few tokens of the model's own text in each of several ways, which take turns.
 
 use crate::study::StudyError;
-use crate::study::grid::{self, median};
+use crate::study::grid::{self, TRIAL_PROMPTS, median};
 use exflow_engine::plan::Tried;
 use exflow_engine::{Cluster, EngineError};
 use std::time::{Duration, Instant};
@@ -19,8 +19,6 @@ pub(in crate::study) const TURNS: usize = 3;
 const TIME: Duration = Duration::from_millis(500);
 /// A trial that takes longer by itself has no further turns: it waits for links, whose latency has no moods.
 const LONG: Duration = Duration::from_secs(2);
-/// Different prompts of trials.
-const PROMPTS: usize = 64;
 /// How far, as a logarithm, a single trial commonly lies from what its way makes beside the others, and as how many trials
 /// that counts.
 const COMMON: (f64, f64) = (2.0, 0.1);
@@ -51,8 +49,8 @@ impl<W: Clone> Trials<W> {
     /// A turn of each way, all on the same text, and each turn on other text. The further apart turns are, the fewer of them
     /// fall into one mood of the machine. The cluster is left in any of the ways.
     pub(in crate::study) fn turn(&mut self, cluster: &mut Cluster) -> Result<(), StudyError> {
-        let mut prompts = grid::trial_prompts(cluster, PROMPTS.max(self.sequences))?;
-        let other = (self.turns * PROMPTS / TURNS) % prompts.len();
+        let mut prompts = grid::trial_prompts(cluster, TRIAL_PROMPTS.max(self.sequences))?;
+        let other = (self.turns * TRIAL_PROMPTS / TURNS) % prompts.len();
         prompts.rotate_left(other);
         for place in 0..self.ways.len() {
             let which = (place + self.turns) % self.ways.len();

@@ -1,9 +1,10 @@
 //! The same measurement with one process per host: each runs one rank of every transport.
 
-use super::samples::{Samples, cpu_time};
+use super::samples::Samples;
 use super::subject::{Quic, Subject};
 use super::tcp::{Ear, Tcp};
 use super::{Order, Point, WARM_UP, iterations, mpi};
+use crate::cpu_time;
 use crate::quic::{self, JoinOptions, QuicOptions};
 use crate::{Communicator, TransportError};
 use bytes::Bytes;

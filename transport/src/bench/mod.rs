@@ -16,8 +16,9 @@ pub use mpi::MpiLaunch;
 pub use samples::{Point, table};
 
 use crate::TransportError;
+use crate::cpu_time;
 use crate::quic::{self, QuicOptions};
-use samples::{Samples, cpu_time};
+use samples::Samples;
 use std::sync::{Barrier, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use subject::{Quic, Subject};

@@ -63,16 +63,6 @@ impl Samples {
     }
 }
 
-/// CPU time of this process so far, in steps of 10 ms.
-pub(super) fn cpu_time() -> Option<Duration> {
-    const TICK: Duration = Duration::from_millis(10);
-    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
-    // The second field is a name in parentheses that may hold spaces; user and system time are 14th and 15th.
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
-    let ticks = fields.next()?.parse::<u32>().ok()? + fields.next()?.parse::<u32>().ok()?;
-    Some(TICK * ticks)
-}
-
 /// The result as a table.
 pub fn table(points: &[Point]) -> String {
     let mut text = String::from("transport  ranks  bytes/peer      p50 us      p99 us    Mbit/s  CPU ns/B\n");

@@ -1,11 +1,13 @@
 //! Pings between pairs of ranks: what a message takes, what bytes take, what messages take of the processors at both ends.
 
-use super::{cpu, median};
+use super::median;
 use crate::EngineError;
 use crate::plan::LinkTime;
 use bytes::Bytes;
 use exflow_placement::Rank;
-use exflow_transport::{ByteClass, Communicator};
+use exflow_transport::{ByteClass, Communicator, cpu_time};
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 /// Pings of a pair; the median counts.
@@ -65,7 +67,7 @@ impl<'a> Post<'a> {
     /// Processor seconds that each of several lone messages takes of either end, the mean: as one follows another by and by,
     /// each is packed, encrypted, waited for and handed over by itself. 0 where the system does not tell.
     fn lone(&mut self) -> Result<f64, EngineError> {
-        let before = cpu::of_process();
+        let before = cpu_time();
         for _ in 0..LONE {
             self.send(Bytes::from_static(&[0; SMALL]))?;
             std::thread::sleep(APART);
@@ -90,7 +92,7 @@ impl<'a> Post<'a> {
             self.receive()?;
             self.send(Bytes::from_static(&[0; SMALL]))?;
         }
-        let before = cpu::of_process();
+        let before = cpu_time();
         for _ in 0..LONE {
             self.receive()?;
         }
@@ -133,8 +135,8 @@ struct Spent {
 
 impl Spent {
     fn since(before: Option<Duration>) -> Option<Self> {
-        let spent = cpu::of_process()?.saturating_sub(before?);
-        Some(Self { process: cpu::process(), nanos: spent.as_nanos() as u64 })
+        let spent = cpu_time()?.saturating_sub(before?);
+        Some(Self { process: this_process(), nanos: spent.as_nanos() as u64 })
     }
 
     fn bytes(&self) -> Bytes {
@@ -146,6 +148,12 @@ impl Spent {
         let read = Self { process: u64::from_le_bytes(*process), nanos: u64::from_le_bytes(*nanos) };
         (read.process != 0).then_some(read)
     }
+}
+
+/// A number that no other process has, on this or another host, but for an odd chance.
+fn this_process() -> u64 {
+    static DRAWN: LazyLock<u64> = LazyLock::new(|| RandomState::new().build_hasher().finish() | 1);
+    *DRAWN
 }
 
 /// All pairs of `count` ranks.

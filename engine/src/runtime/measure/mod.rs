@@ -1,7 +1,6 @@
 //! What rank 0 has all ranks measure while nothing runs: the links between them, pair by pair, an exchange of all, and
 //! each rank's own kernels, first one rank after the other, then all at once.
 
-mod cpu;
 mod links;
 
 use super::worker::{Event, Worker};
