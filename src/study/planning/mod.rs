@@ -1,6 +1,7 @@
 //! Planning a run: what a world measured, what its model routes, and what each setting will make of both.
 
 mod candidate;
+mod race;
 mod topology;
 mod trial;
 
@@ -16,13 +17,6 @@ use serde::Serialize;
 /// Sequences and tokens of the text that the model writes to be planned on. Tables are solved on the first half, and
 /// predictions made from the second: a table does better on the text that it was solved on than on any other.
 const OWN_TEXT: (usize, usize) = (16, 24);
-
-/// Candidates that are predicted to make at least this share of what the best one does are tried before one is picked, so
-/// many at most. Predictions are mostly within a tenth, and where candidates lie closer than that trials tell more.
-const CLOSE: f64 = 0.9;
-const CONTENDERS: usize = 4;
-/// How far, as a logarithm, predictions of candidates that lie close commonly are from the truth beside each other.
-const PREDICTED: f64 = 0.07;
 
 /// A candidate with what it is predicted to do.
 #[derive(Debug, Clone)]
@@ -67,7 +61,7 @@ pub struct Planner {
     routes: RoutingTrace,
     /// To solve tables on.
     profile: RoutingTrace,
-    /// Turns that each way has in trials.
+    /// Turns that each way has in trials to learn from.
     pub(super) turns: usize,
 }
 
@@ -157,8 +151,8 @@ impl Planner {
     }
 
     /// Every candidate with what it is expected to make, the best first. The cluster decodes on trial as each of those says
-    /// that are predicted to be nearly as good as the first one, and what is expected of them goes by both; where only one
-    /// is, nothing is tried. The cluster is left in any of them.
+    /// that may be the best by their predictions, until one is, or nearly, and what is expected of them goes by both; where
+    /// only one may, nothing is tried. The cluster is left in any of them.
     ///
     /// # Errors
     /// What the engine refuses.
@@ -169,18 +163,8 @@ impl Planner {
         sequences: usize,
     ) -> Result<Vec<Ranked>, StudyError> {
         let mut ranked = self.rank(candidates, sequences);
-        let close = contenders(&ranked);
-        let contenders = &mut ranked[..close];
-        if close > 1 {
-            let close = contenders.iter().map(|one| one.candidate.clone()).collect();
-            let mut trials = Trials::new(close, sequences, Candidate::apply);
-            trials.finish(cluster, self.turns)?;
-            for (one, (_, tried)) in contenders.iter_mut().zip(trials.usual()) {
-                one.tried = Some(tried.tokens_per_s);
-            }
-            weigh(contenders, trials.variance());
-            contenders.sort_by(best_first);
-        }
+        race::run(&mut ranked, sequences, self.turns, cluster)?;
+        ranked.sort_by(best_first);
         Ok(ranked)
     }
 }
@@ -189,36 +173,12 @@ fn best_first(a: &Ranked, b: &Ranked) -> std::cmp::Ordering {
     b.expected.total_cmp(&a.expected)
 }
 
-/// What is expected of those that were tried, by the variance of a trial's logarithm beside the others: the mean of what the
-/// prediction and the trial say, each by the inverse of its variance, in which what all trials have in common is the mood of
-/// their minute.
-fn weigh(tried: &mut [Ranked], variance: f64) {
-    let of_trial = PREDICTED * PREDICTED / (PREDICTED * PREDICTED + variance);
-    let mut logs = Vec::new();
-    for one in tried.iter() {
-        let (predicted, tried) =
-            (one.prediction.tokens_per_s, one.tried.unwrap_or(one.prediction.tokens_per_s));
-        logs.push((tried.max(1e-9) / predicted.max(1e-9)).ln());
-    }
-    let mood = logs.iter().sum::<f64>() / logs.len().max(1) as f64;
-    for (one, log) in tried.iter_mut().zip(logs) {
-        one.expected = one.prediction.tokens_per_s * (of_trial * (log - mood)).exp();
-    }
-}
-
 /// A strategy with a schedule.
 pub(super) type Way = (Strategy, Schedule);
 
 /// Trials of ways with the table that the cluster has.
 pub(super) fn trials_of(ways: Vec<Way>, sequences: usize) -> Trials<Way> {
     Trials::new(ways, sequences, |way, cluster| cluster.change(way.0, way.1, None))
-}
-
-/// How many of the first ones are predicted to be nearly as good as the first.
-fn contenders(ranked: &[Ranked]) -> usize {
-    let least = CLOSE * ranked.first().map_or(0.0, |best| best.prediction.tokens_per_s);
-    let close = |one: &&Ranked| one.prediction.tokens_per_s >= least;
-    ranked.iter().take(CONTENDERS).take_while(close).count()
 }
 
 /// A table solved on the planner's own text, for equal ranks.
@@ -286,43 +246,5 @@ mod tests {
         // A token keeps its expert and its successor takes the other one: one crossing a token, or four latencies for
         // every other token, or there and back between layers.
         assert_eq!(ranked[0].candidate.to_string(), "coherent, flow, round_robin");
-    }
-
-    #[test]
-    fn a_trial_counts_by_how_sure_it_is() {
-        let table = PlacementTable::round_robin(2, 2, 2);
-        let mut two = planner().rank(&candidates(&[("t".into(), table)], &[Schedule::Rounds]), 1);
-        let mut expected = |variance: f64| {
-            for (one, (predicted, tried)) in two.iter_mut().zip([(200.0, 50.0), (190.0, 60.0)]) {
-                (one.prediction.tokens_per_s, one.tried) = (predicted, Some(tried));
-            }
-            weigh(&mut two, variance);
-            (two[0].expected, two[1].expected)
-        };
-        let (first, second) = expected(0.0);
-        assert!((second / first - 1.2).abs() < 1e-9, "{first} and {second}: as they were tried");
-        assert!((first * second - 200.0 * 190.0).abs() < 1e-6, "in the mood of the predictions");
-        let (first, second) = expected(1e6);
-        assert!((first - 200.0).abs() < 1e-3 && (second - 190.0).abs() < 1e-3, "as they were predicted");
-        let (first, second) = expected(PREDICTED * PREDICTED);
-        assert!((second / first - (1.2_f64 * 0.95).sqrt()).abs() < 1e-9, "between both");
-    }
-
-    #[test]
-    fn what_is_predicted_to_be_close_is_tried() {
-        let table = PlacementTable::round_robin(2, 2, 2);
-        let mut ranked = planner().rank(&candidates(&[("t".into(), table)], &[Schedule::Rounds]), 1);
-        let two = ranked.clone();
-        ranked.extend(two.iter().cloned().chain(two.iter().cloned()));
-        let mut close = |shares: [f64; 6]| {
-            for (one, share) in ranked.iter_mut().zip(shares) {
-                one.prediction.tokens_per_s = 200.0 * share;
-            }
-            contenders(&ranked)
-        };
-        assert_eq!(close([1.0, 0.89, 0.8, 0.7, 0.6, 0.5]), 1, "nothing to try");
-        assert_eq!(close([1.0, 0.95, 0.91, 0.7, 0.6, 0.5]), 3);
-        assert_eq!(close([1.0; 6]), CONTENDERS);
-        assert_eq!(contenders(&[]), 0);
     }
 }

@@ -14,6 +14,9 @@ const WARM_UP: usize = 3;
 /// The ways take turns so often, of which the median counts: a machine is slower in some seconds than in others, and so are
 /// the first ones of a world.
 pub(in crate::study) const TURNS: usize = 3;
+/// By so many prompts each turn's text begins later than that of the turn before; no divisor of how many there are, so that no
+/// turn soon has the text of another.
+const OTHER_TEXT: usize = 21;
 /// In a turn a trial is made longer and repeated until so much time has passed: a short one is over in less than a
 /// scheduler's moods last, and mostly beginning and end, while not all sequences decode.
 const TIME: Duration = Duration::from_millis(500);
@@ -49,18 +52,35 @@ impl<W: Clone> Trials<W> {
     /// A turn of each way, all on the same text, and each turn on other text. The further apart turns are, the fewer of them
     /// fall into one mood of the machine. The cluster is left in any of the ways.
     pub(in crate::study) fn turn(&mut self, cluster: &mut Cluster) -> Result<(), StudyError> {
+        self.turn_of(cluster, |taken| taken.iter().all(|trial| trial.longest < LONG))
+    }
+
+    /// The same of each way however long it takes.
+    pub(in crate::study) fn whole_turn(&mut self, cluster: &mut Cluster) -> Result<(), StudyError> {
+        self.turn_of(cluster, |_| true)
+    }
+
+    fn turn_of(&mut self, cluster: &mut Cluster, has_one: fn(&[Trial]) -> bool) -> Result<(), StudyError> {
         let mut prompts = grid::trial_prompts(cluster, TRIAL_PROMPTS.max(self.sequences))?;
-        let other = (self.turns * TRIAL_PROMPTS / TURNS) % prompts.len();
+        let other = (self.turns * OTHER_TEXT) % prompts.len();
         prompts.rotate_left(other);
         for place in 0..self.ways.len() {
             let which = (place + self.turns) % self.ways.len();
-            if self.taken[which].iter().all(|trial| trial.longest < LONG) {
+            if has_one(&self.taken[which]) {
                 (self.change)(&self.ways[which], cluster)?;
                 self.taken[which].push(Trial::run(cluster, &prompts, self.sequences)?);
             }
         }
         self.turns += 1;
         Ok(())
+    }
+
+    /// Goes on with some of the ways.
+    pub(in crate::study) fn retain(&mut self, kept: &[bool]) {
+        let mut kept_ways = kept.iter();
+        self.ways.retain(|_| kept_ways.next().is_some_and(|&kept| kept));
+        let mut kept_trials = kept.iter();
+        self.taken.retain(|_| kept_trials.next().is_some_and(|&kept| kept));
     }
 
     /// Takes those of so many turns that are left.
