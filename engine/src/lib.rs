@@ -47,7 +47,7 @@ pub use options::{
     ClusterOptions, Combine, Domain, Dtype, Feed, GroupOptions, KvDtype, KvWire, Linger, NoProgress,
     Numerics, Observer, Overlap, PlacementSource, Prefill, Progress, Quant, Schedule, TransportKind,
 };
-pub use runtime::FinishReason;
+pub use runtime::{FinishReason, SETTLING_STEPS};
 pub use sampling::{Logprobs, MAX_LOGPROBS, Sampling};
 pub use selftest::{KernelCheck, selftest};
 pub use service::{Engine, EngineOptions, LiveRank, LiveStats, MoveCounts, RequestCounts, Tokens};

@@ -23,6 +23,7 @@ pub(crate) use flow::{BULK_BYTES, BULK_HOPS, latencies};
 pub(crate) use measure::Measured;
 pub(crate) use moving::{MoveEnd, Stock};
 pub(crate) use outlet::Outlet;
+pub use overlap::SETTLING_STEPS;
 pub(crate) use scheduler::{CHUNK, MAX_RUNNING};
 pub use sequence::FinishReason;
 pub(crate) use sequence::{Admission, BLOCK, positions_needed};

@@ -1,6 +1,7 @@
 //! What may run while rows travel, in rounds, and whether it pays, by what waiting and working were seen to take.
 
 use crate::options::Overlap;
+use std::collections::BTreeMap;
 
 /// A mean in which what was seen lately counts most.
 #[derive(Debug, Clone, Copy, Default)]
@@ -51,11 +52,12 @@ impl Peers {
 /// Rank 0: whether decode steps run in two halves, of which one computes while the other's rows travel. Halves are
 /// tried out where they may pay, and run where they were faster; whether they may pay is seen from how much of a step is
 /// spent waiting. Between halves a step can hide no more than the wait, and no more than half of what it computes.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Halving {
-    /// Sequences of the steps, rounded up to a power of two.
+    /// By the sequences of a step, rounded up to a power of two: how many there are changes all the time.
+    phases: BTreeMap<usize, Phase>,
+    /// That of the last step.
     size: usize,
-    phase: Phase,
     /// How the last step ran.
     ran: Option<bool>,
 }
@@ -77,14 +79,11 @@ const WORTH: f64 = 0.05;
 /// Steps of a turn, and of each kind in a trial.
 const TURN: usize = 4;
 const TRIED: usize = 8;
+/// Decode steps of one number of sequences after which it is known whether halves pay: those that are watched and tried out,
+/// and of each turn the first, which does not count, and one until the order for the next has come round.
+pub const SETTLING_STEPS: usize = WATCHED + 2 * TRIED + 2 * (2 * TRIED / TURN);
 /// Steps after which it is all looked at again.
 const KEPT: usize = 600;
-
-impl Default for Halving {
-    fn default() -> Self {
-        Self { size: 0, phase: Phase::watch(), ran: None }
-    }
-}
 
 impl Phase {
     fn watch() -> Self {
@@ -97,19 +96,18 @@ impl Halving {
     /// others.
     pub(crate) fn stepped(&mut self, sequences: usize, in_halves: bool, passed: f64, waited: f64) {
         let size = sequences.next_power_of_two();
-        if self.size != size {
-            *self = Self { size, ..Self::default() };
-        }
         // The first step of a kind makes what the next ones use.
-        let fresh = self.ran.replace(in_halves) != Some(in_halves);
-        match &mut self.phase {
+        let kind = (std::mem::replace(&mut self.size, size), self.ran.replace(in_halves));
+        let fresh = kind != (size, Some(in_halves));
+        let phase = self.phases.entry(size).or_insert_with(Phase::watch);
+        match phase {
             Phase::Watch { .. } | Phase::Try(_) if fresh => {}
             Phase::Watch { steps, waited: all_waited, passed: all_passed } if !in_halves => {
                 (*steps, *all_waited, *all_passed) = (*steps + 1, *all_waited + waited, *all_passed + passed);
                 if *steps == WATCHED {
                     let share = *all_waited / all_passed.max(1e-9);
                     let promise = share.min((1.0 - share) / 2.0);
-                    self.phase = match sequences > 1 && promise > WORTH {
+                    *phase = match sequences > 1 && promise > WORTH {
                         true => Phase::Try([Vec::new(), Vec::new()]),
                         false => Phase::Keep { halves: false, left: KEPT },
                     };
@@ -120,14 +118,14 @@ impl Halving {
                 seconds[usize::from(in_halves)].push(passed);
                 if seconds.iter().all(|of| of.len() >= TRIED) {
                     let [whole, halves] = seconds.each_mut().map(|of| median(of));
-                    self.phase = Phase::Keep { halves: halves < (1.0 - WORTH) * whole, left: KEPT };
+                    *phase = Phase::Keep { halves: halves < (1.0 - WORTH) * whole, left: KEPT };
                 }
             }
             Phase::Keep { left, halves } => {
                 *left -= 1;
                 if *left == 0 {
                     let again = *halves;
-                    self.phase = if again { Phase::Try([Vec::new(), Vec::new()]) } else { Phase::watch() };
+                    *phase = if again { Phase::Try([Vec::new(), Vec::new()]) } else { Phase::watch() };
                 }
             }
         }
@@ -135,10 +133,10 @@ impl Halving {
 
     /// Whether the next steps are to run in halves.
     pub(crate) fn wish(&self) -> bool {
-        match &self.phase {
-            Phase::Watch { .. } => false,
-            Phase::Keep { halves, .. } => *halves,
-            Phase::Try([whole, halves]) => match (whole.len() >= TRIED, halves.len() >= TRIED) {
+        match self.phases.get(&self.size) {
+            None | Some(Phase::Watch { .. }) => false,
+            Some(Phase::Keep { halves, .. }) => *halves,
+            Some(Phase::Try([whole, halves])) => match (whole.len() >= TRIED, halves.len() >= TRIED) {
                 (true, _) => true,
                 (_, true) => false,
                 // Whole, halves, whole, halves: what the machine does beside hits both alike.
@@ -190,11 +188,13 @@ mod tests {
         let hides = |halves| if halves { (8e-3, 4e-3) } else { (1e-2, 6e-3) };
         let under_fills = |halves| if halves { (1.2e-2, 6e-3) } else { (1e-2, 6e-3) };
         let mut halving = Halving::default();
-        assert!(run(&mut halving, 100, 8, hides));
+        assert!(run(&mut halving, SETTLING_STEPS, 8, hides));
+        assert!(matches!(halving.phases[&8], Phase::Keep { halves: true, .. }));
         assert!(!run(&mut halving, KEPT + 100, 8, under_fills), "it is looked at again");
         assert!(run(&mut halving, KEPT + 100, 8, hides));
         assert!(!run(&mut halving, 100, 2, under_fills), "fewer sequences are another matter");
         assert!(run(&mut halving, 100, 16, hides));
+        assert!(run(&mut halving, 2, 8, hides), "what was found of eight still holds");
     }
 
     #[test]

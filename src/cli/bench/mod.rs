@@ -88,7 +88,7 @@ struct RunFlags {
     #[arg(short, long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
     repeats: u32,
     /// Time for the solver, per table
-    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = flags::duration)]
+    #[arg(long, value_name = "TIME", default_value = "3s", value_parser = flags::duration)]
     time_limit: Duration,
     /// Seed of the text that tables are made from, the solver and a synthetic model
     #[arg(long, value_name = "N", default_value_t = 0)]

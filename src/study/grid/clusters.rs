@@ -2,10 +2,13 @@
 
 use super::requests;
 use crate::study::{Candidate, StudyError};
-use exflow_engine::{Cluster, ClusterOptions, EngineError, Progress};
+use exflow_engine::{Cluster, ClusterOptions, EngineError, Progress, SETTLING_STEPS, Schedule};
+use std::time::{Duration, Instant};
 
 /// Tokens that a cluster makes after it was started or changed, before what it does is measured.
 const WARM_UP: usize = 4;
+/// Ranks in rounds are given no longer than this to find out whether halves pay.
+const SETTLING: Duration = Duration::from_secs(3);
 
 /// Running clusters, each by its place.
 pub(super) struct Clusters<'a> {
@@ -91,6 +94,28 @@ impl<'a> Clusters<'a> {
         }
         Ok(&mut running.cluster)
     }
+}
+
+/// Decodes these prompts at once until nothing is made or tried out for the first time any more; what a step takes at most.
+///
+/// Ranks in rounds find out whether halves pay. Not where links take most of a step: they hide what trying costs, and it
+/// takes long.
+///
+/// # Errors
+/// What [`Cluster::generate`] refuses.
+pub(in crate::study) fn settle(cluster: &mut Cluster, prompts: &[Vec<u32>]) -> Result<Duration, EngineError> {
+    let began = Instant::now();
+    warm_up(cluster, prompts)?;
+    let step = began.elapsed().div_f64(WARM_UP as f64);
+    let (options, layers) = (cluster.options(), cluster.spec().moe_layers());
+    let latency = options.link.map_or(Duration::ZERO, |link| link.latency);
+    let tries = options.schedule == Schedule::Rounds && options.ranks > 1 && prompts.len() > 1;
+    if !tries || 4 * layers as u32 * latency > step || SETTLING_STEPS as u32 * step > SETTLING {
+        return Ok(step);
+    }
+    let began = Instant::now();
+    cluster.generate(&requests(prompts, SETTLING_STEPS), &mut |_| {})?;
+    Ok(began.elapsed().div_f64(SETTLING_STEPS as f64))
 }
 
 fn warm_up(cluster: &mut Cluster, prompts: &[Vec<u32>]) -> Result<(), EngineError> {

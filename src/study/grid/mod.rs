@@ -7,6 +7,7 @@ mod inputs;
 mod row;
 mod turns;
 
+pub(super) use clusters::settle;
 pub use inputs::{
     BEGINNINGS, SOLVED_ON, SyntheticModel, chain_table, grid_alike, grid_profile, grid_prompts, grid_table,
 };
@@ -123,7 +124,13 @@ impl<'a> Grid<'a> {
         let mut turns = Turns::new(cell, clusters);
         let mut runs: Vec<Runs> = entries.iter().map(|_| Runs::default()).collect();
         let mut predicted: Vec<Prediction> = Vec::new();
+        if !effort.shared {
+            entries.iter().try_for_each(|entry| turns.settle(entry))?;
+        }
         for repeat in 0..effort.repeats {
+            if runs.iter().all(Runs::suffice) {
+                break;
+            }
             if let Some(auto) = auto {
                 if repeat > 0 {
                     auto.try_again(turns.clusters, cell.sequences)?;

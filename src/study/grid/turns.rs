@@ -1,6 +1,6 @@
 //! The runs of a cell: its settings take turns, and all must say the same.
 
-use super::clusters::Clusters;
+use super::clusters::{Clusters, settle};
 use super::{BesideBest, Cell, requests};
 use crate::study::{Candidate, StudyError};
 use exflow_engine::plan::Prediction;
@@ -111,6 +111,15 @@ impl<'c, 'p> Turns<'c, 'p> {
             n => vec![requests(&prompts.iter().cycle().take(n).cloned().collect::<Vec<_>>(), cell.tokens)],
         };
         Self { clusters, groups, said: None, taken: 0 }
+    }
+
+    /// Has ranks in rounds find out whether halves pay before they are measured; a lone sequence has no halves.
+    pub(super) fn settle(&mut self, entry: &Entry) -> Result<(), StudyError> {
+        if let (Schedule::Rounds, [all]) = (entry.setting.schedule, &self.groups[..]) {
+            let prompts: Vec<_> = all.iter().map(|request| request.prompt_ids.clone()).collect();
+            settle(self.clusters.ready(entry.cluster, &entry.setting)?, &prompts)?;
+        }
+        Ok(())
     }
 
     /// One turn of a setting, which may say the same several times; its tokens per second.

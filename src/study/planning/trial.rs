@@ -9,8 +9,6 @@ use std::time::{Duration, Instant};
 /// Least and most tokens of each sequence in a trial: one for each that decodes beside it, as it takes the longer from the
 /// first that begins to the last the more there are, and more where the model is quick.
 const TOKENS: (usize, usize) = (12, 32);
-/// The same before it, while everything is still to be made for the first time.
-const WARM_UP: usize = 3;
 /// The ways take turns so often, of which the median counts: a machine is slower in some seconds than in others, and so are
 /// the first ones of a world.
 pub(in crate::study) const TURNS: usize = 3;
@@ -187,29 +185,18 @@ struct Trial {
 impl Trial {
     /// Decodes so many sequences for a while, each time after other prompts.
     fn run(cluster: &mut Cluster, prompts: &[Vec<u32>], sequences: usize) -> Result<Self, StudyError> {
-        let mut turned = 0;
-        let mut timed = |max_tokens: usize| {
-            let from = turned * sequences;
-            let prompts: Vec<_> = prompts.iter().cycle().skip(from).take(sequences).cloned().collect();
-            turned += 1;
-            let (began, schedule) = (Instant::now(), cluster.options().schedule);
-            let (rate, stats) = grid::decode(cluster, &grid::requests(&prompts, max_tokens))?;
-            let tried = Tried::of(rate, &stats, schedule, cluster.spec().moe_layers());
-            Ok::<_, StudyError>((tried, began.elapsed()))
-        };
-        timed(WARM_UP)?;
+        let step = grid::settle(cluster, &prompts[..sequences.min(prompts.len())])?;
         let least = sequences.clamp(TOKENS.0, TOKENS.1);
-        let (tried, took) = timed(least)?;
-        if took >= TIME {
-            return Ok(Self { tried, longest: took });
-        }
-        let as_long = least as f64 * TIME.as_secs_f64() / took.as_secs_f64().max(1e-9);
-        let tokens = (as_long.ceil() as usize).clamp(least, TOKENS.1);
-        let (began, mut all, mut longest) = (Instant::now(), Vec::new(), took);
+        let tokens = ((TIME.as_secs_f64() / step.as_secs_f64().max(1e-9)) as usize).clamp(least, TOKENS.1);
+        let (began, mut all, mut longest) = (Instant::now(), Vec::new(), Duration::ZERO);
         while all.is_empty() || began.elapsed() < TIME {
-            let (tried, took) = timed(tokens)?;
-            all.push(tried);
-            longest = longest.max(took);
+            // The first ones were those to settle with.
+            let from = (all.len() + 1) * sequences;
+            let prompts: Vec<_> = prompts.iter().cycle().skip(from).take(sequences).cloned().collect();
+            let (began, schedule) = (Instant::now(), cluster.options().schedule);
+            let (rate, stats) = grid::decode(cluster, &grid::requests(&prompts, tokens))?;
+            all.push(Tried::of(rate, &stats, schedule, cluster.spec().moe_layers()));
+            longest = longest.max(began.elapsed());
         }
         Ok(Self { tried: Tried::mean(&all), longest })
     }
