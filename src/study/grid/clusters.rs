@@ -107,15 +107,19 @@ pub(in crate::study) fn settle(cluster: &mut Cluster, prompts: &[Vec<u32>]) -> R
     let began = Instant::now();
     warm_up(cluster, prompts)?;
     let step = began.elapsed().div_f64(WARM_UP as f64);
-    let (options, layers) = (cluster.options(), cluster.spec().moe_layers());
-    let latency = options.link.map_or(Duration::ZERO, |link| link.latency);
-    let tries = options.schedule == Schedule::Rounds && options.ranks > 1 && prompts.len() > 1;
-    if !tries || 4 * layers as u32 * latency > step || SETTLING_STEPS as u32 * step > SETTLING {
+    if !may_pay(cluster, step) || prompts.len() < 2 || SETTLING_STEPS as u32 * step > SETTLING {
         return Ok(step);
     }
     let began = Instant::now();
     cluster.generate(&requests(prompts, SETTLING_STEPS), &mut |_| {})?;
     Ok(began.elapsed().div_f64(SETTLING_STEPS as f64))
+}
+
+/// Whether ranks find out if halves pay, and links do not take most of a step.
+fn may_pay(cluster: &Cluster, step: Duration) -> bool {
+    let (options, exchanges) = (cluster.options(), 2 * cluster.spec().moe_layers() as u32);
+    let latency = options.link.map_or(Duration::ZERO, |link| link.latency);
+    options.schedule == Schedule::Rounds && options.ranks > 1 && exchanges * latency < step / 2
 }
 
 fn warm_up(cluster: &mut Cluster, prompts: &[Vec<u32>]) -> Result<(), EngineError> {
