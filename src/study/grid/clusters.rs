@@ -13,8 +13,10 @@ const SETTLING: Duration = Duration::from_secs(3);
 /// Running clusters, each by its place.
 pub(super) struct Clusters<'a> {
     running: Vec<Running>,
-    /// What they warm up with, and are measured on.
+    /// What they are measured on.
     pub(super) prompts: &'a [Vec<u32>],
+    /// So many of them they warm up with.
+    at_once: usize,
     /// Settings share a cluster where they can.
     shared: bool,
 }
@@ -26,8 +28,8 @@ struct Running {
 }
 
 impl<'a> Clusters<'a> {
-    pub(super) fn new(prompts: &'a [Vec<u32>], shared: bool) -> Self {
-        Self { running: Vec::new(), prompts, shared }
+    pub(super) fn new(prompts: &'a [Vec<u32>], at_once: usize, shared: bool) -> Self {
+        Self { running: Vec::new(), prompts, at_once: at_once.min(prompts.len()), shared }
     }
 
     /// Starts one more and warms it up; its place.
@@ -40,7 +42,7 @@ impl<'a> Clusters<'a> {
         progress: &dyn Progress,
     ) -> Result<usize, StudyError> {
         let mut cluster = Cluster::start(options, progress)?;
-        warm_up(&mut cluster, self.prompts)?;
+        warm_up(&mut cluster, &self.prompts[..self.at_once])?;
         self.running.push(Running { cluster, setting: None });
         Ok(self.running.len() - 1)
     }
@@ -89,7 +91,7 @@ impl<'a> Clusters<'a> {
         if !running.setting.as_ref().is_some_and(|now| now.runs_as(setting)) {
             running.setting = None;
             setting.apply(&mut running.cluster)?;
-            warm_up(&mut running.cluster, self.prompts)?;
+            warm_up(&mut running.cluster, &self.prompts[..self.at_once])?;
             running.setting = Some(setting.clone());
         }
         Ok(&mut running.cluster)

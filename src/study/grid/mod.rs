@@ -41,7 +41,7 @@ pub struct Cell {
 /// How much time goes into a grid's figures.
 #[derive(Debug, Clone, Copy)]
 pub struct Effort {
-    /// Measured runs of each setting; of one that is long at it, two.
+    /// Measured runs of each setting; where one is long at it, two of each.
     pub repeats: usize,
     /// Turns that each way has in the planner's trials.
     pub turns: usize,
@@ -87,7 +87,8 @@ impl<'a> Grid<'a> {
         prompts: &'a [Vec<u32>],
         (effort, progress): (Effort, &dyn Progress),
     ) -> Result<Self, StudyError> {
-        let mut clusters = Clusters::new(prompts, effort.shared);
+        let at_once = sequences.iter().copied().max().unwrap_or(1);
+        let mut clusters = Clusters::new(prompts, at_once, effort.shared);
         let ways = ways(&settings);
         let mut routes = routes.filter(|_| options.ranks > 1);
         let (mut fixed, mut auto) = (Vec::new(), None);
@@ -121,14 +122,14 @@ impl<'a> Grid<'a> {
             let offered: Vec<Candidate> = settings.filter(|one| one.may_be_picked()).cloned().collect();
             entries.extend(auto.pick(clusters, &offered, cell.sequences)?);
         }
-        let mut turns = Turns::new(cell, clusters);
+        let mut turns = Turns::new(cell, effort.repeats, clusters);
         let mut runs: Vec<Runs> = entries.iter().map(|_| Runs::default()).collect();
         let mut predicted: Vec<Prediction> = Vec::new();
         if !effort.shared {
             entries.iter().try_for_each(|entry| turns.settle(entry))?;
         }
         for repeat in 0..effort.repeats {
-            if runs.iter().all(Runs::suffice) {
+            if runs.iter().any(Runs::suffice) {
                 break;
             }
             if let Some(auto) = auto {
@@ -140,11 +141,9 @@ impl<'a> Grid<'a> {
             }
             for place in 0..entries.len() {
                 let index = turns::turn(place, repeat, effort.repeats, entries.len());
-                if !runs[index].suffice() {
-                    entries[index].predicted.extend(predicted.get(index));
-                    let rate = turns.take(&entries[index], &mut runs[index])?;
-                    runs[index].rates.push(rate);
-                }
+                entries[index].predicted.extend(predicted.get(index));
+                let rate = turns.take(&entries[index], repeat, &mut runs[index])?;
+                runs[index].rates.push(rate);
             }
         }
         let rows = entries.iter().zip(runs);

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 /// A run says the same again until it took so long: within tenths of a second it matters which core a thread woke on.
 const SHORTEST_RUN: Duration = Duration::from_millis(600);
-/// Two runs or more that took so long together need no further one: they wait for links, whose latency has no moods.
+/// Where two runs or more of a setting took so long together none has a further one: they wait for links, whose latency has
+/// no moods, and all settings are to have the same texts.
 const LONG_RUNS: Duration = Duration::from_secs(6);
 /// Prompts that a lone sequence is measured with, one after the other.
 pub const ALONE: usize = 8;
@@ -65,23 +66,23 @@ pub(super) struct Runs {
     took: Duration,
     pub(super) gaps: Vec<f64>,
     pub(super) seconds: Vec<f64>,
+    /// Of the latest run of the first text, which every setting has.
     pub(super) stats: Option<RunStats>,
     pub(super) ttft: Vec<f64>,
 }
 
 impl Runs {
-    /// Whether further runs would say nothing new.
+    /// Whether further runs would say little new.
     pub(super) fn suffice(&self) -> bool {
         self.rates.len() > 1 && self.took >= LONG_RUNS
     }
 
-    fn take(&mut self, times: &Times, stats: RunStats) {
+    fn take(&mut self, times: &Times) {
         for sequence in times {
             self.ttft.extend(sequence.first());
             self.seconds.extend(sequence.get(1).map(|second| second - sequence[0]));
             self.gaps.extend(sequence.windows(2).map(|w| w[1] - w[0]));
         }
-        self.stats = Some(stats);
     }
 }
 
@@ -91,51 +92,65 @@ pub(super) fn turn(place: usize, repeat: usize, repeats: usize, entries: usize) 
     (place + repeat * entries.div_ceil(repeats)) % entries
 }
 
-/// The runs of a cell, one after the other, which must all say the same.
-pub(super) struct Turns<'c, 'p> {
-    pub(super) clusters: &'c mut Clusters<'p>,
+/// What is said at once, or by a lone sequence one after the other.
+struct Text {
     /// Requests that are made at once, in their order.
     groups: Vec<Vec<Request>>,
     said: Option<Vec<Vec<u32>>>,
+}
+
+/// The runs of a cell, one after the other, which must all say the same of each text.
+pub(super) struct Turns<'c, 'p> {
+    pub(super) clusters: &'c mut Clusters<'p>,
+    texts: Vec<Text>,
     taken: usize,
 }
 
 impl<'c, 'p> Turns<'c, 'p> {
-    pub(super) fn new(cell: &Cell, clusters: &'c mut Clusters<'p>) -> Self {
+    /// With so many texts, each of other prompts: how often a setting's tokens leave their rank goes by what they are about.
+    /// Of a lone sequence all prompts are one.
+    pub(super) fn new(cell: &Cell, texts: usize, clusters: &'c mut Clusters<'p>) -> Self {
         let prompts = clusters.prompts;
-        let groups = match cell.sequences {
+        let text = |groups| Text { groups, said: None };
+        let texts = match cell.sequences {
             1 => {
                 let alone = prompts.iter().take(ALONE);
-                alone.map(|p| requests(std::slice::from_ref(p), cell.tokens)).collect()
+                vec![text(alone.map(|p| requests(std::slice::from_ref(p), cell.tokens)).collect())]
             }
-            n => vec![requests(&prompts.iter().cycle().take(n).cloned().collect::<Vec<_>>(), cell.tokens)],
+            n => {
+                let nth = |i: usize| prompts.iter().cycle().skip(i * n).take(n).cloned().collect::<Vec<_>>();
+                (0..texts.max(1)).map(|i| text(vec![requests(&nth(i), cell.tokens)])).collect()
+            }
         };
-        Self { clusters, groups, said: None, taken: 0 }
+        Self { clusters, texts, taken: 0 }
     }
 
     /// Has ranks in rounds find out whether halves pay before they are measured; a lone sequence has no halves.
     pub(super) fn settle(&mut self, entry: &Entry) -> Result<(), StudyError> {
-        if let (Schedule::Rounds, [all]) = (entry.setting.schedule, &self.groups[..]) {
+        if let (Schedule::Rounds, [all]) = (entry.setting.schedule, &self.texts[0].groups[..]) {
             let prompts: Vec<_> = all.iter().map(|request| request.prompt_ids.clone()).collect();
             settle(self.clusters.ready(entry.cluster, &entry.setting)?, &prompts)?;
         }
         Ok(())
     }
 
-    /// One turn of a setting, which may say the same several times; its tokens per second.
-    pub(super) fn take(&mut self, entry: &Entry, runs: &mut Runs) -> Result<f64, StudyError> {
+    /// One turn of a setting, which may say the same several times; its tokens per second. Turns go through all texts.
+    pub(super) fn take(&mut self, entry: &Entry, turn: usize, runs: &mut Runs) -> Result<f64, StudyError> {
+        let which = turn % self.texts.len();
+        let text = &mut self.texts[which];
         let cluster = self.clusters.ready(entry.cluster, &entry.setting)?;
         let (began, mut rates) = (Instant::now(), Vec::new());
         while rates.is_empty() || began.elapsed() < SHORTEST_RUN {
             let mut spoken = Vec::new();
-            for group in &self.groups {
+            for group in &text.groups {
                 let (times, stats, outputs) = run(cluster, group)?;
                 rates.push(rate(&times));
-                runs.take(&times, stats);
+                runs.take(&times);
+                runs.stats = if which == 0 { Some(stats) } else { runs.stats.take() };
                 spoken.extend(outputs);
             }
-            match &self.said {
-                None => self.said = Some(spoken),
+            match &text.said {
+                None => text.said = Some(spoken),
                 Some(first) => agree(first, &spoken, &entry.setting, self.taken)?,
             }
         }
@@ -162,7 +177,7 @@ impl<'c, 'p> Turns<'c, 'p> {
             std::mem::swap(&mut auto.cluster, &mut fixed.cluster);
             for entry in [&*auto, &*fixed] {
                 // The first turn after a change is not counted.
-                self.take(entry, &mut Runs::default())?;
+                self.take(entry, 0, &mut Runs::default())?;
             }
             let mut swapped = self.ratios(auto, fixed, pairs / 2)?;
             ratio = (ratio * median(&mut swapped)).sqrt();
@@ -178,9 +193,9 @@ impl<'c, 'p> Turns<'c, 'p> {
         // An even number: each is the first of a pair as often as the other.
         while ratios.len() < FEWEST_PAIRS || began.elapsed() < least || ratios.len() % 2 == 1 {
             let mut rates = [0.0; 2];
-            let first = ratios.len() % 2;
+            let (first, turn) = (ratios.len() % 2, ratios.len() / 2);
             for which in [first, 1 - first] {
-                rates[which] = self.take(if which == 0 { one } else { other }, &mut Runs::default())?;
+                rates[which] = self.take(if which == 0 { one } else { other }, turn, &mut Runs::default())?;
             }
             ratios.push(rates[0] / rates[1].max(1e-9));
         }

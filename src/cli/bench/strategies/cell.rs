@@ -68,12 +68,13 @@ pub(super) fn measure(args: &Args, folder: &Path) -> Result<(), Failure> {
         settings.push(Candidate { strategy, schedule, table, placement, ablation, overlap, linger });
     }
     let most = args.sequences.iter().copied().max().unwrap_or(1).max(study::ALONE);
-    let prompts = study::grid_prompts(&path, most, args.runs.seed)?;
+    let effort = args.effort();
+    let prompts = study::grid_prompts(&path, most * effort.repeats, args.runs.seed)?;
     let routes = match args.no_auto {
         true => None,
         false => Some(load_routes(&routes_path(folder, model))?),
     };
-    let how = (args.effort(), &NoProgress as _);
+    let how = (effort, &NoProgress as _);
     let mut grid = Grid::start(&options, settings, routes, &args.sequences, &prompts, how)?;
     for &sequences in &args.sequences {
         let cell = Cell {
