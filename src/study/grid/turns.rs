@@ -16,7 +16,7 @@ const LONG_RUNS: Duration = Duration::from_secs(6);
 pub const ALONE: usize = 8;
 /// The planner's pick and the best fixed setting take turns for this share of the time that they would have where both are one
 /// setting: what comes out is the machine's mood.
-const OF_ONE: f64 = 0.4;
+const OF_ONE: f64 = 0.2;
 /// Two pairs at least: each of the two is the first of one.
 const FEWEST_PAIRS: usize = 2;
 
