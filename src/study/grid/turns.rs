@@ -8,7 +8,7 @@ use exflow_engine::{Cluster, Request, RunStats, Schedule, Strategy};
 use std::time::{Duration, Instant};
 
 /// A run says the same again until it took so long: within tenths of a second it matters which core a thread woke on.
-const SHORTEST_RUN: Duration = Duration::from_millis(450);
+const SHORTEST_RUN: Duration = Duration::from_millis(600);
 /// Where two runs or more of a setting took so long together none has a further one: they wait for links, whose latency has
 /// no moods, and all settings are to have the same texts.
 const LONG_RUNS: Duration = Duration::from_secs(6);

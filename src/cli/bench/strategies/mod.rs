@@ -54,7 +54,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "L", value_delimiter = ',', default_value = "auto", value_parser = flags::linger)]
     lingers: Vec<Linger>,
     /// Tokens to make of each prompt
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 24, default_value_if("quick", "true", "12"), value_parser = clap::value_parser!(u32).range(2..))]
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 32, default_value_if("quick", "true", "12"), value_parser = clap::value_parser!(u32).range(2..))]
     max_tokens: u32,
     #[command(flatten)]
     runs: RunFlags,
