@@ -150,9 +150,9 @@ impl Planner {
         all
     }
 
-    /// Every candidate with what it is expected to make, the best first. The cluster decodes on trial as each of those says
-    /// that may be the best by their predictions, until one is, or nearly, and what is expected of them goes by both; where
-    /// only one may, nothing is tried. The cluster is left in any of them.
+    /// Every candidate with what it is expected to make, the best first; those that were tried before the others. The cluster
+    /// decodes on trial as each of those says that may be the best by their predictions, until one is, or nearly, and what is
+    /// expected of them goes by both; where only one may, nothing is tried. The cluster is left in any of them.
     ///
     /// # Errors
     /// What the engine refuses.
@@ -163,8 +163,8 @@ impl Planner {
         sequences: usize,
     ) -> Result<Vec<Ranked>, StudyError> {
         let mut ranked = self.rank(candidates, sequences);
-        race::run(&mut ranked, sequences, self.turns, cluster)?;
-        ranked.sort_by(best_first);
+        let tried = race::run(&mut ranked, sequences, self.turns, cluster)?;
+        ranked[..tried].sort_by(best_first);
         Ok(ranked)
     }
 }

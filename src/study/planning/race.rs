@@ -19,7 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const MOST_TURNS: usize = 4;
 
 /// Has the cluster decode as each of those says that may be the best; `ranked` come best first, and those that were tried
-/// are expected to make what prediction and trials come to.
+/// are expected to make what prediction and trials come to. How many of the first ones were.
 ///
 /// # Errors
 /// What the engine refuses.
@@ -28,10 +28,11 @@ pub(super) fn run(
     sequences: usize,
     turns: usize,
     cluster: &mut Cluster,
-) -> Result<(), StudyError> {
+) -> Result<usize, StudyError> {
     let mut race = Race::among(ranked);
     let ways = race.racing.iter().map(|&which| ranked[which].candidate.clone()).collect();
     let (mut trials, began) = (Trials::new(ways, sequences, Candidate::apply), Instant::now());
+    let contenders = race.racing.len();
     for _ in 0..MOST_TURNS * turns {
         if race.is_over() || began.elapsed() >= PATIENCE {
             break;
@@ -40,7 +41,7 @@ pub(super) fn run(
         let tried: Vec<f64> = trials.usual().iter().map(|(_, tried)| tried.tokens_per_s).collect();
         trials.retain(&race.judge(ranked, &tried, trials.variance()));
     }
-    Ok(())
+    Ok(contenders)
 }
 
 /// Those that may still be the best, by their places.
