@@ -146,7 +146,9 @@ impl<'c, 'p> Turns<'c, 'p> {
                 let (times, stats, outputs) = run(cluster, group)?;
                 rates.push(rate(&times));
                 runs.take(&times);
-                runs.stats = if which == 0 { Some(stats) } else { runs.stats.take() };
+                if which == 0 {
+                    runs.stats = Some(stats);
+                }
                 spoken.extend(outputs);
             }
             match &text.said {
