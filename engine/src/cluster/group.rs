@@ -25,7 +25,7 @@ pub(crate) const CONTACT: Duration = Duration::from_millis(400);
 /// to be noticed on the other side of a path that broke.
 const REGROUP: Duration = Duration::from_millis(1500);
 /// The same where all ranks are in one process, which lives or dies as a whole: one that was stopped for a while, or
-/// is on a machine that was, goes on.
+/// is on a machine that was, goes on. Its ranks need no heartbeats either.
 const TOGETHER: Duration = Duration::from_secs(600);
 /// A round waits for its slowest rank this long; loading has its own patience.
 const ROUND: Duration = Duration::from_secs(60);
@@ -163,7 +163,12 @@ fn alone(
         TransportKind::Local => boxed(exflow_transport::local::world(options.ranks)),
         TransportKind::Quic => boxed(quic::loopback_world(
             options.ranks,
-            QuicOptions { link: options.link, idle_timeout: TOGETHER, ..QuicOptions::loopback() },
+            QuicOptions {
+                link: options.link,
+                idle_timeout: TOGETHER,
+                heartbeats: false,
+                ..QuicOptions::loopback()
+            },
         )?),
     };
     Ok(World { plan, roster, epoch: 0, comms, adapters: Vec::new() })

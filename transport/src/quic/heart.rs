@@ -62,8 +62,11 @@ impl Heart {
         self.beats.subscribe()
     }
 
-    /// Beats until aborted.
+    /// Beats until aborted; not at all where [`QuicOptions::heartbeats`](super::QuicOptions) says so.
     pub(crate) async fn run(self: Arc<Self>) {
+        if !self.options.quic.heartbeats {
+            return;
+        }
         let mut ticks = tokio::time::interval(BEAT);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
