@@ -8,10 +8,10 @@ use crate::gpu::Gpu;
 use crate::model::ModelSpec;
 use crate::model::decoder::Decoder;
 use crate::options::{ClusterOptions, Numerics, Progress};
-use crate::runtime::{BLOCK, Command, Event, Outlet, Stock, Worker, WorkerOptions};
+use crate::runtime::{BLOCK, Command, Ended, Event, Outlet, Stock, Verdicts, Worker, WorkerOptions};
 use crate::selftest::open_fast;
 use crate::weights::{self, ModelWeights, Shelf, Store};
-use exflow_placement::{ExpertId, LayerId, PlacementTable, Rank};
+use exflow_placement::{ExpertId, LayerId, PlacementTable, Rank, Strategy};
 use exflow_transport::Communicator;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
@@ -24,6 +24,8 @@ pub(crate) struct Host {
     store: Arc<Store>,
     /// In order; taken out while they run.
     hosted: Vec<Option<Decoder>>,
+    /// Of the first of them.
+    verdicts: Verdicts,
 }
 
 /// Experts of this process's ranks, over all layers.
@@ -59,7 +61,7 @@ impl Host {
         spec.packed_experts |= store.packs_experts();
         spec.digest = store.digest(&options.model);
         let hosted = (0..options.ranks).map(|_| None).collect();
-        Ok(Self { options, spec, store: Arc::new(store), hosted })
+        Ok(Self { options, spec, store: Arc::new(store), hosted, verdicts: Verdicts::default() })
     }
 
     /// Brings every rank's weights onto its device, the ranks side by side: all of them at first, later the experts
@@ -71,7 +73,7 @@ impl Host {
         progress: &dyn Progress,
     ) -> Result<Loaded, EngineError> {
         plan.apply(&mut self.options);
-        let Self { options, spec, store, hosted } = self;
+        let Self { options, spec, store, hosted, .. } = self;
         let loader = Loader { options, spec, store, plan, progress };
         std::thread::scope(|scope| {
             let loading: Vec<_> = hosted
@@ -125,6 +127,7 @@ impl Host {
         commands: Option<Receiver<Command>>,
     ) -> Result<Running, EngineError> {
         let mut commands = commands;
+        let mut known = self.verdicts.take(plan.strategy, &plan.table);
         let mut threads = Vec::new();
         for (local, comm) in comms.into_iter().enumerate() {
             let rank = comm.rank();
@@ -144,6 +147,7 @@ impl Host {
                 groups: plan.groups.clone(),
                 cache_blocks: plan.cache_blocks,
                 steps_together: self.options.steps_together.map(|steps| steps.max(1)),
+                halving: std::mem::take(&mut known),
             };
             let (news, commands) = (news.clone(), commands.take());
             let run = move || {
@@ -152,18 +156,18 @@ impl Host {
                     News::Driver(events) => Outlet::Driver(events.clone()),
                     News::Away => Outlet::away(),
                 };
-                let (decoder, ended) = Worker::new(decoder, comm, options, outlet, commands).run();
-                let ended = ended.map_err(|source| source.at(rank));
-                if ended.is_err() {
+                let mut ended = Worker::new(decoder, comm, options, outlet, commands).run();
+                ended.again = ended.again.map_err(|source| source.at(rank));
+                if ended.again.is_err() {
                     tell_failed(&news);
                 }
-                (decoder, ended)
+                ended
             };
             let thread = std::thread::Builder::new().name(format!("rank {rank}")).spawn(run);
             let none = |e| EngineError::Internal(format!("no thread for rank {rank}: {e}"));
             threads.push(thread.map_err(none)?);
         }
-        Ok(Running { threads })
+        Ok(Running { threads, strategy: plan.strategy, table: plan.table.clone() })
     }
 }
 
@@ -187,7 +191,10 @@ impl Drop for Panicking {
 
 /// The ranks of this process while they run.
 pub(crate) struct Running {
-    threads: Vec<JoinHandle<(Decoder, Result<bool, EngineError>)>>,
+    threads: Vec<JoinHandle<Ended>>,
+    /// What they began with.
+    strategy: Strategy,
+    table: PlacementTable,
 }
 
 impl Running {
@@ -197,9 +204,12 @@ impl Running {
         let mut first: Result<bool, EngineError> = Ok(false);
         for (local, thread) in self.threads.into_iter().enumerate() {
             let ended = match thread.join() {
-                Ok((decoder, ended)) => {
+                Ok(Ended { decoder, halving, again }) => {
                     host.hosted[local] = Some(decoder);
-                    ended
+                    if local == 0 {
+                        host.verdicts.keep(self.strategy, self.table.clone(), halving);
+                    }
+                    again
                 }
                 Err(_) => Err(EngineError::Internal("a rank's thread panicked".into())),
             };

@@ -1,6 +1,7 @@
 //! What may run while rows travel, in rounds, and whether it pays, by what waiting and working were seen to take.
 
 use crate::options::Overlap;
+use exflow_placement::{PlacementTable, Strategy};
 use std::collections::BTreeMap;
 
 /// A mean in which what was seen lately counts most.
@@ -92,6 +93,11 @@ impl Phase {
 }
 
 impl Halving {
+    /// Goes on with what was found in an epoch before; the next step is the first of its kind.
+    fn resumed(self) -> Self {
+        Self { ran: None, ..self }
+    }
+
     /// Takes note of a decode step of at most `sequences` tokens, that took `passed` seconds, of which rank 0 `waited` for
     /// others.
     pub(crate) fn stepped(&mut self, sequences: usize, in_halves: bool, passed: f64, waited: f64) {
@@ -146,6 +152,30 @@ impl Halving {
     }
 }
 
+/// What was found of halves in epochs before, by strategy and table, the latest last: a world that comes back to both does
+/// not try again.
+#[derive(Debug, Default)]
+pub(crate) struct Verdicts(Vec<(Strategy, PlacementTable, Halving)>);
+
+/// Verdicts that are kept.
+const REMEMBERED: usize = 16;
+
+impl Verdicts {
+    /// What is known of this strategy with this table.
+    pub(crate) fn take(&mut self, strategy: Strategy, table: &PlacementTable) -> Halving {
+        let known = self.0.iter().position(|(of, with, _)| *of == strategy && with == table);
+        known.map(|at| self.0.remove(at).2.resumed()).unwrap_or_default()
+    }
+
+    /// Keeps what an epoch with both has found.
+    pub(crate) fn keep(&mut self, strategy: Strategy, table: PlacementTable, found: Halving) {
+        self.0.push((strategy, table, found));
+        if self.0.len() > REMEMBERED {
+            self.0.remove(0);
+        }
+    }
+}
+
 fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(0.0)
@@ -195,6 +225,25 @@ mod tests {
         assert!(!run(&mut halving, 100, 2, under_fills), "fewer sequences are another matter");
         assert!(run(&mut halving, 100, 16, hides));
         assert!(run(&mut halving, 2, 8, hides), "what was found of eight still holds");
+    }
+
+    #[test]
+    fn a_strategy_and_table_that_come_back_are_not_tried_again() {
+        let hides = |halves| if halves { (8e-3, 4e-3) } else { (1e-2, 6e-3) };
+        let table = |ranks| PlacementTable::round_robin(2, 8, ranks);
+        let mut verdicts = Verdicts::default();
+        let mut halving = verdicts.take(Strategy::Vanilla, &table(2));
+        assert!(run(&mut halving, SETTLING_STEPS, 8, hides));
+        verdicts.keep(Strategy::Vanilla, table(2), halving);
+        let unknown = verdicts.take(Strategy::Coherent, &table(2));
+        assert!(!unknown.wish() && unknown.phases.is_empty());
+        assert!(!verdicts.take(Strategy::Vanilla, &table(4)).wish());
+        (0..REMEMBERED - 1).for_each(|_| verdicts.keep(Strategy::Coherent, table(4), Halving::default()));
+        let known = verdicts.take(Strategy::Vanilla, &table(2));
+        assert!(known.wish(), "before it has run a step");
+        verdicts.keep(Strategy::Vanilla, table(2), known);
+        (0..REMEMBERED).for_each(|_| verdicts.keep(Strategy::Coherent, table(4), Halving::default()));
+        assert!(!verdicts.take(Strategy::Vanilla, &table(2)).wish(), "it was the oldest");
     }
 
     #[test]

@@ -97,6 +97,18 @@ pub(crate) struct WorkerOptions {
     pub(crate) cache_blocks: usize,
     /// Decode steps that are submitted as one, where this is the only rank; `None`: by what they take.
     pub(crate) steps_together: Option<usize>,
+    /// What rank 0 knows from epochs before.
+    pub(crate) halving: Halving,
+}
+
+/// A rank's loop that has ended.
+pub(crate) struct Ended {
+    /// The device with its weights.
+    pub(crate) decoder: Decoder,
+    /// What it found out.
+    pub(crate) halving: Halving,
+    /// Whether another epoch follows.
+    pub(crate) again: Result<bool, EngineError>,
 }
 
 /// One rank.
@@ -146,7 +158,7 @@ impl Worker {
     pub(crate) fn new(
         decoder: Decoder,
         comm: Box<dyn Communicator>,
-        options: WorkerOptions,
+        mut options: WorkerOptions,
         outlet: Outlet,
         commands: Option<Receiver<Command>>,
     ) -> Self {
@@ -167,6 +179,7 @@ impl Worker {
             tables: Tables::new(options.table.clone()),
             moving: Moving::default(),
             director: Director::default(),
+            halving: std::mem::take(&mut options.halving),
             options,
             outlet,
             commands,
@@ -176,7 +189,6 @@ impl Worker {
             stats: RankStats::default(),
             round: 0,
             peers: Default::default(),
-            halving: Halving::default(),
             in_halves: options_halves,
             second: None,
             stopping: false,
@@ -185,18 +197,15 @@ impl Worker {
         }
     }
 
-    /// Runs until rank 0 says stop, or something fails; gives the device with its weights back, and whether another
-    /// epoch follows.
-    pub(crate) fn run(mut self) -> (Decoder, Result<bool, EngineError>) {
-        if let Err(failed) = self.decoder.remake(self.options.kv_wire == KvWire::Hidden) {
-            return (self.decoder, Err(failed));
-        }
+    /// Runs until rank 0 says stop, or something fails.
+    pub(crate) fn run(mut self) -> Ended {
+        let remade = self.decoder.remake(self.options.kv_wire == KvWire::Hidden);
         // One rank has nobody to wait for: a whole step is one submission.
-        let ended = match (self.options.schedule, self.comm.world_size()) {
+        let ended = remade.and_then(|()| match (self.options.schedule, self.comm.world_size()) {
             (Schedule::Flow, 2..) => self.run_flow(),
             _ => self.run_rounds(),
-        };
-        (self.decoder, ended.map(|()| self.again))
+        });
+        Ended { decoder: self.decoder, halving: self.halving, again: ended.map(|()| self.again) }
     }
 
     /// What a step of this rank works with.

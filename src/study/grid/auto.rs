@@ -19,8 +19,8 @@ pub(super) struct Auto {
 }
 
 impl Auto {
-    /// Has the world of a cluster measure itself, which runs in rounds; `routes` are those of text like that to come. Each
-    /// way will have so many turns of trials.
+    /// Has the world of a cluster measure itself, which runs in rounds, and tries out the ways with so many turns each;
+    /// `routes` are those of text like that to come.
     pub(super) fn new(
         clusters: &mut Clusters<'_>,
         cluster: usize,
@@ -28,26 +28,16 @@ impl Auto {
         (ways, sequences): (&[Way], &[usize]),
         turns: usize,
     ) -> Result<Self, StudyError> {
-        let trials = sequences.iter().map(|&n| trials_of(ways.to_vec(), n)).collect();
         let table = clusters.at(cluster).placement().clone();
-        let mut planner = Planner::measure(clusters.trying(cluster), routes)?;
+        let trying = clusters.trying(cluster);
+        let mut planner = Planner::measure(trying, routes)?;
         planner.turns = turns;
-        Ok(Self { planner, cluster, trials, table })
-    }
-
-    /// A turn of every trial.
-    pub(super) fn turn(&mut self, clusters: &mut Clusters<'_>) -> Result<(), StudyError> {
-        let cluster = clusters.trying(self.cluster);
-        self.trials.iter_mut().try_for_each(|trials| trials.turn(cluster))
-    }
-
-    /// Learns from the trials, once all their turns are over.
-    pub(super) fn learn(&mut self, clusters: &mut Clusters<'_>) -> Result<(), StudyError> {
-        for trials in &mut self.trials {
-            trials.finish(clusters.trying(self.cluster), self.planner.turns)?;
-            self.planner.learn(&self.table, trials.sequences(), trials.usual());
+        let mut trials: Vec<_> = sequences.iter().map(|&n| trials_of(ways.to_vec(), n)).collect();
+        for trials in &mut trials {
+            trials.finish(trying, turns)?;
+            planner.learn(&table, trials.sequences(), trials.usual());
         }
-        Ok(())
+        Ok(Self { planner, cluster, trials, table })
     }
 
     /// Picks one of those that are offered.

@@ -15,24 +15,22 @@ pub(super) struct Clusters<'a> {
     running: Vec<Running>,
     /// What they are measured on.
     pub(super) prompts: &'a [Vec<u32>],
-    /// So many of them they warm up with.
-    at_once: usize,
-    /// Settings share a cluster where they can.
-    shared: bool,
 }
 
 struct Running {
     cluster: Cluster,
-    /// None where trials left it in any way.
-    setting: Option<Candidate>,
+    /// The setting that it runs as, and the number of sequences that it is warm for; none where trials left it in any way.
+    now: Option<(Candidate, usize)>,
+    /// All those with which it has settled.
+    settled: Vec<(Candidate, usize)>,
 }
 
 impl<'a> Clusters<'a> {
-    pub(super) fn new(prompts: &'a [Vec<u32>], at_once: usize, shared: bool) -> Self {
-        Self { running: Vec::new(), prompts, at_once: at_once.min(prompts.len()), shared }
+    pub(super) fn new(prompts: &'a [Vec<u32>]) -> Self {
+        Self { running: Vec::new(), prompts }
     }
 
-    /// Starts one more and warms it up; its place.
+    /// Starts one more; its place.
     ///
     /// # Errors
     /// What [`Cluster::start`] refuses.
@@ -41,14 +39,14 @@ impl<'a> Clusters<'a> {
         options: ClusterOptions,
         progress: &dyn Progress,
     ) -> Result<usize, StudyError> {
-        let mut cluster = Cluster::start(options, progress)?;
-        warm_up(&mut cluster, &self.prompts[..self.at_once])?;
-        self.running.push(Running { cluster, setting: None });
+        let cluster = Cluster::start(options, progress)?;
+        self.running.push(Running { cluster, now: None, settled: Vec::new() });
         Ok(self.running.len() - 1)
     }
 
-    /// The place of the cluster that serves a setting: one of its own, or, where clusters are shared, one that any setting
-    /// has which overlaps and lingers alike, as all else can be changed while it runs.
+    /// The place of the cluster that serves a setting. All that overlap and linger alike share one, as all else can be
+    /// changed while it runs: clusters of one and the same setting differ by several percent as their memory happens to
+    /// lie, and a cell of thirteen of them would spend a quarter of its time on starting them.
     ///
     /// # Errors
     /// What [`Cluster::start`] refuses.
@@ -62,12 +60,10 @@ impl<'a> Clusters<'a> {
             let options = one.cluster.options();
             (options.overlap, options.linger) == (setting.overlap, setting.linger)
         };
-        if let Some(place) = self.running.iter().position(alike).filter(|_| self.shared) {
-            return Ok(place);
+        match self.running.iter().position(alike) {
+            Some(place) => Ok(place),
+            None => self.start(setting.options(options), progress),
         }
-        let place = self.start(setting.options(options), progress)?;
-        self.running[place].setting = Some(setting.clone());
-        Ok(place)
     }
 
     /// A cluster as it is, for figures of it.
@@ -78,37 +74,48 @@ impl<'a> Clusters<'a> {
     /// A cluster to be tried out; it may be left in any way.
     pub(super) fn trying(&mut self, place: usize) -> &mut Cluster {
         let running = &mut self.running[place];
-        running.setting = None;
+        running.now = None;
         &mut running.cluster
     }
 
-    /// A cluster that runs as the setting says, changed and warmed up where it did not.
+    /// A cluster that runs as the setting says, changed where it did not, warm and settled with so many sequences.
     ///
     /// # Errors
     /// What the engine refuses.
-    pub(super) fn ready(&mut self, place: usize, setting: &Candidate) -> Result<&mut Cluster, EngineError> {
-        let running = &mut self.running[place];
-        if !running.setting.as_ref().is_some_and(|now| now.runs_as(setting)) {
-            running.setting = None;
-            setting.apply(&mut running.cluster)?;
-            warm_up(&mut running.cluster, &self.prompts[..self.at_once])?;
-            running.setting = Some(setting.clone());
+    pub(super) fn ready(
+        &mut self,
+        place: usize,
+        setting: &Candidate,
+        sequences: usize,
+    ) -> Result<&mut Cluster, EngineError> {
+        let Running { cluster, now, settled } = &mut self.running[place];
+        let before = now.take();
+        let as_before = before.as_ref().is_some_and(|(one, _)| one.runs_as(setting));
+        if !as_before {
+            setting.apply(cluster)?;
         }
-        Ok(&mut running.cluster)
+        let prompts = &self.prompts[..sequences.min(self.prompts.len())];
+        let same = |(one, with): &(Candidate, usize)| one.runs_as(setting) && *with == sequences;
+        if !settled.iter().any(same) {
+            settle(cluster, prompts)?;
+            settled.push((setting.clone(), sequences));
+        } else if !before.as_ref().is_some_and(same) {
+            warm_up(cluster, prompts)?;
+        }
+        *now = Some((setting.clone(), sequences));
+        Ok(cluster)
     }
 }
 
 /// Decodes these prompts at once until nothing is made or tried out for the first time any more; what a step takes at most.
 ///
-/// Ranks in rounds find out whether halves pay. Not where links take most of a step: they hide what trying costs, and it
-/// takes long.
+/// Ranks in rounds find out whether halves pay, and know it again when their strategy and table come back. Not where links
+/// take most of a step: they hide what trying costs, and it takes long.
 ///
 /// # Errors
 /// What [`Cluster::generate`] refuses.
 pub(in crate::study) fn settle(cluster: &mut Cluster, prompts: &[Vec<u32>]) -> Result<Duration, EngineError> {
-    let began = Instant::now();
-    warm_up(cluster, prompts)?;
-    let step = began.elapsed().div_f64(WARM_UP as f64);
+    let step = warm_up(cluster, prompts)?;
     if !may_pay(cluster, step) || prompts.len() < 2 || SETTLING_STEPS as u32 * step > SETTLING {
         return Ok(step);
     }
@@ -124,6 +131,15 @@ fn may_pay(cluster: &Cluster, step: Duration) -> bool {
     options.schedule == Schedule::Rounds && options.ranks > 1 && exchanges * latency < step / 2
 }
 
-fn warm_up(cluster: &mut Cluster, prompts: &[Vec<u32>]) -> Result<(), EngineError> {
-    cluster.generate(&requests(prompts, WARM_UP), &mut |_| {}).map(drop)
+/// Decodes a few tokens of these prompts at once; what a step takes at most.
+///
+/// # Errors
+/// What [`Cluster::generate`] refuses.
+pub(in crate::study) fn warm_up(
+    cluster: &mut Cluster,
+    prompts: &[Vec<u32>],
+) -> Result<Duration, EngineError> {
+    let began = Instant::now();
+    cluster.generate(&requests(prompts, WARM_UP), &mut |_| {})?;
+    Ok(began.elapsed().div_f64(WARM_UP as f64))
 }

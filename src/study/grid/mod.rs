@@ -7,7 +7,7 @@ mod inputs;
 mod row;
 mod turns;
 
-pub(super) use clusters::settle;
+pub(super) use clusters::{settle, warm_up};
 pub use inputs::{
     BEGINNINGS, SOLVED_ON, SyntheticModel, chain_table, grid_alike, grid_profile, grid_prompts, grid_table,
 };
@@ -47,19 +47,17 @@ pub struct Effort {
     pub turns: usize,
     /// So long the planner's pick and the best fixed setting take turns.
     pub pairs: Duration,
-    /// One cluster runs as all settings by turns, where each could have one of its own: nothing but one has to start.
-    pub shared: bool,
 }
 
 impl Effort {
     /// That of figures to be quoted.
     pub fn full(repeats: usize) -> Self {
-        Self { repeats: repeats.max(1), turns: TURNS, pairs: Duration::from_secs(15), shared: false }
+        Self { repeats: repeats.max(1), turns: TURNS, pairs: Duration::from_secs(15) }
     }
 
     /// For a glance: of each figure one sample.
     pub fn glance() -> Self {
-        Self { repeats: 1, turns: 1, pairs: Duration::from_secs(3), shared: true }
+        Self { repeats: 1, turns: 1, pairs: Duration::from_secs(3) }
     }
 }
 
@@ -73,9 +71,8 @@ pub struct Grid<'a> {
 }
 
 impl<'a> Grid<'a> {
-    /// Starts a cluster per setting and warms it up; with `routes` also one that measures the world, from which every
-    /// setting is predicted, and that then runs as the best of them. What it tries out, with each of the numbers of
-    /// `sequences`, it does while the other clusters start, so that its turns lie apart.
+    /// Starts the clusters of the settings; with `routes` one of them measures the world, from which every setting is
+    /// predicted, and tries ways out with each of the numbers of `sequences`.
     ///
     /// # Errors
     /// What [`exflow_engine::Cluster::start`] refuses.
@@ -87,24 +84,22 @@ impl<'a> Grid<'a> {
         prompts: &'a [Vec<u32>],
         (effort, progress): (Effort, &dyn Progress),
     ) -> Result<Self, StudyError> {
-        let at_once = sequences.iter().copied().max().unwrap_or(1);
-        let mut clusters = Clusters::new(prompts, at_once, effort.shared);
-        let ways = ways(&settings);
-        let mut routes = routes.filter(|_| options.ranks > 1);
-        let (mut fixed, mut auto) = (Vec::new(), None);
-        for some in settings.chunks(settings.len().div_ceil(effort.turns).max(1)) {
-            if let Some(routes) = routes.take() {
+        let mut clusters = Clusters::new(prompts);
+        let auto = match routes.filter(|_| options.ranks > 1) {
+            Some(routes) => {
                 let mut options = options.clone();
                 (options.strategy, options.schedule) = (Strategy::Coherent, Schedule::Rounds);
-                let cluster = clusters.start(options, progress)?;
-                auto = Some(Auto::new(&mut clusters, cluster, routes, (&ways, sequences), effort.turns)?);
+                let place = clusters.start(options, progress)?;
+                let of = (&ways(&settings)[..], sequences);
+                Some(Auto::new(&mut clusters, place, routes, of, effort.turns)?)
             }
-            for setting in some {
-                fixed.push((setting.clone(), clusters.place_for(setting, options, progress)?));
-            }
-            auto.as_mut().map_or(Ok(()), |auto: &mut Auto| auto.turn(&mut clusters))?;
-        }
-        auto.as_mut().map_or(Ok(()), |auto| auto.learn(&mut clusters))?;
+            None => None,
+        };
+        let place = |setting: Candidate| {
+            let place = clusters.place_for(&setting, options, progress)?;
+            Ok((setting, place))
+        };
+        let fixed = settings.into_iter().map(place).collect::<Result<_, StudyError>>()?;
         Ok(Self { clusters, fixed, auto, effort })
     }
 
@@ -125,9 +120,6 @@ impl<'a> Grid<'a> {
         let mut turns = Turns::new(cell, effort.repeats, clusters);
         let mut runs: Vec<Runs> = entries.iter().map(|_| Runs::default()).collect();
         let mut predicted: Vec<Prediction> = Vec::new();
-        if !effort.shared {
-            entries.iter().try_for_each(|entry| turns.settle(entry))?;
-        }
         for repeat in 0..effort.repeats {
             if runs.iter().any(Runs::suffice) {
                 break;

@@ -1,6 +1,6 @@
 //! The runs of a cell: its settings take turns, and all must say the same.
 
-use super::clusters::{Clusters, settle};
+use super::clusters::Clusters;
 use super::{BesideBest, Cell, requests};
 use crate::study::{Candidate, StudyError};
 use exflow_engine::plan::Prediction;
@@ -102,6 +102,8 @@ struct Text {
 /// The runs of a cell, one after the other, which must all say the same of each text.
 pub(super) struct Turns<'c, 'p> {
     pub(super) clusters: &'c mut Clusters<'p>,
+    /// So many at once.
+    sequences: usize,
     texts: Vec<Text>,
     taken: usize,
 }
@@ -122,23 +124,14 @@ impl<'c, 'p> Turns<'c, 'p> {
                 (0..texts.max(1)).map(|i| text(vec![requests(&nth(i), cell.tokens)])).collect()
             }
         };
-        Self { clusters, texts, taken: 0 }
-    }
-
-    /// Has ranks in rounds find out whether halves pay before they are measured; a lone sequence has no halves.
-    pub(super) fn settle(&mut self, entry: &Entry) -> Result<(), StudyError> {
-        if let (Schedule::Rounds, [all]) = (entry.setting.schedule, &self.texts[0].groups[..]) {
-            let prompts: Vec<_> = all.iter().map(|request| request.prompt_ids.clone()).collect();
-            settle(self.clusters.ready(entry.cluster, &entry.setting)?, &prompts)?;
-        }
-        Ok(())
+        Self { clusters, sequences: cell.sequences, texts, taken: 0 }
     }
 
     /// One turn of a setting, which may say the same several times; its tokens per second. Turns go through all texts.
     pub(super) fn take(&mut self, entry: &Entry, turn: usize, runs: &mut Runs) -> Result<f64, StudyError> {
         let which = turn % self.texts.len();
         let text = &mut self.texts[which];
-        let cluster = self.clusters.ready(entry.cluster, &entry.setting)?;
+        let cluster = self.clusters.ready(entry.cluster, &entry.setting, self.sequences)?;
         let (began, mut rates) = (Instant::now(), Vec::new());
         while rates.is_empty() || began.elapsed() < SHORTEST_RUN {
             let mut spoken = Vec::new();

@@ -66,7 +66,12 @@ impl<W: Clone> Trials<W> {
             let which = (place + self.turns) % self.ways.len();
             if has_one(&self.taken[which]) {
                 (self.change)(&self.ways[which], cluster)?;
-                self.taken[which].push(Trial::run(cluster, &prompts, self.sequences)?);
+                let first = &prompts[..self.sequences.min(prompts.len())];
+                let step = match self.taken[which].is_empty() {
+                    true => grid::settle(cluster, first)?,
+                    false => grid::warm_up(cluster, first)?,
+                };
+                self.taken[which].push(Trial::run(cluster, &prompts, self.sequences, step)?);
             }
         }
         self.turns += 1;
@@ -183,14 +188,18 @@ struct Trial {
 }
 
 impl Trial {
-    /// Decodes so many sequences for a while, each time after other prompts.
-    fn run(cluster: &mut Cluster, prompts: &[Vec<u32>], sequences: usize) -> Result<Self, StudyError> {
-        let step = grid::settle(cluster, &prompts[..sequences.min(prompts.len())])?;
+    /// Decodes so many sequences for a while, each time after other prompts; a step takes so long at most.
+    fn run(
+        cluster: &mut Cluster,
+        prompts: &[Vec<u32>],
+        sequences: usize,
+        step: Duration,
+    ) -> Result<Self, StudyError> {
         let least = sequences.clamp(TOKENS.0, TOKENS.1);
         let tokens = ((TIME.as_secs_f64() / step.as_secs_f64().max(1e-9)) as usize).clamp(least, TOKENS.1);
         let (began, mut all, mut longest) = (Instant::now(), Vec::new(), Duration::ZERO);
         while all.is_empty() || began.elapsed() < TIME {
-            // The first ones were those to settle with.
+            // The first ones were those to warm up with.
             let from = (all.len() + 1) * sequences;
             let prompts: Vec<_> = prompts.iter().cycle().skip(from).take(sequences).cloned().collect();
             let (began, schedule) = (Instant::now(), cluster.options().schedule);
