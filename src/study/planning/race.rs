@@ -5,8 +5,9 @@ use crate::study::{Candidate, StudyError};
 use exflow_engine::Cluster;
 use std::time::{Duration, Instant};
 
-/// How far, as a logarithm, predictions of candidates that lie close commonly are from the truth beside each other.
-const PREDICTED: f64 = 0.07;
+/// How far, as a logarithm, predictions of one world commonly are from the truth beside each other: the standard deviation
+/// within 15 cells of 12 settings, 0.02 to 0.2 by cell, the most where ranks share their cores.
+const PREDICTED: f64 = 0.1;
 /// A candidate leaves the race once it is unlikely to be better than the first one by more than [`NEARLY`]: standard deviations
 /// of what lies between the two.
 const UNLIKELY: f64 = 2.0;
@@ -145,9 +146,9 @@ mod tests {
     #[test]
     fn what_may_be_the_best_is_tried() {
         let racing = |shares: &[f64]| Race::among(&predicted(shares)).racing.len();
-        assert_eq!(racing(&[1.0, 0.8, 0.7]), 1, "nothing to try");
-        assert!(Race::among(&predicted(&[1.0, 0.8, 0.7])).is_over());
-        assert_eq!(racing(&[1.0, 0.95, 0.86, 0.7]), 3);
+        assert_eq!(racing(&[1.0, 0.75, 0.7]), 1, "nothing to try");
+        assert!(Race::among(&predicted(&[1.0, 0.75, 0.7])).is_over());
+        assert_eq!(racing(&[1.0, 0.95, 0.8, 0.7]), 3);
         assert_eq!(racing(&[1.0; 9]), CONTENDERS);
         assert_eq!(racing(&[]), 0);
     }
@@ -199,6 +200,6 @@ mod tests {
             short += usize::from(best - rates[picked.expect("one")].1 > 0.05);
         }
         assert!(short <= RACES / 25, "{short} of {RACES} make less than 0.95 of the best");
-        assert!(turns_taken < 6 * RACES, "{turns_taken} turns in {RACES} races");
+        assert!(turns_taken < 7 * RACES, "{turns_taken} turns in {RACES} races");
     }
 }
