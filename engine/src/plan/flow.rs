@@ -253,13 +253,19 @@ impl<'a> Play<'a> {
         let pairs: usize = picked.iter().map(|item| item.choices).sum();
         let serving = picked.len() - tokens;
         let times = &self.of.measured.ranks[rank];
-        let further = times.serve.slope() * pairs.saturating_sub(tokens) as f64;
-        let seconds = match (tokens, stage) {
-            (0, _) => times.serve.at(serving.max(pairs)),
-            (n, 0) => times.begin.at(n),
-            (n, stage) if stage == last => times.end.at(n) + further,
-            (n, _) => times.hop.of(self.of.setting.strategy).at(n) + further,
+        let (seconds, rows) = match (tokens, stage) {
+            (0, _) => (times.serve.at(serving), serving),
+            (n, 0) => (times.begin.at(n), n),
+            (n, stage) if stage == last => (times.end.at(n), n),
+            (n, _) => (times.hop.of(self.of.setting.strategy).at(n), n),
         };
+        // Timed were rows all of whose experts were here. Of a token that waited for others' experts its own ran before.
+        let timed = match stage.checked_sub(1).and_then(|before| self.of.shape.layers[before]) {
+            Some(_) => (self.of.streams.top_k() * rows) as f64,
+            None => 0.0,
+        };
+        let each = times.serve.slope() / self.of.streams.top_k() as f64;
+        let seconds = (seconds + each * (pairs as f64 - timed)).max(0.0);
         let crowd = (self.working() / self.of.measured.lanes(rank)).max(1.0);
         let owed = std::mem::take(&mut self.ranks[rank].owed) * self.short_of_cores(rank);
         let waking = times.waking.after(now - self.ranks[rank].rests);

@@ -39,6 +39,11 @@ impl<'a> Streams<'a> {
         self.begins.len()
     }
 
+    /// Experts of a token at each MoE layer.
+    pub(super) fn top_k(&self) -> usize {
+        self.routes.k().max(1)
+    }
+
     /// The token of the trace that a sequence's token `token` is.
     pub(super) fn token(&self, sequence: usize, token: usize) -> usize {
         (self.begins[sequence] + token) % self.routes.tokens()

@@ -110,6 +110,27 @@ fn a_token_in_flow_pays_for_its_own_crossings() {
 }
 
 #[test]
+fn a_hop_takes_as_long_as_the_experts_that_run_in_it() {
+    const EACH: f64 = 1e-4;
+    let with = |trace: &RoutingTrace, strategy| {
+        let mut measured = measured(2, 1e12);
+        let serve = Curve(vec![(1, HOP), (16, HOP + 15.0 * EACH)]);
+        measured.ranks.iter_mut().for_each(|rank| rank.serve = serve.clone());
+        run_in(&measured, trace, strategy, Schedule::Flow, 1).ms_per_token
+            - run(trace, strategy, Schedule::Flow, 1).ms_per_token
+    };
+    // Rank 1 serves the last two layers, and rank 0 goes on without experts of its own.
+    near(with(&always([0, 1, 2, 3]), Strategy::Vanilla), -2e3 * EACH);
+    near(with(&always([0, 1, 0, 1]), Strategy::Vanilla), 0.0);
+    near(with(&always([0, 1, 2, 3]), Strategy::Coherent), 0.0);
+    // Two experts a token, at each layer one of either rank: a row is timed with both of its experts, each serves one, and
+    // the token goes on with neither.
+    let mut apart = RoutingTrace::new(LAYERS, 2);
+    (0..64).for_each(|_| apart.push_token(&[0, 2, 0, 2, 0, 2, 0, 2]));
+    near(with(&apart, Strategy::Coherent), -1e3 * LAYERS as f64 * (0.5 + 1.0) * EACH);
+}
+
+#[test]
 fn who_rested_takes_longer_once() {
     let trace = always([0, 1, 2, 3]);
     let more = |strategy, schedule| {
