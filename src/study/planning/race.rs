@@ -16,7 +16,7 @@ const NEARLY: f64 = 0.03;
 /// So many race at most.
 const CONTENDERS: usize = 6;
 /// No further turn begins once a race took so long, or had so many times the turns that ways have in trials to learn from.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(20);
 const MOST_TURNS: usize = 4;
 
 /// Has the cluster decode as each of those says that may be the best; `ranked` come best first, and those that were tried
