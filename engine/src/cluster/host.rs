@@ -24,7 +24,7 @@ pub(crate) struct Host {
     store: Arc<Store>,
     /// In order; taken out while they run.
     hosted: Vec<Option<Decoder>>,
-    /// Of the first of them.
+    /// What the first of them found out, as rank 0 where it is that.
     verdicts: Verdicts,
 }
 

@@ -66,8 +66,9 @@ pub struct QuicOptions {
     /// A connection on which nothing is heard for this long is dead: every rank must know of a lost rank 0 within 2 s.
     /// Keep-alives come five times as often, from a thread that no GPU work blocks.
     pub idle_timeout: Duration,
-    /// Whether processes tell each other five times a second that they live and whom they miss. Ranks of one process live
-    /// and die together: to them it is twelve links' work for nothing, with four ranks 2 % of a core at rest.
+    /// Whether processes tell each other five times a second that they live and whom they miss; all of a world alike, as who
+    /// sends none is suspect to the others. Ranks of one process live and die together: to four of them it is the work of
+    /// twelve links for nothing, 1.5 % of a core at rest.
     pub heartbeats: bool,
     /// How long a rank waits until all have joined.
     pub join_timeout: Duration,

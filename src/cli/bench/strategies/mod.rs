@@ -66,7 +66,7 @@ pub(crate) struct Args {
     /// one by one
     #[arg(long, conflicts_with_all = ["strategies", "schedules", "tables", "lingers"])]
     ablations: bool,
-    /// A grid of a minute: one run of each setting whatever -r says, all in one cluster, with tables that are solved within 1 s; where
+    /// A grid of a minute: one run of each setting whatever -r says, with tables that are solved within 1 s; where
     /// nothing else is asked for, of the bundled model, 4 ranks, 8 sequences, local and wan, round_robin and affinity, 12 tokens
     #[arg(long)]
     quick: bool,
