@@ -80,8 +80,14 @@ impl Puppet {
 
     /// Writes on the rows stream towards a rank; false where it does not get rid of all within `patience`.
     fn write(&mut self, to: Rank, bytes: &[u8], patience: Duration) -> bool {
-        let link = self.links.iter_mut().find(|link| link.peer == to).expect("a peer");
-        let write = link.pairs[0].rows.0.write_all(bytes);
+        self.write_pair((Rank(1), to), bytes, patience)
+    }
+
+    /// [`Puppet::write`] for one of several ranks of its process.
+    fn write_pair(&mut self, (own, to): (Rank, Rank), bytes: &[u8], patience: Duration) -> bool {
+        let mut pairs = self.links.iter_mut().flat_map(|link| &mut link.pairs);
+        let pair = pairs.find(|pair| (pair.own, pair.peer) == (own, to)).expect("a peer");
+        let write = pair.rows.0.write_all(bytes);
         let write = async { tokio::time::timeout(patience, write).await };
         self.core.runtime.handle().block_on(write).is_ok_and(|written| written.is_ok())
     }
@@ -176,6 +182,55 @@ fn replayed_and_foreign_frames_are_named() {
         assert!(puppet.write(Rank(0), &header.encode(), SOON));
     });
     assert_eq!(forged, Violation::WrongSource { claimed: Rank(2) });
+}
+
+/// Ranks 2 and 3 are one process; 2 breaks the protocol towards 0, and 1, which has all it needs of 2 and waits for 3, hears
+/// why nothing comes.
+#[test]
+fn what_one_rank_breaks_ends_its_whole_process_and_all_know_why() {
+    let authority = ClusterAuthority::new().expect("authority");
+    let listen = |rank: u16, leader: Option<&Listener>| {
+        let mut options = JoinOptions {
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            leader: leader.map(|leader| leader.local_address().to_string()),
+            quic: quick(),
+            ..JoinOptions::new(
+                Rank(rank),
+                2,
+                authority.issue(Rank(rank), DEFAULT_VALIDITY).expect("identity"),
+            )
+        };
+        options.ranks = 2;
+        Listener::bind(options).expect("bind")
+    };
+    let zero = listen(0, None);
+    let one = listen(1, Some(&zero));
+    let core = Arc::clone(&one.core);
+    let puppet = core.runtime.launch(join::join(Arc::clone(&core), Life::default()));
+    let world = zero.form(Life::default()).expect("ranks 0 and 1");
+    let Joined { links, world: name, .. } = puppet.recv().expect("driver").expect("ranks 2 and 3");
+    let mut puppet = Puppet { core, links, world: name };
+    let [mut first, mut second] = world.try_into().expect("two ranks");
+
+    let frame = FrameHeader { source: Rank(2), ..puppet.header(0, 0) }.encode();
+    assert!(puppet.write_pair((Rank(2), Rank(1)), &frame, SOON));
+    first.start_exchange(round(0), vec![Bytes::new(); 4]).expect("start");
+    second.start_exchange(round(0), vec![Bytes::new(); 4]).expect("start");
+    let mut had = Vec::new();
+    while had.len() < 2 {
+        had.extend(second.arrivals(round(0), true).expect("frames").frames.into_iter().map(|(from, _)| from));
+    }
+    had.sort();
+    assert_eq!(had, [Rank(0), Rank(2)]);
+    assert!(puppet.write_pair((Rank(2), Rank(0)), &[7; 60], SOON));
+    let errors = [&mut first, &mut second].map(|comm| comm.finish_exchange(round(0)).expect_err("broken"));
+    assert!(
+        matches!(&errors[0], TransportError::Protocol { peer: Rank(2), violation: Violation::BadMagic, .. }),
+        "{}",
+        errors[0]
+    );
+    let TransportError::PeerLost { peer: Rank(3), cause, .. } = &errors[1] else { panic!("{}", errors[1]) };
+    assert!(cause.to_string().contains(&Violation::BadMagic.to_string()), "{cause}");
 }
 
 #[test]

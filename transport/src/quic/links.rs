@@ -59,7 +59,18 @@ pub(crate) fn start(
     writers: &mut JoinSet<()>,
 ) -> Vec<((Rank, Rank), LinkSender)> {
     let Link { peer: process, connection, control, pairs } = link;
-    let reader = |recv, stream, own, peer| Reader::new(recv, stream, (own, peer), &connection, context);
+    let fellows: Arc<[Rank]> = pairs.iter().filter(|p| p.own == context.first).map(|p| p.peer).collect();
+    let reader = |recv, stream, own, peer| Reader {
+        recv,
+        stream,
+        peer,
+        fellows: Arc::clone(&fellows),
+        inbox: Arc::clone(context.inbox(own)),
+        connection: connection.clone(),
+        context: context.clone(),
+        decoder: Decoder::new(stream.longest_frame(context)),
+        input: Bytes::new(),
+    };
     tokio::spawn(beat(control.0, context.clone(), speaker, connection.clone()));
     tokio::spawn(reader(control.1, Stream::Control(process), context.first, speaker).run());
     let mut senders = Vec::new();
@@ -194,6 +205,13 @@ impl Stream {
             Self::Bulk => "bulk",
         }
     }
+
+    fn longest_frame(self, context: &LinkContext) -> u32 {
+        match self {
+            Self::Control(_) => HELLO_CAP,
+            Self::Rows | Self::Bulk => context.max_frame_bytes,
+        }
+    }
 }
 
 /// Reads one stream of a peer.
@@ -201,6 +219,8 @@ struct Reader {
     recv: RecvStream,
     stream: Stream,
     peer: Rank,
+    /// All ranks of its process.
+    fellows: Arc<[Rank]>,
     inbox: Arc<Inbox>,
     connection: Connection,
     context: LinkContext,
@@ -209,26 +229,6 @@ struct Reader {
 }
 
 impl Reader {
-    fn new(
-        recv: RecvStream,
-        stream: Stream,
-        (own, peer): (Rank, Rank),
-        connection: &Connection,
-        context: &LinkContext,
-    ) -> Self {
-        let cap = if matches!(stream, Stream::Control(_)) { HELLO_CAP } else { context.max_frame_bytes };
-        Self {
-            recv,
-            stream,
-            peer,
-            inbox: Arc::clone(context.inbox(own)),
-            connection: connection.clone(),
-            context: context.clone(),
-            decoder: Decoder::new(cap),
-            input: Bytes::new(),
-        }
-    }
-
     /// Reads to the end and reports how it came. Only the end of the rows stream means that a peer left: all
     /// that it had sent for rounds has then been read.
     async fn run(mut self) {
@@ -245,15 +245,25 @@ impl Reader {
             Ok(()) if rows => inbox.lose_peer(self.peer, LossCause::Left),
             Ok(()) => {}
             Err(Ended::Broken(violation)) => {
-                // What one stream breaks is the whole process's fault.
-                let all = self.context.inboxes.iter();
-                all.for_each(|inbox| inbox.break_peer(self.peer, violation.clone()));
+                self.break_process(&violation);
                 wire::close(&self.connection, CLOSE_PROTOCOL, &violation.to_string());
             }
             Err(Ended::Lost(error)) if rows => {
                 inbox.lose_peer(self.peer, loss_cause(&error, self.context.idle_timeout));
             }
             Err(Ended::Lost(_)) => {}
+        }
+    }
+
+    /// What one stream breaks is the whole process's fault: the connection ends for all its ranks, and all ranks here
+    /// know why before their own readers see that it has ended.
+    fn break_process(&self, violation: &Violation) {
+        let what = format!("rank {} of its process broke the protocol: {violation}", self.peer);
+        for inbox in self.context.inboxes.iter() {
+            inbox.break_peer(self.peer, violation.clone());
+            for fellow in self.fellows.iter() {
+                inbox.lose_peer(*fellow, LossCause::Other { what: what.clone() });
+            }
         }
     }
 
