@@ -40,6 +40,9 @@ impl Worker {
             .map(Rank::from)
             .filter(|rank| !self.comm.absent().contains(rank))
             .collect();
+        // A device that still makes the kernels it warms up with takes cores that the first pairs would be charged for.
+        self.decoder.gpu.wait();
+        self.wait_for_all()?;
         let mut links = vec![LinkTime::default(); self.comm.world_size()];
         for (a, b) in pairings(there.len()) {
             let (a, b) = (there[a], there[b]);
