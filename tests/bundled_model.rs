@@ -4,8 +4,13 @@ mod common;
 
 use common::reference::Reference;
 use common::{Setup, generate, request, root, tokens};
-use exflow::engine::{Feed, NoProgress, PlacementSource, Request, Strategy, TextCodec, TransportKind};
-use exflow_placement::{Affinity, PlacementTable, SolveOptions, Topology, score_trace, solve};
+use exflow::engine::{
+    Feed, NoProgress, PlacementSource, Request, Schedule, Strategy, TextCodec, TransportKind,
+};
+use exflow_placement::{
+    Affinity, ExpertId, LayerId, PlacementTable, Rank, RoutingTrace, SolveOptions, Topology, score_trace,
+    solve,
+};
 use serde::Deserialize;
 use std::fs;
 use std::path::PathBuf;
@@ -149,6 +154,14 @@ fn documents(codec: &TextCodec) -> (Vec<Vec<u32>>, Vec<Vec<u32>>) {
     (profiled, held_out)
 }
 
+/// The affinity table of its sixteen experts on four ranks.
+fn solved(trace: &RoutingTrace) -> PlacementTable {
+    let affinity = Affinity::from_trace(trace, 16).expect("counts");
+    let options =
+        SolveOptions { time_limit: Duration::from_secs(20), max_rounds: Some(4), ..Default::default() };
+    solve(&affinity, &Topology::uniform(4), &options, &mut |_| {}).expect("a table")
+}
+
 /// By how much more of the transitions stay with the affinity table, on text that was not profiled.
 const GAIN: f64 = 0.10;
 
@@ -162,10 +175,7 @@ fn its_affinity_keeps_tokens_where_they_are_on_text_that_was_not_profiled() {
     let (layers, experts) = (trace.layers(), 16);
 
     // No locality without balance: a collapsed router is local for nothing.
-    let affinity = Affinity::from_trace(&trace, experts).expect("counts");
-    let options =
-        SolveOptions { time_limit: Duration::from_secs(20), max_rounds: Some(4), ..Default::default() };
-    let table = solve(&affinity, &Topology::uniform(4), &options, &mut |_| {}).expect("a table");
+    let table = solved(&trace);
     for layer in &table.assignment {
         for rank in 0..4 {
             assert_eq!(layer.iter().filter(|r| r.index() == rank).count(), experts / 4, "equal shares");
@@ -191,6 +201,86 @@ fn its_affinity_keeps_tokens_where_they_are_on_text_that_was_not_profiled() {
     let (placed, dealt) =
         (affine.stats.decode_bytes_per_token.dispatch, plain.stats.decode_bytes_per_token.dispatch);
     assert!(placed < dealt, "rows that stay send no bytes: {placed} < {dealt}");
+}
+
+/// Bytes of a row and of a partial, from their form on the wire: ids, position and route, one choice, and 96 floats of
+/// residual stream; ids, position, place, and 96 floats.
+const ROW_BYTES: usize = 18 + 8 + 4 * 96;
+const PARTIAL_BYTES: usize = 10 + 4 * 96;
+
+/// Rows and partials that cross for the decoded tokens of one text, by its routes alone: under vanilla a token lives at
+/// `home`, and a row whose expert is elsewhere goes there and its partial comes back; under coherent the token goes along,
+/// and its successor begins where it ended.
+fn crossings(
+    routes: &RoutingTrace,
+    decoded: std::ops::Range<usize>,
+    table: &PlacementTable,
+    strategy: Strategy,
+    home: Rank,
+) -> (usize, usize) {
+    let (mut rows, mut at) = (0, home);
+    for token in decoded {
+        for layer in 0..routes.layers() {
+            let expert = ExpertId::from(routes.chosen(token, layer)[0] as usize);
+            let holder = table.holders(LayerId::from(layer), expert).next().expect("a holder");
+            rows += usize::from(holder != at);
+            if strategy == Strategy::Coherent {
+                at = holder;
+            }
+        }
+    }
+    (rows, if strategy == Strategy::Vanilla { rows } else { 0 })
+}
+
+#[test]
+fn it_sends_the_bytes_that_its_routes_say() {
+    const MADE: usize = 24;
+    let model = model();
+    let mut one = Setup::one_rank(&model).start();
+    let (profiled, held_out) = documents(one.text().expect("a tokenizer"));
+    let affine = solved(&one.profile(&profiled, &NoProgress).expect("a profile"));
+    // Of equal lengths, so that rank r is home to texts r and r + 4.
+    let requests: Vec<Request> = held_out.iter().take(8).map(|ids| request(&ids[..32], MADE)).collect();
+    let texts: Vec<Vec<u32>> = generate(&mut one, &requests)
+        .sequences
+        .iter()
+        .map(|done| [&done.prompt_ids[..], &done.output_ids[..MADE - 1]].concat())
+        .collect();
+    let mut routes = |text: &Vec<u32>| one.profile(std::slice::from_ref(text), &NoProgress).expect("routes");
+    let routes: Vec<RoutingTrace> = texts.iter().map(&mut routes).collect();
+
+    for table in [PlacementTable::round_robin(8, 16, 4), affine] {
+        for (strategy, schedule) in [Strategy::Vanilla, Strategy::Coherent]
+            .into_iter()
+            .flat_map(|strategy| [(strategy, Schedule::Rounds), (strategy, Schedule::Flow)])
+        {
+            let setup = Setup {
+                schedule,
+                placement: PlacementSource::Table(table.clone()),
+                ..Setup::new(&model, 4, strategy)
+            };
+            let stats = generate(&mut setup.start(), &requests).stats;
+            let of = |(text, routes): (usize, &RoutingTrace)| {
+                crossings(routes, 32..32 + MADE - 1, &table, strategy, Rank::from(text % 4))
+            };
+            let counted = routes.iter().enumerate().map(of);
+            let (rows, partials) = counted.fold((0, 0), |(r, p), (rows, partials)| (r + rows, p + partials));
+            let tokens = (8 * (MADE - 1)) as f64;
+            let sent = &stats.decode_bytes_per_token;
+            for (class, sent, counted) in [
+                ("dispatch", sent.dispatch, (rows * ROW_BYTES) as f64 / tokens),
+                ("combine", sent.combine, (partials * PARTIAL_BYTES) as f64 / tokens),
+            ] {
+                let what = format!(
+                    "{strategy:?} {schedule:?} {class}: {sent:.2} bytes a token, {counted:.2} by the routes"
+                );
+                // In flow a frame says in two bytes what it is, however many rows are in it.
+                let within = if schedule == Schedule::Rounds { 1e-6 } else { 0.01 * counted };
+                assert!((sent - counted).abs() <= within, "{what}");
+            }
+            assert!(rows > 0);
+        }
+    }
 }
 
 #[test]

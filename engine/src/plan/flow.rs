@@ -290,6 +290,7 @@ impl<'a> Play<'a> {
     fn done(&mut self, rank: usize, picked: Vec<Item>) {
         let last = self.of.shape.layers.len();
         let mut post = Post::new(self.ranks.len());
+        post.sampled = picked.iter().any(|item| item.token && item.stage == last);
         for item in picked {
             if !item.token {
                 // One partial for each expert, or their sum.
@@ -393,6 +394,9 @@ impl<'a> Play<'a> {
         if bulk.is_due() {
             told.append(&mut std::mem::take(bulk).to);
         }
+        if post.sampled {
+            told.extend((0..self.ranks.len()).filter(|to| *to != rank));
+        }
         // What goes to a peer at once goes together.
         told.sort_unstable();
         told.dedup();
@@ -468,10 +472,17 @@ struct Post {
     rows: Vec<Vec<Item>>,
     partials: Vec<Vec<usize>>,
     kv: Vec<Vec<(usize, usize)>>,
+    /// Whether tokens came out, of which every rank is told.
+    sampled: bool,
 }
 
 impl Post {
     fn new(ranks: usize) -> Self {
-        Self { rows: vec![Vec::new(); ranks], partials: vec![Vec::new(); ranks], kv: vec![Vec::new(); ranks] }
+        Self {
+            rows: vec![Vec::new(); ranks],
+            partials: vec![Vec::new(); ranks],
+            kv: vec![Vec::new(); ranks],
+            sampled: false,
+        }
     }
 }
