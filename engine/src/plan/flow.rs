@@ -238,7 +238,7 @@ impl<'a> Play<'a> {
         let Some(oldest) = state.board.iter().filter(ready).min_by_key(|item| item.since) else {
             // Who rests has nothing to wait for.
             let bulk = std::mem::take(&mut state.bulk);
-            return bulk.to.into_iter().for_each(|to| self.owes(rank, to));
+            return bulk.to.into_iter().for_each(|to| self.tells(rank, to));
         };
         let stage = match state.picks - oldest.since >= PATIENCE {
             true => oldest.stage,
@@ -267,7 +267,7 @@ impl<'a> Play<'a> {
         let each = times.serve.slope() / self.of.streams.top_k() as f64;
         let seconds = (seconds + each * (pairs as f64 - timed)).max(0.0);
         let crowd = (self.working() / self.of.measured.lanes(rank)).max(1.0);
-        let owed = std::mem::take(&mut self.ranks[rank].owed) * self.short_of_cores(rank);
+        let owed = std::mem::take(&mut self.ranks[rank].owed) * self.short_of_cores(rank, 0.0);
         let waking = times.waking.after(now - self.ranks[rank].rests);
         let seconds = (seconds + owed) * crowd + waking;
         for item in picked.iter().filter(|item| item.token) {
@@ -282,9 +282,10 @@ impl<'a> Play<'a> {
         self.ranks.iter().filter(|state| state.busy).count() as f64
     }
 
-    /// Which share of what other threads do takes of the time of a rank: nothing while a core is left beside those that work.
-    fn short_of_cores(&self, rank: usize) -> f64 {
-        (self.working() + 1.0 - self.of.measured.lanes(rank)).clamp(0.0, 1.0)
+    /// Which share of what other threads do takes of the time of a rank: nothing while a core is left beside those that work,
+    /// and so many more.
+    fn short_of_cores(&self, rank: usize, more: f64) -> f64 {
+        (self.working() + more + 1.0 - self.of.measured.lanes(rank)).clamp(0.0, 1.0)
     }
 
     fn done(&mut self, rank: usize, picked: Vec<Item>) {
@@ -357,7 +358,8 @@ impl<'a> Play<'a> {
 
     /// Sends what a hop yields, a frame to each peer and class; the rank is free when all is handed over.
     fn deliver(&mut self, rank: usize, post: Post) {
-        let mut told: Vec<usize> = Vec::new();
+        // Whom rows or partials wake, and who hears of something behind whatever it does.
+        let (mut told, mut behind): (Vec<usize>, Vec<usize>) = Default::default();
         for to in 0..self.ranks.len() {
             let link = self.of.measured.link(rank, to);
             let (rows, partials) = (&post.rows[to], &post.partials[to]);
@@ -392,19 +394,26 @@ impl<'a> Play<'a> {
         let bulk = &mut self.ranks[rank].bulk;
         bulk.hops += u32::from(post.kv.iter().any(|kv| !kv.is_empty()));
         if bulk.is_due() {
-            told.append(&mut std::mem::take(bulk).to);
+            behind.append(&mut std::mem::take(bulk).to);
         }
         if post.sampled {
-            told.extend((0..self.ranks.len()).filter(|to| *to != rank));
+            behind.extend((0..self.ranks.len()).filter(|to| *to != rank));
         }
         // What goes to a peer at once goes together.
-        told.sort_unstable();
-        told.dedup();
+        for peers in [&mut told, &mut behind] {
+            peers.sort_unstable();
+            peers.dedup();
+        }
+        behind.retain(|to| !told.contains(to));
         self.ranks[rank].busy = false;
+        // Other threads handle messages, also those of a rank that rests, and who goes on has the fewer cores meanwhile.
+        let goes_on = self.ranks[rank].board.iter().any(|item| item.ready <= self.now);
         let of = |to: &usize| self.of.measured.link(rank, *to).message_s;
-        // Other threads handle messages.
-        let handling = told.iter().map(of).sum::<f64>() * self.short_of_cores(rank);
+        let resting = behind.iter().filter(|to| goes_on && !self.ranks[**to].busy);
+        let handled: f64 = told.iter().chain(&behind).chain(resting).map(of).sum();
+        let handling = handled * self.short_of_cores(rank, f64::from(u8::from(goes_on)));
         told.into_iter().for_each(|to| self.owes(rank, to));
+        behind.into_iter().for_each(|to| self.tells(rank, to));
         if handling > 0.0 {
             self.ranks[rank].busy = true;
             return self.at(self.now + handling, Event::Done { rank, picked: Vec::new() });
@@ -416,6 +425,13 @@ impl<'a> Play<'a> {
     /// A message from a rank takes of the time of the one that gets it.
     fn owes(&mut self, rank: usize, to: usize) {
         self.ranks[to].owed += self.of.measured.link(rank, to).message_s;
+    }
+
+    /// A rank that rests handles a message that does not wake it while it rests.
+    fn tells(&mut self, rank: usize, to: usize) {
+        if self.ranks[to].busy {
+            self.owes(rank, to);
+        }
     }
 
     /// Keys and values, one after the other over the rank's link.
