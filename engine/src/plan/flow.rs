@@ -1,10 +1,13 @@
 //! Flow, played event by event: tokens on a board per rank, hops that take as long as measured, messages that take as
 //! long as their links do. The board's choice is the engine's: the earliest layer first, nobody passed over for long.
 
-use super::{FRAME_BYTES, Parts, Place, Prediction, Scene, TOKENS, UNCOUNTED, remote_partials};
+mod sending;
+
+use super::{Parts, Place, Prediction, Scene, TOKENS, UNCOUNTED, remote_partials};
 use crate::options::Combine;
-use crate::runtime::{BULK_BYTES, BULK_HOPS, bounds};
+use crate::runtime::bounds;
 use exflow_placement::{Rank, Strategy};
+use sending::{Bulk, Post};
 use std::collections::BinaryHeap;
 
 /// As on the engine's board.
@@ -90,21 +93,6 @@ struct RankState {
     bulk: Bulk,
     /// Seconds that messages which came take of the rank before it goes on.
     owed: f64,
-}
-
-/// Keys and values that wait for more before they are handed over together, as the engine's do.
-#[derive(Default)]
-struct Bulk {
-    hops: u32,
-    bytes: f64,
-    /// To whom.
-    to: Vec<usize>,
-}
-
-impl Bulk {
-    fn is_due(&self) -> bool {
-        self.hops >= BULK_HOPS || self.bytes >= BULK_BYTES as f64
-    }
 }
 
 #[derive(Default)]
@@ -282,12 +270,6 @@ impl<'a> Play<'a> {
         self.ranks.iter().filter(|state| state.busy).count() as f64
     }
 
-    /// Which share of what other threads do takes of the time of a rank: nothing while a core is left beside those that work,
-    /// and so many more.
-    fn short_of_cores(&self, rank: usize, more: f64) -> f64 {
-        (self.working() + more + 1.0 - self.of.measured.lanes(rank)).clamp(0.0, 1.0)
-    }
-
     fn done(&mut self, rank: usize, picked: Vec<Item>) {
         let last = self.of.shape.layers.len();
         let mut post = Post::new(self.ranks.len());
@@ -356,102 +338,6 @@ impl<'a> Play<'a> {
         }
     }
 
-    /// Sends what a hop yields, a frame to each peer and class; the rank is free when all is handed over.
-    fn deliver(&mut self, rank: usize, post: Post) {
-        // Whom rows or partials wake, and who hears of something behind whatever it does.
-        let (mut told, mut behind): (Vec<usize>, Vec<usize>) = Default::default();
-        for to in 0..self.ranks.len() {
-            let link = self.of.measured.link(rank, to);
-            let (rows, partials) = (&post.rows[to], &post.partials[to]);
-            if to == rank {
-                partials.iter().for_each(|&sequence| self.at(self.now, Event::Partial { sequence, to }));
-                continue;
-            }
-            let bytes: f64 = rows.iter().map(|item| self.of.shape.row_bytes(item.choices)).sum();
-            if !rows.is_empty() {
-                let bytes = bytes + 2.0 + FRAME_BYTES;
-                let time = self.now + link.latency_s + bytes / link.bytes_per_s;
-                (self.sums.dispatch, self.sums.crossings) =
-                    (self.sums.dispatch + bytes, self.sums.crossings + rows.len() as f64);
-                for &item in rows {
-                    self.sums.travel += if item.token { time - self.now } else { 0.0 };
-                    self.at(time, Event::Row { to, item });
-                }
-                told.push(to);
-            }
-            if !partials.is_empty() {
-                let bytes = 2.0 + FRAME_BYTES + partials.len() as f64 * self.of.shape.partial_bytes();
-                let time = self.now + link.latency_s + bytes / link.bytes_per_s;
-                (self.sums.combine, self.sums.crossings) =
-                    (self.sums.combine + bytes, self.sums.crossings + partials.len() as f64);
-                partials.iter().for_each(|&sequence| self.at(time, Event::Partial { sequence, to }));
-                told.push(to);
-            }
-            if !post.kv[to].is_empty() {
-                self.spread(rank, to, &post.kv[to]);
-            }
-        }
-        let bulk = &mut self.ranks[rank].bulk;
-        bulk.hops += u32::from(post.kv.iter().any(|kv| !kv.is_empty()));
-        if bulk.is_due() {
-            behind.append(&mut std::mem::take(bulk).to);
-        }
-        if post.sampled {
-            behind.extend((0..self.ranks.len()).filter(|to| *to != rank));
-        }
-        // What goes to a peer at once goes together.
-        for peers in [&mut told, &mut behind] {
-            peers.sort_unstable();
-            peers.dedup();
-        }
-        behind.retain(|to| !told.contains(to));
-        self.ranks[rank].busy = false;
-        // Other threads handle messages, also those of a rank that rests, and who goes on has the fewer cores meanwhile.
-        let goes_on = self.ranks[rank].board.iter().any(|item| item.ready <= self.now);
-        let of = |to: &usize| self.of.measured.link(rank, *to).message_s;
-        let resting = behind.iter().filter(|to| goes_on && !self.ranks[**to].busy);
-        let handled: f64 = told.iter().chain(&behind).chain(resting).map(of).sum();
-        let handling = handled * self.short_of_cores(rank, f64::from(u8::from(goes_on)));
-        told.into_iter().for_each(|to| self.owes(rank, to));
-        behind.into_iter().for_each(|to| self.tells(rank, to));
-        if handling > 0.0 {
-            self.ranks[rank].busy = true;
-            return self.at(self.now + handling, Event::Done { rank, picked: Vec::new() });
-        }
-        self.ranks[rank].rests = self.now;
-        self.pick(rank);
-    }
-
-    /// A message from a rank takes of the time of the one that gets it.
-    fn owes(&mut self, rank: usize, to: usize) {
-        self.ranks[to].owed += self.of.measured.link(rank, to).message_s;
-    }
-
-    /// A rank that rests handles a message that does not wake it while it rests.
-    fn tells(&mut self, rank: usize, to: usize) {
-        if self.ranks[to].busy {
-            self.owes(rank, to);
-        }
-    }
-
-    /// Keys and values, one after the other over the rank's link.
-    fn spread(&mut self, rank: usize, to: usize, made: &[(usize, usize)]) {
-        let link = self.of.measured.link(rank, to);
-        let bytes = FRAME_BYTES + made.len() as f64 * self.of.shape.kv_bytes;
-        self.sums.kv += bytes;
-        let (state, uplink) = (&mut self.ranks[rank], self.of.measured.uplink(rank));
-        state.bulk_free = state.bulk_free.max(self.now) + bytes / uplink;
-        let time = state.bulk_free + link.latency_s;
-        state.bulk.bytes += bytes;
-        if !state.bulk.to.contains(&to) {
-            state.bulk.to.push(to);
-        }
-        for &(sequence, layer) in made {
-            let at = self.context(sequence, layer, to);
-            self.contexts[at] = self.contexts[at].max(time);
-        }
-    }
-
     fn prediction(&self) -> Prediction {
         let begin = self.times.iter().filter_map(|t| t.get(UNCOUNTED - 1)).copied().fold(0.0, f64::max);
         let end = self.times.iter().filter_map(|t| t.get(TOKENS - 1)).copied().fold(f64::INFINITY, f64::min);
@@ -479,26 +365,6 @@ impl<'a> Play<'a> {
             dispatch_bytes: s.dispatch / tokens,
             combine_bytes: s.combine / tokens,
             kv_bytes: s.kv / tokens,
-        }
-    }
-}
-
-/// What a hop sends, by rank that it goes to.
-struct Post {
-    rows: Vec<Vec<Item>>,
-    partials: Vec<Vec<usize>>,
-    kv: Vec<Vec<(usize, usize)>>,
-    /// Whether tokens came out, of which every rank is told.
-    sampled: bool,
-}
-
-impl Post {
-    fn new(ranks: usize) -> Self {
-        Self {
-            rows: vec![Vec::new(); ranks],
-            partials: vec![Vec::new(); ranks],
-            kv: vec![Vec::new(); ranks],
-            sampled: false,
         }
     }
 }
