@@ -43,6 +43,22 @@ fn every_payload_arrives_and_frames_are_counted_exactly() {
 }
 
 #[test]
+fn a_world_without_heartbeats_lives_on_and_suspects_nobody() {
+    bounded(|| {
+        let options = QuicOptions { heartbeats: false, ..quick() };
+        // Longer than a process may be silent, and than a connection lives on which nothing is heard.
+        let rest = options.idle_timeout + Duration::from_millis(500);
+        let world = quic::loopback_world(3, options).expect("world");
+        let hellos = |comm: &quic::QuicCommunicator| comm.stats().class(ByteClass::Control).frames_sent;
+        let before: Vec<u64> = world.iter().map(hellos).collect();
+        std::thread::sleep(rest);
+        assert_eq!(world.iter().map(hellos).collect::<Vec<_>>(), before);
+        assert!(world.iter().all(|comm| comm.suspects().is_empty()));
+        on_threads(world, |mut comm| run_rounds(&mut comm, 0, 4, 100).expect("rounds"));
+    });
+}
+
+#[test]
 fn messages_come_in_order_beside_rounds() {
     bounded(|| talk(quic::loopback_world(3, quick()).expect("world")));
 }

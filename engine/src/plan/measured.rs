@@ -142,6 +142,13 @@ pub struct LinkTime {
     pub message_s: f64,
 }
 
+impl LinkTime {
+    /// Seconds until a message of so many bytes has come: `α + β · bytes`.
+    pub fn seconds(&self, bytes: f64) -> f64 {
+        self.latency_s + bytes / self.bytes_per_s
+    }
+}
+
 /// What was measured of a world that did nothing else.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Measurements {

@@ -22,7 +22,7 @@ impl Planner {
         for (from, links) in measured.links.iter().enumerate() {
             let cost = |(to, link): (usize, &exflow_engine::plan::LinkTime)| match to == from {
                 true => "0".to_owned(),
-                false => format!("{:.1}", 1e6 * (link.latency_s + row / link.bytes_per_s)),
+                false => format!("{:.1}", 1e6 * link.seconds(row)),
             };
             let costs: Vec<String> = links.iter().enumerate().map(cost).collect();
             let _ = writeln!(text, "    [{}],", costs.join(", "));

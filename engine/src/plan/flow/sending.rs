@@ -51,30 +51,18 @@ impl Play<'_> {
         // Whom rows or partials wake, and who hears of something behind whatever it does.
         let (mut told, mut behind): (Vec<usize>, Vec<usize>) = Default::default();
         for to in 0..self.ranks.len() {
-            let link = self.of.measured.link(rank, to);
-            let (rows, partials) = (&post.rows[to], &post.partials[to]);
             if to == rank {
-                partials.iter().for_each(|&sequence| self.at(self.now, Event::Partial { sequence, to }));
+                post.partials[to]
+                    .iter()
+                    .for_each(|&sequence| self.at(self.now, Event::Partial { sequence, to }));
                 continue;
             }
-            let bytes: f64 = rows.iter().map(|item| self.of.shape.row_bytes(item.choices)).sum();
-            if !rows.is_empty() {
-                let bytes = bytes + 2.0 + FRAME_BYTES;
-                let time = self.now + link.latency_s + bytes / link.bytes_per_s;
-                (self.sums.dispatch, self.sums.crossings) =
-                    (self.sums.dispatch + bytes, self.sums.crossings + rows.len() as f64);
-                for &item in rows {
-                    self.sums.travel += if item.token { time - self.now } else { 0.0 };
-                    self.at(time, Event::Row { to, item });
-                }
+            if !post.rows[to].is_empty() {
+                self.dispatch(rank, to, &post.rows[to]);
                 told.push(to);
             }
-            if !partials.is_empty() {
-                let bytes = 2.0 + FRAME_BYTES + partials.len() as f64 * self.of.shape.partial_bytes();
-                let time = self.now + link.latency_s + bytes / link.bytes_per_s;
-                (self.sums.combine, self.sums.crossings) =
-                    (self.sums.combine + bytes, self.sums.crossings + partials.len() as f64);
-                partials.iter().for_each(|&sequence| self.at(time, Event::Partial { sequence, to }));
+            if !post.partials[to].is_empty() {
+                self.combine(rank, to, &post.partials[to]);
                 told.push(to);
             }
             if !post.kv[to].is_empty() {
@@ -95,21 +83,48 @@ impl Play<'_> {
             peers.dedup();
         }
         behind.retain(|to| !told.contains(to));
+        self.hand_over(rank, &told, &behind);
+    }
+
+    /// Charges the messages of a hop to those that they keep from working, and lets the rank go on.
+    fn hand_over(&mut self, rank: usize, told: &[usize], behind: &[usize]) {
         self.ranks[rank].busy = false;
         // Other threads handle messages, also those of a rank that rests, and who goes on has the fewer cores meanwhile.
         let goes_on = self.ranks[rank].board.iter().any(|item| item.ready <= self.now);
         let of = |to: &usize| self.of.measured.link(rank, *to).message_s;
         let resting = behind.iter().filter(|to| goes_on && !self.ranks[**to].busy);
-        let handled: f64 = told.iter().chain(&behind).chain(resting).map(of).sum();
+        let handled: f64 = told.iter().chain(behind).chain(resting).map(of).sum();
         let handling = handled * self.short_of_cores(rank, f64::from(u8::from(goes_on)));
-        told.into_iter().for_each(|to| self.owes(rank, to));
-        behind.into_iter().for_each(|to| self.tells(rank, to));
+        told.iter().for_each(|&to| self.owes(rank, to));
+        behind.iter().for_each(|&to| self.tells(rank, to));
         if handling > 0.0 {
             self.ranks[rank].busy = true;
             return self.at(self.now + handling, Event::Done { rank, picked: Vec::new() });
         }
         self.ranks[rank].rests = self.now;
         self.pick(rank);
+    }
+
+    /// Rows, in a frame of theirs.
+    fn dispatch(&mut self, rank: usize, to: usize, rows: &[Item]) {
+        let bytes: f64 = rows.iter().map(|item| self.of.shape.row_bytes(item.choices)).sum();
+        let bytes = bytes + 2.0 + FRAME_BYTES;
+        let time = self.now + self.of.measured.link(rank, to).seconds(bytes);
+        self.sums.dispatch += bytes;
+        self.sums.crossings += rows.len() as f64;
+        for &item in rows {
+            self.sums.travel += if item.token { time - self.now } else { 0.0 };
+            self.at(time, Event::Row { to, item });
+        }
+    }
+
+    /// Partial sums of these sequences, in a frame of theirs.
+    fn combine(&mut self, rank: usize, to: usize, partials: &[usize]) {
+        let bytes = 2.0 + FRAME_BYTES + partials.len() as f64 * self.of.shape.partial_bytes();
+        let time = self.now + self.of.measured.link(rank, to).seconds(bytes);
+        self.sums.combine += bytes;
+        self.sums.crossings += partials.len() as f64;
+        partials.iter().for_each(|&sequence| self.at(time, Event::Partial { sequence, to }));
     }
 
     /// A message from a rank takes of the time of the one that gets it.
